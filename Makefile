@@ -1,0 +1,61 @@
+# make demo: the main job, in .venv with the core only.   make test: every check.   `make help` lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# setuptools comes from the constraints too, so the build happens in .venv itself
+INSTALL = $(PIP) --no-build-isolation --editable
+WORKERS ?= 2
+
+.PHONY: help demo test check format lint types layers unit fmt clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(VENV)/.core ## set up .venv with the core only and compare policies on an embedded trace profile
+	$(BIN)/l3env demo --out runs/demo
+
+test: $(VENV)/.dev ## set up .venv with all that the checks need and run them: format, lint, types, layers, tests
+	@$(MAKE) --no-print-directory format lint types layers unit
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+fmt: $(VENV)/.dev ## format the code and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv, caches and build outputs (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "l3env needs Python 3.11 or newer; '$(PYTHON)' is not. Name one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
+	@echo "Installing l3env and what it needs (a minute or two) ..."
+	@$(PIP) setuptools
+	@$(INSTALL) .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	@echo "Installing what the checks and training need, torch among it (a few minutes) ..."
+	@$(INSTALL) '.[dev,train]'
+	@touch $@

@@ -1,0 +1,25 @@
+"""Every error a user can cause. Each message names the file, row or key and what was expected."""
+
+
+class L3EnvError(ValueError):
+    """Base class: bad input, reported in one line."""
+
+
+class SpecError(L3EnvError):
+    """A preset or spec is unknown, or a key of it is unknown, missing or absurd."""
+
+
+class WorkloadError(L3EnvError):
+    """A request table or trace row is invalid."""
+
+
+class TraceError(WorkloadError):
+    """A trace file cannot be found or read."""
+
+
+class PlanError(L3EnvError):
+    """A policy returned a plan or knobs that are not legal."""
+
+
+class PolicyError(L3EnvError):
+    """A policy is unknown, cannot be loaded, or leaves work undone for ever."""

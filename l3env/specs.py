@@ -1,0 +1,327 @@
+"""Devices, models and systems as frozen dataclasses, loaded from presets or a user's TOML.
+
+``load("system/l3-dgx-a100")`` reads ``presets/system/l3-dgx-a100.toml``; a path to a TOML file works as well. Each
+TOML holds the fields of one dataclass and a ``[sources]`` table with the source of every value. Unknown, missing and
+absurd keys are named together in one SpecError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from l3env.errors import SpecError
+
+PRESET_DIR = Path(__file__).parent / "presets"
+
+PIM_KINDS = ("dimm-bank", "dimm-rank", "hbm-pim", "hbm-pim-ext", "host-cpu")
+
+
+def positive(**extra: Any) -> Any:
+    """A required number > 0."""
+    return field(metadata={"low": 0.0, "low_open": True, **extra})
+
+
+def at_least(low: float, **extra: Any) -> Any:
+    """A required number >= low."""
+    return field(metadata={"low": low, **extra})
+
+
+def fraction() -> Any:
+    """A required number in (0, 1]."""
+    return field(metadata={"low": 0.0, "low_open": True, "high": 1.0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSpec:
+    """One GPU. Data-sheet peaks; the share of them that is reached is in the utilisation fields."""
+
+    name: str
+    fp16_flop_per_s: float = positive(high=1e17)
+    hbm_bytes: float = positive(high=1e13)
+    hbm_bytes_per_s: float = positive(high=1e14)
+    compute_utilisation_frac: float = fraction()
+    memory_utilisation_frac: float = fraction()
+    reserved_bytes: float = at_least(0.0)  # CUDA context, libraries: never available to weights or KV
+    power_w: float = positive(high=1e4)
+    idle_power_w: float = at_least(0.0)
+    mac_j: float = at_least(0.0)  # one multiply-accumulate
+    hbm_j_per_byte: float = at_least(0.0)
+    cache_j_per_byte: float = at_least(0.0)  # L2 + L1 + register file, per byte streamed through
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSpec:
+    """A link, one direction."""
+
+    name: str
+    bytes_per_s: float = positive(high=1e13)
+    utilisation_frac: float = fraction()
+    latency_s: float = at_least(0.0, high=1.0)  # per transfer (PCIe) or per all-reduce (GPU interconnect)
+    j_per_byte: float = at_least(0.0)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PimSpec:
+    """Memory that holds KV and computes decode attention beside it, for one host.
+
+    DIMM kinds are built from ranks: ``channels x ranks_per_channel`` ranks of ``chips_per_rank`` chips. HBM-PIM and
+    the host CPU give their aggregate ``internal_bytes_per_s`` and one channel, one rank.
+    """
+
+    name: str
+    kind: str
+    capacity_bytes: float = positive(high=1e16)
+    channels_count: int = at_least(1)
+    ranks_per_channel_count: int = at_least(1)
+    chips_per_rank_count: int = at_least(1)
+    banks_per_chip_count: int = at_least(1)
+    channel_bytes_per_s: float = positive(high=1e15)  # external bus of one channel
+    internal_bytes_per_s: float = positive(high=1e15)  # sum over the host of what the PUs stream, rows open
+    internal_utilisation_frac: float = fraction()  # share left after row switches and refresh
+    macs_per_element_count: int = at_least(1)  # N_cmr: multiply-accumulates a PU does per element it fetches
+    rankset_overlap: bool = False  # a transfer blocks one rankset only
+    holds_weights: bool = False  # the capacity is the GPUs' own HBM
+    cell_j_per_byte: float = at_least(0.0)
+    mac_j: float = at_least(0.0)
+    io_j_per_byte: float = at_least(0.0)  # a byte through the pins
+    static_power_w: float = at_least(0.0)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only transformer in 16 bit."""
+
+    name: str
+    layers_count: int = at_least(1, high=1000)
+    hidden_size: int = at_least(1, high=1e6)
+    heads_count: int = at_least(1, high=1024)
+    kv_heads_count: int = at_least(1, high=1024)
+    head_size: int = at_least(1, high=1024)
+    ffn_size: int = at_least(1, high=1e7)
+    gated_ffn: bool = False  # three matrices (gate, up, down) instead of two
+    tied_embedding: bool = False
+    vocab_size: int = at_least(1, high=1e7)
+    context_tokens: int = at_least(1)
+    tensor_parallel_count: int = at_least(1, high=1024)  # the deployment the source uses; a system may override
+    bytes_per_parameter: float = positive(high=8)
+    bytes_per_kv_element: float = positive(high=8)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """K and V of one token over all layers."""
+        return 2 * self.layers_count * self.kv_heads_count * self.head_size * self.bytes_per_kv_element
+
+    @property
+    def gqa_group_count(self) -> int:
+        """Query heads per KV head (N_gqa)."""
+        return self.heads_count // self.kv_heads_count
+
+    @property
+    def layer_parameters_count(self) -> int:
+        """Weights of one layer: Q, K, V, O and the FFN matrices."""
+        q = self.hidden_size * self.heads_count * self.head_size
+        kv = 2 * self.hidden_size * self.kv_heads_count * self.head_size
+        ffn = (3 if self.gated_ffn else 2) * self.hidden_size * self.ffn_size
+        return 2 * q + kv + ffn
+
+    @property
+    def parameters_count(self) -> int:
+        """All weights, norms and biases left out (< 0.1 %)."""
+        embedding = self.vocab_size * self.hidden_size * (1 if self.tied_embedding else 2)
+        return self.layers_count * self.layer_parameters_count + embedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemSpec:
+    """A serving node: GPUs, what joins them, and where KV may live. ``pim`` is None on a GPU-only system."""
+
+    name: str
+    gpu: GpuSpec
+    gpus_count: int = at_least(1, high=100000)
+    gpu_link: LinkSpec
+    pim: PimSpec | None = None
+    pim_link: LinkSpec | None = None  # one GPU's link to the PIM side; None where PIM sits in the GPU's own memory
+    hbm_kv: bool = True  # may KV live in HBM and be attended to by the GPU?
+    max_batched_tokens: int = at_least(1)  # sizes the activation buffers that HBM keeps
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+Spec = TypeVar("Spec", GpuSpec, LinkSpec, PimSpec, ModelSpec, SystemSpec)
+KINDS: dict[str, type] = {"gpu": GpuSpec, "link": LinkSpec, "pim": PimSpec, "model": ModelSpec, "system": SystemSpec}
+
+
+def names(kind: str) -> list[str]:
+    """Names of the presets of one kind, sorted."""
+    return sorted(path.stem for path in (PRESET_DIR / kind).glob("*.toml"))
+
+
+def load(ref: str, **overrides: Any) -> Any:
+    """Loads ``kind/name`` (a preset) or ``kind:path.toml`` (a user's file) into its dataclass.
+
+    Args:
+        ref: e.g. ``"system/l3-dgx-a100"``, ``"gpu/h200"``, ``"system:my-node.toml"``.
+        overrides: fields to replace, nested ones with ``__``:
+            ``load("system/l3-dgx-a100", gpu__hbm_bytes=76 * 2**30)``.
+
+    Raises:
+        SpecError: unknown kind or name, or keys that are unknown, missing or absurd (all named at once).
+    """
+    kind, path = _locate(ref)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read as TOML: {error}") from None
+    for key, value in overrides.items():
+        _override(raw, key.split("__"), value, ref)
+    return from_mapping(kind, raw, where=str(path) if ":" in ref else ref)
+
+
+def from_mapping(kind: str, raw: Mapping[str, Any], where: str) -> Any:
+    """Builds the dataclass of ``kind`` from plain values; nested specs may be names or tables. Raises SpecError."""
+    problems: list[str] = []
+    spec = _build(kind, dict(raw), where, "", problems)
+    if problems:
+        raise SpecError(f"{where}: " + "; ".join(problems))
+    return spec
+
+
+def _locate(ref: str) -> tuple[str, Path]:
+    if ":" in ref:
+        kind, _, file = ref.partition(":")
+        path = Path(file)
+    else:
+        kind, _, name = ref.partition("/")
+        path = PRESET_DIR / kind / f"{name}.toml"
+    if kind not in KINDS:
+        raise SpecError(f"{ref!r}: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
+    if not path.is_file():
+        if ":" in ref:
+            raise SpecError(f"{ref!r}: no such file")
+        close = difflib.get_close_matches(path.stem, names(kind), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise SpecError(f"unknown {kind} {path.stem!r}{hint}; there are: {', '.join(names(kind))}")
+    return kind, path
+
+
+def _override(raw: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
+    table = raw
+    for key in keys[:-1]:
+        inner = table.get(key)
+        if isinstance(inner, str):
+            _, path = _locate(inner)
+            inner = tomllib.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(inner, dict):
+            raise SpecError(f"{where}: override {'.'.join(keys)}: {key!r} is not a table")
+        table[key] = dict(inner)
+        table = table[key]
+    table[keys[-1]] = value
+
+
+def _build(kind: str, raw: dict[str, Any], where: str, prefix: str, problems: list[str]) -> Any:
+    cls = KINDS[kind]
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in sorted(raw.keys() - fields.keys()):
+        close = difflib.get_close_matches(key, fields, n=1)
+        problems.append(f"unknown key {prefix}{key}" + (f" (did you mean {close[0]}?)" if close else ""))
+    values: dict[str, Any] = {}
+    for name, spec_field in fields.items():
+        hint = hints[name]
+        nested = _nested_kind(hint)
+        optional = isinstance(hint, types.UnionType)
+        if name not in raw or (raw[name] is None and optional):
+            if _has_no_default(spec_field):
+                problems.append(f"missing key {prefix}{name}")
+            continue
+        value = raw[name]
+        if nested is not None:
+            values[name] = _nested(nested, value, where, prefix + name, problems)
+        elif name == "sources":
+            if not isinstance(value, Mapping):
+                problems.append(f"{prefix}sources = {value!r}: expected a table of texts")
+            else:
+                values[name] = dict(value)
+        else:
+            values[name] = _checked(value, hint, spec_field, prefix + name, problems)
+    if problems:
+        return None
+    spec = cls(**values)
+    problems.extend(prefix + problem for problem in _cross_checks(spec))
+    return spec
+
+
+def _nested(kind: str, value: Any, where: str, key: str, problems: list[str]) -> Any:
+    if isinstance(value, Mapping):
+        return _build(kind, dict(value), where, f"{key}.", problems)
+    if isinstance(value, KINDS[kind]):
+        return value
+    if not isinstance(value, str) or not value.startswith((f"{kind}/", f"{kind}:")):
+        problems.append(
+            f"{key} = {value!r}: expected a table or the name of a {kind}, such as '{kind}/{names(kind)[0]}'"
+        )
+        return None
+    try:
+        return load(value)
+    except SpecError as error:
+        problems.append(f"{key}: {error}")
+        return None
+
+
+def _nested_kind(hint: Any) -> str | None:
+    for candidate in typing.get_args(hint) or (hint,):
+        for kind, cls in KINDS.items():
+            if candidate is cls:
+                return kind
+    return None
+
+
+def _has_no_default(spec_field: dataclasses.Field[Any]) -> bool:
+    return spec_field.default is dataclasses.MISSING and spec_field.default_factory is dataclasses.MISSING
+
+
+def _checked(value: Any, hint: Any, spec_field: dataclasses.Field[Any], key: str, problems: list[str]) -> Any:
+    if hint is bool or hint is str:
+        if not isinstance(value, hint):
+            problems.append(f"{key} = {value!r}: expected {'true or false' if hint is bool else 'text'}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        problems.append(f"{key} = {value!r}: expected a finite number")
+        return value
+    if hint is int and value != int(value):
+        problems.append(f"{key} = {value!r}: expected a whole number")
+        return value
+    low, high = spec_field.metadata.get("low"), spec_field.metadata.get("high")
+    too_low = low is not None and (value <= low if spec_field.metadata.get("low_open") else value < low)
+    if too_low:
+        problems.append(f"{key} = {value!r}: expected {'>' if spec_field.metadata.get('low_open') else '>='} {low:g}")
+    if high is not None and value > high:
+        problems.append(f"{key} = {value!r}: expected <= {high:g}")
+    return int(value) if hint is int else float(value)
+
+
+def _cross_checks(spec: Any) -> list[str]:
+    problems = []
+    if isinstance(spec, ModelSpec) and spec.heads_count % spec.kv_heads_count:
+        problems.append(
+            f"heads_count = {spec.heads_count}: expected a multiple of kv_heads_count = {spec.kv_heads_count}"
+        )
+    if isinstance(spec, PimSpec) and spec.kind not in PIM_KINDS:
+        problems.append(f"kind = {spec.kind!r}: expected one of {', '.join(PIM_KINDS)}")
+    if isinstance(spec, SystemSpec) and spec.pim is None and not spec.hbm_kv:
+        problems.append("hbm_kv = false without pim: there is no place for KV")
+    if isinstance(spec, SystemSpec) and spec.pim and spec.pim.kind != "hbm-pim" and spec.pim_link is None:
+        problems.append(f"missing key pim_link: {spec.pim.kind} is reached over a link")
+    return problems
