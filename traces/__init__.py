@@ -1,0 +1,1 @@
+"""Loaders of real serving traces, synthetic workloads and embedded profiles: one file a format."""

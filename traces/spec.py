@@ -1,0 +1,135 @@
+"""The grammar of trace specs, ``NAME_OR_PATH[?key=value&key=value]``, and what its general keys do to a workload."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.parse import unquote
+
+from l3env.errors import TraceError
+from l3env.workload import Workload
+from traces.arrivals import KINDS, with_arrivals
+from traces.resample import resample
+from traces.window import parse_window
+
+
+def parse_count(text: str) -> int:
+    """A whole number >= 1. Raises ValueError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError("a whole number >= 1")
+    return int(text)
+
+
+def parse_seed(text: str) -> int:
+    """A whole number >= 0. Raises ValueError."""
+    if not text.isdecimal():
+        raise ValueError("a whole number >= 0")
+    return int(text)
+
+
+def parse_positive(text: str) -> float:
+    """A finite number > 0. Raises ValueError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError("a finite number > 0")
+    return value
+
+
+def parse_arrivals(text: str) -> str:
+    """The name of an arrival process. Raises ValueError."""
+    if text not in KINDS:
+        raise ValueError(f"one of {', '.join(KINDS)}")
+    return text
+
+
+GENERAL: Mapping[str, Callable[[str], Any]] = {
+    "window": parse_window,
+    "n": parse_count,
+    "load": parse_positive,
+    "rate": parse_positive,
+    "arrivals": parse_arrivals,
+    "cv": parse_positive,
+    "seed": parse_seed,
+}
+
+
+def split(spec: str) -> tuple[str, str]:
+    """The name or path, and the options after the last ``?``."""
+    base, mark, query = spec.rpartition("?")
+    return (base, query) if mark else (spec, "")
+
+
+def parse_options(spec: str, extra: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """The spec's options by key, as typed values; ``extra`` are the keys of this trace besides the general ones.
+
+    Values may be percent-encoded. Raises TraceError that names the key, the value and what was expected.
+    """
+    parsers = {**GENERAL, **extra}
+    values: dict[str, Any] = {}
+    for item in filter(None, split(spec)[1].split("&")):
+        key, equals, text = item.partition("=")
+        if key not in parsers:
+            close = difflib.get_close_matches(key, parsers, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise TraceError(f"trace {spec!r}: unknown key {key!r}{hint}; expected one of {', '.join(sorted(parsers))}")
+        if not equals or not text:
+            raise TraceError(f"trace {spec!r}: key {key!r} has no value; expected {key}=VALUE")
+        if key in values:
+            raise TraceError(f"trace {spec!r}: key {key!r} is given twice; expected once")
+        try:
+            values[key] = parsers[key](_decode(text, key))
+        except ValueError as error:
+            raise TraceError(f"trace {spec!r}: key {key!r}: got {text!r}; expected {error}") from error
+    if "load" in values and "rate" in values:
+        raise TraceError(f"trace {spec!r}: load and rate both set the speed of arrivals; expected one of them")
+    if "cv" in values and values.get("arrivals") != "gamma":
+        raise TraceError(f"trace {spec!r}: cv needs arrivals=gamma")
+    return values
+
+
+def _decode(text: str, key: str) -> str:
+    return text if key == "window" else unquote(text)  # a window's "%" means per cent
+
+
+def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:
+    """Window, then another sample where ``seed`` >= 1 and the rows are fixed, first ``n``, arrivals, rate or load.
+
+    A sample is drawn within the window, so a window that is held out stays unseen. Rows drawn with this seed already
+    (``source["drawn_with_seed"]``) are not sampled again.
+    """
+    kind, rate = values.get("arrivals"), values.get("rate")
+    drawn = workload.source.get("drawn_with_seed") is not None
+    window = values.get("window")
+    if window is not None and kind in ("poisson", "gamma") and workload.span_s <= 0:
+        if seed and not drawn:
+            workload, drawn = resample(workload, seed), True
+        workload = with_arrivals(workload, kind, rate, values.get("cv"), seed)
+        kind, rate = None, None  # the window is one of this new clock
+    if window is not None:
+        workload = window.of(workload)
+    if seed and not drawn:
+        workload = resample(workload, seed)
+    if "n" in values:
+        workload = workload.head(values["n"])
+    if kind is not None:
+        workload = with_arrivals(workload, kind, rate, values.get("cv"), seed)
+    elif rate is not None:
+        workload = at_rate(workload, rate)
+    return workload.at_load(values["load"]) if "load" in values else workload
+
+
+def at_rate(workload: Workload, rate_per_s: float) -> Workload:
+    """The same requests, the clock scaled to ``rate_per_s`` requests/s. Raises TraceError where there is no clock."""
+    if not math.isfinite(workload.rate_per_s) or workload.rate_per_s <= 0:
+        raise TraceError(
+            f"{workload.name}: rate={rate_per_s:g} needs a clock, but all requests are present at once; "
+            "expected arrivals=poisson or arrivals=gamma with it"
+        )
+    scaled = workload.at_load(rate_per_s / workload.rate_per_s)
+    return replace(scaled, source={**workload.source, "rate_set_to_per_s": rate_per_s})
