@@ -1,0 +1,110 @@
+"""Speed, measured: ``l3env bench [--json]``.
+
+Each figure is the median of several runs, the smallest and largest beside it. Compilation and start are measured in
+fresh processes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from l3env import BasePolicy, Knobs, Plan, View, Workload, compile_pair, load_trace, make_policy
+from l3env.engine import Engine
+from l3env.policy import Policy
+from l3env.runner import drive
+from l3env.state import Order, Status
+from l3env.tables import Tables
+
+SYSTEM, MODEL = "l3-dgx-a100", "gpt-175b"
+TRACE = "openr1"
+COMPILED_POLICY = "l3"
+REPEATS = 5
+FIRST_USE = "import l3env; l3env.run_policy(l3env.compile_pair('{0}', '{1}'), l3env.load_trace('openr1?n=20'), "
+FIRST_USE += "l3env.make_policy('l3'))"
+
+
+class PlainPython(BasePolicy):
+    """A heuristic as a user writes it: looks at the queue and memory at every iteration and returns a Plan."""
+
+    name = "plain-python"
+
+    def decide(self, view: View) -> Knobs | Plan:
+        free_tokens = view.pools.free_tokens[1] - 2 * view.running_count * view.pools.block_tokens
+        admit = []
+        for row in view.waiting(limit=8, order=Order.FCFS):
+            free_tokens -= int(row["prompt_tokens"]) + int(row["emitted_tokens"]) + view.pools.block_tokens
+            if free_tokens < 0.05 * view.system.pim_tokens:
+                break
+            admit.append(int(row["idx"]))
+        oldest = view.running[view.running["status"] == Status.DECODE]["kv_tokens"]
+        return Plan(admit=admit, interleave=oldest.size > 1)
+
+
+def iterations_per_s(tables: Tables, workload: Workload, policy: Policy) -> float:
+    """Iterations per second of one closed-loop run, decisions included, loading of the workload not."""
+    engine = Engine(tables, 1, len(workload))
+    engine.reset(0, workload)
+    start = time.perf_counter()
+    drive(engine, 0, policy)
+    return float(engine.state.env["iterations_count"][0]) / (time.perf_counter() - start)
+
+
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    """Median under the name, extremes beside it."""
+    return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+
+
+def repeat(measure: Callable[[], float], count: int = REPEATS) -> list[float]:
+    """Several measurements after one that is thrown away."""
+    measure()
+    return [measure() for _ in range(count)]
+
+
+def first_use_s(count: int = 1) -> tuple[list[float], list[float]]:
+    """(first use with an empty kernel cache, later starts), whole processes, seconds."""
+    command = [sys.executable, "-c", FIRST_USE.format(SYSTEM, MODEL)]
+    first, later = [], []
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as folder:
+            env = {**os.environ, "L3ENV_CACHE_DIR": folder}
+            first.append(_wall_s(command, env))
+            later += [_wall_s(command, env) for _ in range(3)]
+    return first, later
+
+
+def _wall_s(command: list[str], env: dict[str, str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def run(progress: Callable[[str], None] = lambda text: None, *, quick: bool = False) -> dict[str, Any]:
+    """All figures. ``quick`` leaves out the fresh-process ones and repeats less."""
+    tables = compile_pair(SYSTEM, MODEL)
+    small, large = load_trace(f"{TRACE}?n=1000"), load_trace(f"{TRACE}?n=100000")
+    count = 2 if quick else REPEATS
+    progress("compiled policy, 1,000 and 100,000 requests")
+    speeds, ratios = [], []
+    iterations_per_s(tables, small, make_policy(COMPILED_POLICY))
+    for _ in range(count):
+        one = statistics.median(iterations_per_s(tables, small, make_policy(COMPILED_POLICY)) for _ in range(3))
+        many = iterations_per_s(tables, large, make_policy(COMPILED_POLICY))
+        speeds.append(one)
+        ratios.append(many / one)
+    figures = spread("engine_iterations_per_s", speeds) | spread("scaling_100k_over_1k", ratios)
+    progress("plain Python policy, a Plan at every iteration")
+    hundred = load_trace(f"{TRACE}?n=100")
+    python_speeds = repeat(lambda: iterations_per_s(tables, hundred, PlainPython()), 1 if quick else 3)
+    figures |= spread("python_policy_iterations_per_s", python_speeds)
+    if not quick:
+        progress("first use and later starts, in fresh processes")
+        first, later = first_use_s()
+        figures |= spread("compile_s", first) | spread("cached_start_s", later)
+    return figures

@@ -1,0 +1,80 @@
+"""Binary min-heaps of requests with positions, so that any request can be removed. Ties go to the lower index."""
+
+from __future__ import annotations
+
+from l3env.jit import helper, inner
+from l3env.state import NOWHERE
+
+
+@inner
+def before(heap, a, b):
+    """Does request a come before request b?"""
+    return heap[a]["key"] < heap[b]["key"] or (heap[a]["key"] == heap[b]["key"] and a < b)
+
+
+@inner
+def put(heap, place, request):
+    heap[place]["item"] = request
+    heap[request]["pos"] = place
+
+
+@helper
+def sift_up(heap, place):
+    moved = heap[place]["item"]
+    while place > 0:
+        parent = (place - 1) >> 1
+        if not before(heap, moved, heap[parent]["item"]):
+            break
+        put(heap, place, heap[parent]["item"])
+        place = parent
+    put(heap, place, moved)
+
+
+@helper
+def sift_down(heap, length, place):
+    moved = heap[place]["item"]
+    while True:
+        child = 2 * place + 1
+        if child >= length:
+            break
+        if child + 1 < length and before(heap, heap[child + 1]["item"], heap[child]["item"]):
+            child += 1
+        if not before(heap, heap[child]["item"], moved):
+            break
+        put(heap, place, heap[child]["item"])
+        place = child
+    put(heap, place, moved)
+
+
+@helper
+def push(heap, lengths, which, request, key):
+    """Adds a request that is not in the heap. ``lengths[which]`` is the heap's length."""
+    heap[request]["key"] = key
+    place = lengths[which]
+    put(heap, place, request)
+    lengths[which] = place + 1
+    sift_up(heap, place)
+
+
+@helper
+def remove(heap, lengths, which, request):
+    """Removes a request if it is in the heap."""
+    place = heap[request]["pos"]
+    if place == NOWHERE:
+        return
+    heap[request]["pos"] = NOWHERE
+    length = lengths[which] - 1
+    lengths[which] = length
+    if place == length:
+        return
+    last = heap[length]["item"]
+    put(heap, place, last)
+    sift_up(heap, place)
+    sift_down(heap, length, heap[last]["pos"])
+
+
+@helper
+def rekey(heap, length, request, key):
+    """Gives a request in the heap a key that is not smaller than its present one."""
+    heap[request]["key"] = key
+    sift_down(heap, length, heap[request]["pos"])

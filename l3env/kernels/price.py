@@ -1,0 +1,97 @@
+"""What an iteration costs. The only place where time is computed; everything comes from the tables."""
+
+from __future__ import annotations
+
+from l3env.jit import inner
+from l3env.tables import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS
+
+
+@inner
+def lookup_s(row, slope_s, tokens):
+    """Tabulated time for a token count: exact up to DENSE_TOKENS, then interpolated, then the last slope."""
+    if tokens <= DENSE_TOKENS:
+        return row[tokens]
+    if tokens >= TABLE_TOKENS:
+        return row[row.shape[0] - 1] + (tokens - TABLE_TOKENS) * slope_s
+    steps = (tokens - DENSE_TOKENS) // STRIDE_TOKENS
+    rest = (tokens - DENSE_TOKENS) - steps * STRIDE_TOKENS
+    low = row[DENSE_TOKENS + steps]
+    return low + (row[DENSE_TOKENS + steps + 1] - low) * (rest / STRIDE_TOKENS)
+
+
+@inner
+def causal_pairs(chunk, history):
+    """(query, key) pairs of a prefill chunk on a history: c f + c (c + 1) / 2."""
+    return chunk * float(history) + chunk * (chunk + 1.0) / 2
+
+
+@inner
+def prefill_attention_s(t, table, chunk, history):
+    """t_p: attention of one prefilling request's chunk; the larger of computing and reading."""
+    coef = t.coef[table]
+    compute_s = coef["prefill_pair_s"] * causal_pairs(chunk, history)
+    memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
+    return max(compute_s, memory_s)
+
+
+@inner
+def fc_batch_s(t, table, tokens):
+    """t_batch: the fully connected layers for a batch of tokens."""
+    return lookup_s(t.fc_s[table], t.coef[table]["fc_slope_s"], tokens)
+
+
+@inner
+def head_batch_s(t, table, rows):
+    """Language-model head for the tokens that are emitted."""
+    return lookup_s(t.head_s[table], t.coef[table]["head_slope_s"], rows)
+
+
+@inner
+def hbm_attention_s(t, table, kv_tokens, requests):
+    """Decode attention of HBM residents, on the GPU."""
+    return t.coef[table]["hbm_token_s"] * kv_tokens + t.coef[table]["hbm_request_s"] * requests
+
+
+@inner
+def pim_side_s(t, table, slowest_kv, requests, kv_pushed):
+    """T_PIM = t_d + t_comm: the slowest lane's decode attention and the transfers.
+
+    Transfers: Q, K, V and outputs of ``requests`` decoding ones, KV of ``kv_pushed`` prefilled tokens. A rank is
+    blocked for the exposed share of them; the buses are busy for all of it (arXiv 2504.17584, sections 4 and 6).
+
+    Returns (T_PIM, t_d, t_comm).
+    """
+    coef = t.coef[table]
+    attention_s = coef["pim_token_s"] * slowest_kv
+    moving_s = coef["transfer_request_s"] * requests + coef["transfer_token_s"] * kv_pushed
+    side_s = max(attention_s + coef["transfer_exposed_frac"] * moving_s, moving_s)
+    if requests > 0:
+        side_s += coef["transfer_latency_s"]
+    return side_s, attention_s, moving_s
+
+
+@inner
+def one_batch_s(t, table, front_s, slowest_kv, requests, kv_pushed, tokens, rows):
+    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head.
+
+    Returns (T, GPU busy, PIM busy, t_d, t_comm).
+    """
+    pim_s, attention_s, moving_s = pim_side_s(t, table, slowest_kv, requests, kv_pushed)
+    back_s = fc_batch_s(t, table, tokens) + head_batch_s(t, table, rows)
+    return max(front_s, pim_s) + back_s, front_s + back_s, pim_s, attention_s, moving_s
+
+
+@inner
+def ttft_alone_s(t, table, prompt_tokens):
+    """TTFT of a prompt on the empty system: one whole prefill."""
+    pushed = prompt_tokens if t.coef[table]["has_pim"] else 0
+    front_s = prefill_attention_s(t, table, prompt_tokens, 0)
+    return one_batch_s(t, table, front_s, 0.0, 0.0, pushed, prompt_tokens, 1)[0]
+
+
+@inner
+def tbt_alone_s(t, table, kv_tokens):
+    """Time of one decode step of one request at a context length, on the empty system."""
+    if t.coef[table]["has_pim"]:
+        return one_batch_s(t, table, 0.0, float(kv_tokens), 1.0, 0, 1, 1)[0]
+    return one_batch_s(t, table, hbm_attention_s(t, table, float(kv_tokens), 1.0), 0.0, 0.0, 0, 1, 1)[0]

@@ -1,0 +1,115 @@
+"""Entry points: many iterations under knobs, or one under a plan, for one environment or all of them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+from l3env.jit import inner, kernel
+from l3env.kernels.execute import execute
+from l3env.kernels.queue import absorb_arrivals, advance_root, next_arrival_s
+from l3env.kernels.schedule import schedule
+from l3env.state import NOWHERE
+
+
+class Stop(IntEnum):
+    """Why a run came back."""
+
+    RUNNING = 0  # a limit was reached; there is more to do
+    DONE = 1  # all requests have finished or were rejected
+    STALLED = 2  # requests wait or are paused, nothing runs, nothing will arrive
+
+
+class Until(IntEnum):
+    """Where a run under knobs ends, if not before."""
+
+    END = 0
+    ITERATIONS = 1  # after ``limit`` iterations
+    TIME = 2  # at the end of the iteration that reaches ``limit`` seconds
+    EVENT = 3  # after an iteration with an arrival, a finish or a preemption, or at ``limit`` seconds
+
+
+@inner
+def ready(t, s, e):
+    """Lets arrivals in; where nothing is present, jumps to the next arrival. False at the end of all work."""
+    env = s.env[e]
+    if next_arrival_s(s, e) <= env["clock_s"]:
+        absorb_arrivals(t, s, e)
+    while env["running_count"] == 0 and env["waiting_count"] == 0:
+        when_s = next_arrival_s(s, e)
+        if when_s == np.inf:
+            env["stop"] = Stop.DONE
+            return False
+        env["clock_s"] = when_s
+        absorb_arrivals(t, s, e)
+    return True
+
+
+@inner
+def skip_idle(t, s, e):
+    """Nothing was runnable: waits for the next arrival. False where none will come."""
+    env = s.env[e]
+    when_s = next_arrival_s(s, e)
+    if when_s == np.inf:
+        env["stop"] = Stop.STALLED
+        return False
+    env["queue_s"] += (when_s - env["clock_s"]) * env["waiting_count"]
+    env["present_s"] += (when_s - env["clock_s"]) * (env["waiting_count"] + env["running_count"])
+    env["clock_s"] = when_s
+    return True
+
+
+@inner
+def events(s, e):
+    env = s.env[e]
+    return env["arrived_count"] + env["finished_count"] + env["preemptions_count"]
+
+
+@inner
+def run_one(t, s, k, e, until, limit):
+    """Iterations of one environment under its knobs."""
+    env = s.env[e]
+    if env["stop"] == Stop.DONE:
+        return
+    env["stop"] = Stop.RUNNING
+    done = 0
+    before = events(s, e)
+    while ready(t, s, e):
+        decode, planned = schedule(t, s, k, e)
+        if decode or planned > 0:
+            interleaved = k[e]["sub_batching"] != 0 and t.coef[env["table_idx"]]["has_pim"] != 0
+            execute(t, s, e, decode, interleaved)
+            done += 1
+        elif not skip_idle(t, s, e):
+            return
+        if until == Until.ITERATIONS:
+            if done >= limit:
+                break
+        elif until == Until.TIME:
+            if env["clock_s"] >= limit:
+                break
+        elif until == Until.EVENT and (env["clock_s"] >= limit or events(s, e) != before):
+            break
+    if env["running_count"] == 0 and env["waiting_count"] == 0 and next_arrival_s(s, e) == np.inf:
+        env["stop"] = Stop.DONE
+
+
+@kernel
+def run(t, s, k, first, last, until, limits):
+    """Runs environments first..last - 1, each to its own limit; ``env["stop"]`` says why each came back."""
+    for e in range(first, last):
+        run_one(t, s, k, e, until, limits[e])
+
+
+@kernel
+def open_environment(t, s, e):
+    """After the request table is in place: children are linked, the clock stands at 0, what arrives at 0 is there."""
+    env, req = s.env[e], s.req
+    for r in range(env["requests_count"] - 1, -1, -1):
+        parent = req[e, r]["parent_idx"]
+        if parent != NOWHERE:
+            req[e, r]["next_sibling_idx"] = req[e, parent]["first_child_idx"]
+            req[e, parent]["first_child_idx"] = r
+    advance_root(s, e, 0)
+    absorb_arrivals(t, s, e)

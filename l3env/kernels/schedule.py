@@ -1,0 +1,284 @@
+"""Decodes knobs into the plan of one iteration: who is admitted where, how many prompt tokens each prefill gets.
+
+The result is always legal. It is left in the requests themselves (status, lane, sub, chunk_tokens).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from l3env.jit import helper, inner
+from l3env.kernels.memory import admit, blocks_of, make_room_to_grow, move
+from l3env.kernels.price import fc_batch_s, hbm_attention_s, head_batch_s, pim_side_s, prefill_attention_s
+from l3env.kernels.queue import next_waiting
+from l3env.state import FINISH_HEAP, NOWHERE, Budget, Status
+
+LARGE_TOKENS = 1 << 40
+ALIGN_MIN_CHUNK_TOKENS = 128  # a sub-batch's prefill always gets this much, so that a GPU-bound system still prefills
+
+
+@inner
+def decoding_count(s, e, sub):
+    return s.heap_len[e, FINISH_HEAP + sub]
+
+
+@inner
+def slowest_lane_kv(t, s, e, sub):
+    """KV tokens that the slowest PIM lane reads in this sub-batch's next decode step, the new tokens included."""
+    slowest = 0.0
+    for lane in range(1, t.coef[s.env[e]["table_idx"]]["lanes_count"]):
+        slowest = max(slowest, s.lane[e, sub, lane]["kv"] + s.lane[e, sub, lane]["count"])
+    return slowest
+
+
+@inner
+def has_room(t, s, k, e, r, pool):
+    """May a waiting request start in a pool, given the headroom and the promises the knobs ask to keep?"""
+    table = s.env[e]["table_idx"]
+    block = t.coef[table]["block_tokens"]
+    target = np.int64(s.req[e, r]["target_tokens"])
+    capacity = t.pool_blocks[table, pool]
+    used = s.pool[e, pool]["used"]
+    need = blocks_of(target, block)
+    if used == 0:  # an empty pool takes any request that fits; one that outgrows it is preempted and goes elsewhere
+        return need <= capacity
+    if used + need > capacity - np.int64(np.ceil(k[e]["headroom_frac"] * capacity)):
+        return False
+    if k[e]["reserve_predicted"]:
+        left = max(s.req[e, r]["predicted_tokens"] - s.req[e, r]["emitted_tokens"], 1)
+        return s.pool[e, pool]["promised"] + blocks_of(target + left - 1, block) <= capacity
+    return True
+
+
+@inner
+def could_ever_fit(t, s, e, r, pool):
+    """Would the KV to build now fit in the pool if it were empty?"""
+    table = s.env[e]["table_idx"]
+    return (
+        blocks_of(np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"]) <= t.pool_blocks[table, pool]
+    )
+
+
+@inner
+def find_pim_lane(t, s, k, e, r, sub):
+    """The least loaded PIM lane whose pool has room, or -1."""
+    table = s.env[e]["table_idx"]
+    best, least = NOWHERE, np.inf
+    for lane in range(1, t.coef[table]["lanes_count"]):
+        load = s.lane[e, sub, lane]["kv"] + s.lane[e, sub, lane]["pending"]
+        if load < least:
+            pool = t.lane_pool[table, lane]
+            if has_room(t, s, k, e, r, pool):
+                best, least = lane, load
+    return best
+
+
+@inner
+def find_lane(t, s, k, e, r, sub):
+    """Where a waiting request would live now, or -1: PIM where there is one, HBM up to its share of the KV."""
+    table = s.env[e]["table_idx"]
+    hbm_fits = has_room(t, s, k, e, r, 0)
+    if not t.coef[table]["has_pim"]:
+        return 0 if hbm_fits else NOWHERE
+    share = k[e]["hbm_share_frac"]
+    if share <= 0.0:
+        return find_pim_lane(t, s, k, e, r, sub)
+    total = 0
+    for pool in range(t.coef[table]["pools_count"]):
+        total += s.pool[e, pool]["used"]
+    if hbm_fits and s.pool[e, 0]["used"] <= share * total:
+        return 0
+    lane = NOWHERE
+    if share < 1.0 or not could_ever_fit(t, s, e, r, 0):
+        lane = find_pim_lane(t, s, k, e, r, sub)
+    if lane == NOWHERE and hbm_fits:
+        return 0
+    return lane
+
+
+@inner
+def lighter_sub(s, e):
+    return 1 if s.sub[e, 1]["members"] < s.sub[e, 0]["members"] else 0
+
+
+@inner
+def admit_next(t, s, k, e, sub):
+    """Admits the next waiting request if it has room; returns it, or -1."""
+    r = next_waiting(s, e, k[e]["order"])
+    if r == NOWHERE:
+        return NOWHERE
+    lane = find_lane(t, s, k, e, r, sub)
+    if lane == NOWHERE:
+        return NOWHERE
+    admit(t, s, e, r, lane, sub)
+    return r
+
+
+@inner
+def most_admissions(s, k, e):
+    """New requests allowed in this iteration; a machine with nothing running always starts one."""
+    most = k[e]["admit_max_count"]
+    return max(most, 1) if s.env[e]["running_count"] == 0 else most
+
+
+@helper
+def balance_subs(t, s, e):
+    """After departures one sub-batch may be larger: moves its most recent decoding member, one an iteration."""
+    first, second = decoding_count(s, e, 0), decoding_count(s, e, 1)
+    if abs(first - second) < 2:
+        return
+    heavy = 0 if first > second else 1
+    for i in range(s.env[e]["running_count"] - 1, -1, -1):
+        r = s.lists[e, i]["running"]
+        if s.req[e, r]["status"] == Status.DECODE and s.req[e, r]["sub"] == heavy:
+            move(t, s, e, r, 1 - heavy)
+            return
+
+
+@helper
+def plan_by_budget(t, s, k, e):
+    """Prefill tokens in order of admission up to the budget; returns the tokens planned."""
+    env, req = s.env[e], s.req
+    left = k[e]["prefill_budget_tokens"]
+    if left < 0:
+        left = LARGE_TOKENS
+    if k[e]["budget_counts_decodes"]:
+        left = max(left - decoding_count(s, e, 0) - decoding_count(s, e, 1), 0)
+    planned = 0
+    for i in range(env["prefill_count"]):
+        r = s.lists[e, i]["prefill"]
+        chunk = min(np.int64(req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]), left)
+        req[e, r]["chunk_tokens"] = chunk
+        planned += chunk
+        left -= chunk
+    admitted, most = 0, most_admissions(s, k, e)
+    while left > 0 and admitted < most:
+        r = admit_next(t, s, k, e, lighter_sub(s, e))
+        if r == NOWHERE:
+            break
+        chunk = min(np.int64(req[e, r]["target_tokens"]), left)
+        req[e, r]["chunk_tokens"] = chunk
+        planned += chunk
+        left -= chunk
+        admitted += 1
+    return planned
+
+
+@inner
+def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
+    """T_GPU of a phase with the given prefill: attention of ``sub``, FC with the other sub-batch's decodes."""
+    table = s.env[e]["table_idx"]
+    others = decoding_count(s, e, 1 - sub)
+    hbm_n = s.lane[e, sub, 0]["count"]
+    fc_s = fc_batch_s(t, table, prefill_tokens + others) + head_batch_s(t, table, others)
+    return prefill_s + fc_s + hbm_attention_s(t, table, s.lane[e, sub, 0]["kv"] + hbm_n, hbm_n)
+
+
+@inner
+def aligned_chunk(t, s, e, sub, goal_s, prefill_s, tokens, history, most):
+    """Largest chunk (up to ``most``) with T_GPU <= goal, given the sub-batch's other prefill; by bisection."""
+    table = s.env[e]["table_idx"]
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        attention_s = prefill_s + prefill_attention_s(t, table, middle, history)
+        if gpu_side_s(t, s, e, sub, attention_s, tokens + middle) <= goal_s:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@helper
+def plan_aligned(t, s, k, e, only_when_full):
+    """L3's adaptive chunk partitioning (arXiv 2504.17584, section 6): hide prefill behind the PIM side.
+
+    Each sub-batch takes whole prefills, at least one, while T_GPU < T_PIM; then its last one is chunked so that T_GPU
+    comes as close as possible to T_PIM: always, or only once the next request does not fit in memory.
+    """
+    env, req = s.env[e], s.req
+    table = env["table_idx"]
+    planned, admitted, most = 0, 0, most_admissions(s, k, e)
+    full = False
+    pushed_before = 0.0
+    for sub in range(2):
+        decodes = float(decoding_count(s, e, sub)) - s.lane[e, sub, 0]["count"]
+        goal_s = pim_side_s(t, table, slowest_lane_kv(t, s, e, sub), decodes, pushed_before)[0]
+        tokens, attention_s = 0, 0.0
+        last, last_attention_s = NOWHERE, 0.0
+        listed = env["prefill_count"]
+        place = 0
+        while True:
+            if last != NOWHERE and gpu_side_s(t, s, e, sub, attention_s, tokens) >= goal_s:
+                break
+            r = NOWHERE
+            while place < listed and r == NOWHERE:
+                if req[e, s.lists[e, place]["prefill"]]["sub"] == sub:
+                    r = s.lists[e, place]["prefill"]
+                place += 1
+            if r == NOWHERE:
+                if admitted >= most:
+                    break
+                r = admit_next(t, s, k, e, sub)
+                if r == NOWHERE:
+                    full = full or env["waiting_count"] > 0
+                    break
+                admitted += 1
+            history = np.int64(req[e, r]["prefilled_tokens"])
+            chunk = np.int64(req[e, r]["target_tokens"]) - history
+            req[e, r]["chunk_tokens"] = chunk
+            last, last_attention_s = r, prefill_attention_s(t, table, chunk, history)
+            tokens += chunk
+            attention_s += last_attention_s
+        while place < listed:  # prefills begun earlier that find no time now
+            if req[e, s.lists[e, place]["prefill"]]["sub"] == sub:
+                req[e, s.lists[e, place]["prefill"]]["chunk_tokens"] = 0
+            place += 1
+        if last != NOWHERE and (full or not only_when_full):
+            whole = np.int64(req[e, last]["chunk_tokens"])
+            rest_s, rest = attention_s - last_attention_s, tokens - whole
+            history = np.int64(req[e, last]["prefilled_tokens"])
+            chunk = aligned_chunk(t, s, e, sub, goal_s, rest_s, rest, history, whole)
+            if rest == 0:
+                chunk = max(chunk, min(whole, ALIGN_MIN_CHUNK_TOKENS))
+            req[e, last]["chunk_tokens"] = chunk
+            tokens = rest + chunk
+        pushed_before = float(tokens)
+        planned += tokens
+    return planned
+
+
+@inner
+def can_admit(t, s, k, e):
+    """Is there a waiting request that has room? The common case, memory full, is answered without a call."""
+    if s.env[e]["waiting_count"] == 0 or most_admissions(s, k, e) <= 0:
+        return False
+    r = next_waiting(s, e, k[e]["order"])
+    return find_lane(t, s, k, e, r, lighter_sub(s, e)) != NOWHERE
+
+
+@helper
+def schedule(t, s, k, e):
+    """Knobs -> plan. Returns (decode?, prefill tokens planned)."""
+    env = s.env[e]
+    interleaved = k[e]["sub_batching"] and t.coef[env["table_idx"]]["has_pim"]
+    prefill_first = k[e]["prefill_first"]
+    if not prefill_first:
+        make_room_to_grow(t, s, e, k[e]["victim"])
+    planned = 0
+    if env["prefill_count"] > 0 or can_admit(t, s, k, e):
+        budget = k[e]["prefill_budget_tokens"]
+        if interleaved and budget <= Budget.ALIGN:
+            planned = plan_aligned(t, s, k, e, budget == Budget.ALIGN_WHEN_FULL)
+        else:
+            planned = plan_by_budget(t, s, k, e)
+    decode = decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
+    if prefill_first:
+        if planned > 0:
+            decode = False
+        else:
+            make_room_to_grow(t, s, e, k[e]["victim"])
+            decode = decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
+    if interleaved and decode:
+        balance_subs(t, s, e)
+    return decode, planned

@@ -1,0 +1,348 @@
+"""Offline comparison: the same workloads under several policies, every replica simulated, results as rows.
+
+Common random numbers: a cell's workload depends on trace, load and seed only, never on the policy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from l3env import specs
+from l3env.engine import Engine, Slo
+from l3env.errors import L3EnvError, PolicyError
+from l3env.kernels.run import Stop, Until
+from l3env.metrics import Outcome, collect
+from l3env.policy import Knobs, Policy, View, make_policy
+from l3env.tables import DEFAULT_BLOCK_TOKENS, Tables, compile_tables
+from l3env.trace_registry import load_trace
+from l3env.workload import Workload
+
+TRAINING_FRAC = 0.2  # predictors are fitted on the first fifth of a trace's requests
+STALL_ITERATIONS = 10_000  # plans in a row that let no time pass
+
+
+def run_policy(
+    tables: Tables,
+    workload: Workload,
+    policy: Policy,
+    *,
+    slo: Slo | None = None,
+    training: Workload | None = None,
+    record: bool = True,
+) -> Outcome:
+    """Serves a workload on all replicas of a system under one policy.
+
+    Requests go to the replicas in turn (a session stays where it began); replicas do not interact.
+
+    Raises:
+        PolicyError: the policy leaves requests waiting for ever.
+        PlanError: it returned something illegal.
+    """
+    policy.prepare(tables, training)
+    shares = replica_shares(workload, tables.replicas_count)
+    shares = [rows for rows in shares if rows.size]
+    engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record)
+    for e, rows in enumerate(shares):
+        part = workload.select(rows)
+        engine.reset(e, part, slo=slo, predicted_tokens=predictions(policy, part))
+        drive(engine, e, policy)
+    return collect(engine, range(len(shares)), shares)
+
+
+def replica_shares(workload: Workload, replicas_count: int) -> list[NDArray[np.int64]]:
+    """Row indices of each replica: root requests in turn, dependent ones with their parents."""
+    rows = np.arange(len(workload))
+    roots_mask = workload.parent_idx < 0
+    replica = np.where(roots_mask, (np.cumsum(roots_mask) - 1) % replicas_count, 0)
+    for row in np.flatnonzero(~roots_mask):  # parents come first, so one pass suffices
+        replica[row] = replica[workload.parent_idx[row]]
+    return [rows[replica == r] for r in range(replicas_count)]
+
+
+def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
+    """Predicted output tokens by the policy's own predictor; the truth only for oracles."""
+    if policy.wants_truth:
+        if not policy.name.startswith("oracle-"):
+            raise PolicyError(f"policy {policy.name!r} wants true output lengths; its name must start with 'oracle-'")
+        return workload.output_tokens
+    predict = policy.predictor()
+    if predict is None:
+        return None
+    predicted = np.asarray(predict(workload.prompt_tokens.copy()), dtype=float)
+    if predicted.shape != (len(workload),) or not np.isfinite(predicted).all():
+        raise PolicyError(f"policy {policy.name!r}: its predictor must return one finite number per request")
+    return np.maximum(np.rint(predicted), 1).astype(np.int64)
+
+
+def drive(engine: Engine, e: int, policy: Policy) -> None:
+    """Runs environment ``e`` to its end, asking the policy at its decision points."""
+    stop = engine.await_work(e)
+    frozen = 0
+    while stop != Stop.DONE:
+        view = View(engine, e)
+        before_s = view.now_s
+        decision = policy.decide(view)
+        if isinstance(decision, Knobs):
+            decision.write(engine.knobs, e)
+            interval_s = policy.decision_interval_s
+            if interval_s == 0:
+                stop = engine.run(e, Until.ITERATIONS, 1)
+            elif math.isinf(interval_s):
+                stop = engine.run(e)
+            else:
+                stop = engine.run(e, Until.TIME, before_s + interval_s)
+        else:
+            stop = engine.step_plan(
+                e,
+                decision.operations(),
+                prefill_all=decision.prefill is None,
+                decode=decision.decode,
+                interleaved=decision.interleave,
+            )
+        frozen = frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
+        if stop == Stop.STALLED or frozen > STALL_ITERATIONS:
+            raise PolicyError(
+                f"policy {policy.name!r} is stuck at {before_s:.3f} s: {view.waiting_count} requests wait, "
+                f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
+            )
+
+
+def reference_policy(tables: Tables) -> str:
+    """The policy whose capacity ``utilization`` refers to."""
+    return "l3" if tables.has_pim else "sarathi"
+
+
+def capacity_requests_per_s(tables: Tables, workload: Workload, policy: Policy | None = None) -> float:
+    """What a system serves at saturation: all requests present at once, rate at which the first 90 % finish."""
+    outcome = run_policy(tables, workload.closed_loop(), policy or make_policy(reference_policy(tables)), record=False)
+    finish_s = np.sort(outcome.requests["finish_s"].dropna().to_numpy())
+    if finish_s.size == 0:
+        raise L3EnvError(f"{workload.name}: no request ever fits on {tables.system.name} with {tables.model.name}")
+    count = max(math.ceil(0.9 * finish_s.size), 1)
+    return count / float(finish_s[count - 1])
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Everything that repeats a comparison."""
+
+    policies: tuple[str, ...]
+    system: str
+    model: str
+    trace: str
+    loads: tuple[float, ...] = (1.0,)
+    utilizations: tuple[float, ...] = ()
+    seeds_count: int = 1
+    tp: int | None = None
+    block_tokens: int = DEFAULT_BLOCK_TOKENS
+    slo: Slo = field(default_factory=Slo)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> CompareConfig:
+        """The inverse of ``to_json``. Raises L3EnvError for unknown keys."""
+        known = dict(raw)
+        try:
+            known["slo"] = Slo(**known.get("slo", {}))
+            for name in ("policies", "loads", "utilizations"):
+                known[name] = tuple(known.get(name, ()))
+            return cls(**known)
+        except TypeError as error:
+            raise L3EnvError(f"comparison config: {error}") from None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison."""
+
+    policy: str
+    load: float
+    utilization: float | None
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """File name of the cell's results."""
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in self.policy)
+        return f"{name}.load{self.load:.6g}.seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results of all cells: rows as the contract names them, requests and time lines by cell key."""
+
+    config: CompareConfig
+    results: pd.DataFrame
+    requests: dict[str, pd.DataFrame]
+    timelines: dict[str, pd.DataFrame]
+
+
+def compile_pair(system: str, model: str, tp: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> Tables:
+    """Compiles a system and a model named as on the command line: preset names or TOML files."""
+    return compile_tables(_spec("system", system), _spec("model", model), tp=tp, block_tokens=block_tokens)
+
+
+def _spec(kind: str, name: str) -> Any:
+    return specs.load(f"{kind}:{name}" if name.endswith(".toml") else f"{kind}/{name}")
+
+
+def compare(
+    policies: Sequence[str],
+    system: str,
+    model: str,
+    trace: str,
+    *,
+    load: float | Sequence[float] = 1.0,
+    utilization: float | Sequence[float] | None = None,
+    seeds: int = 1,
+    slo: Slo | None = None,
+    tp: int | None = None,
+    out: str | Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Comparison:
+    """Runs every policy on the same workloads.
+
+    Args:
+        policies: names, or ``file.py:Class``.
+        system, model: preset names or TOML files.
+        trace: a trace spec, see ``load_trace``.
+        load: arrival rates as multiples of the trace's own.
+        utilization: instead, as multiples of what the reference policy serves at saturation on this system.
+        seeds: seed 0 is the trace itself, further ones are resampled from it (generated traces are drawn anew).
+        out: folder for the cells' results; cells found there from the same configuration are not run again.
+        progress: called with (cells done, cells in all, name of the one now starting).
+
+    Raises:
+        L3EnvError: anything wrong with the input, before the first cell runs.
+    """
+    utilizations = () if utilization is None else tuple(np.atleast_1d(utilization).tolist())
+    loads = () if utilizations else tuple(np.atleast_1d(load).tolist())
+    config = CompareConfig(
+        tuple(policies), system, model, trace, loads, utilizations, seeds, tp, DEFAULT_BLOCK_TOKENS, slo or Slo()
+    )
+    return run_comparison(config, out=out, progress=progress)
+
+
+def run_comparison(
+    config: CompareConfig,
+    *,
+    out: str | Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Comparison:
+    """Runs the cells of a configuration; see ``compare``."""
+    if config.seeds_count < 1:
+        raise L3EnvError(f"seeds = {config.seeds_count}; expected at least 1")
+    tables = compile_pair(config.system, config.model, config.tp, config.block_tokens)
+    for ref in config.policies:
+        make_policy(ref)
+    store = None if out is None else CellStore(Path(out), config)
+    base = load_trace(config.trace, seed=0)
+    training = base.head(max(int(TRAINING_FRAC * len(base)), 1))
+    rows, requests, timelines = [], {}, {}
+    cells = list(_cells(config, tables, base))
+    workloads: dict[int, Workload] = {0: base}
+    for done, cell in enumerate(cells):
+        if progress is not None:
+            progress(done, len(cells), f"{cell.policy}, load {cell.load:.3g}, seed {cell.seed}")
+        stored = store.read(cell) if store is not None else None
+        if stored is None:
+            if cell.seed not in workloads:
+                workloads[cell.seed] = load_trace(config.trace, seed=cell.seed)
+            workload = workloads[cell.seed]
+            if cell.load != 1.0:
+                workload = workload.at_load(cell.load)
+            start = time.perf_counter()
+            outcome = run_policy(tables, workload, make_policy(cell.policy), slo=config.slo, training=training)
+            row = _identity(config, cell) | outcome.metrics | {"wall_s": time.perf_counter() - start}
+            stored = (row, outcome.requests, outcome.timeline)
+            if store is not None:
+                store.write(cell, *stored)
+        rows.append(stored[0])
+        requests[cell.key], timelines[cell.key] = stored[1], stored[2]
+    if progress is not None:
+        progress(len(cells), len(cells), "done")
+    return Comparison(config, pd.DataFrame(rows), requests, timelines)
+
+
+def _cells(config: CompareConfig, tables: Tables, base: Workload) -> Iterator[Cell]:
+    pairs: list[tuple[float, float | None]] = [(load, None) for load in config.loads]
+    if config.utilizations:
+        if not math.isfinite(base.rate_per_s):
+            raise L3EnvError(f"{base.name}: all requests arrive at once, so utilization has no meaning; use load")
+        capacity = capacity_requests_per_s(tables, base)
+        pairs = [(u * capacity / base.rate_per_s, u) for u in config.utilizations]
+    for load, utilization in pairs:
+        for seed in range(config.seeds_count):
+            for policy in config.policies:
+                yield Cell(policy, load, utilization, seed)
+
+
+def _identity(config: CompareConfig, cell: Cell) -> dict[str, Any]:
+    return {
+        "policy": cell.policy,
+        "system": config.system,
+        "model": config.model,
+        "trace": config.trace,
+        "load": cell.load,
+        "utilization": cell.utilization,
+        "seed": cell.seed,
+    }
+
+
+class CellStore:
+    """Results on disk, one cell at a time, each complete or absent.
+
+    ``config.json`` says what the folder belongs to; a folder of another configuration is refused.
+    """
+
+    def __init__(self, folder: Path, config: CompareConfig) -> None:
+        self.folder = folder
+        wanted = json.loads(json.dumps(config.to_json()))
+        path = folder / "config.json"
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise L3EnvError(f"{path}: not JSON: {error}; remove the folder or choose another --out") from None
+            if found != wanted:
+                raise L3EnvError(f"{folder} holds results of another configuration; remove it or choose another --out")
+        for name in ("cells", "requests", "timelines"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(wanted, indent=2) + "\n")
+
+    def read(self, cell: Cell) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame] | None:
+        """A finished cell, or None."""
+        path = self.folder / "cells" / f"{cell.key}.json"
+        if not path.exists():
+            return None
+        row = json.loads(path.read_text(encoding="utf-8"))
+        tables = [pd.read_parquet(self.folder / kind / f"{cell.key}.parquet") for kind in ("requests", "timelines")]
+        return row, tables[0], tables[1]
+
+    def write(self, cell: Cell, row: dict[str, Any], requests: pd.DataFrame, timeline: pd.DataFrame) -> None:
+        """The row comes last: a cell with a row is whole."""
+        for kind, frame in (("requests", requests), ("timelines", timeline)):
+            path = self.folder / kind / f"{cell.key}.parquet"
+            part = path.with_suffix(".part")
+            frame.to_parquet(part)
+            part.replace(path)
+        write_text(self.folder / "cells" / f"{cell.key}.json", json.dumps(row) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,210 @@
+"""Compiles a system and a model into the numbers the engine sees. Nothing else of physics reaches a kernel.
+
+Tables of several (system, model) pairs stack along a first axis T; each environment names its row.
+
+Places for KV. Pool 0 and lane 0 are the GPUs' HBM (capacity 0 where KV may not live there); the others are the PIM
+side's, see ``costs/pim.py``. A request lives in one lane; the lane belongs to one pool; pools have capacities in
+blocks of ``block_tokens`` tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l3env.costs import energy, gpu, link, memory, pim
+from l3env.errors import SpecError
+from l3env.specs import ModelSpec, SystemSpec
+
+DENSE_TOKENS = 2048  # FC times are tabulated for every count up to here,
+STRIDE_TOKENS = 64  # then every 64 tokens, linear in between,
+TABLE_TOKENS = 32768  # up to here; beyond, the last slope goes on (compute-bound: exact)
+DEFAULT_BLOCK_TOKENS = 16
+
+COEF_DTYPE = np.dtype(
+    [
+        ("lanes_count", np.int64),
+        ("pools_count", np.int64),
+        ("block_tokens", np.int64),
+        ("has_pim", np.int64),  # is there a PIM side (pools 1..)?
+        ("fc_slope_s", np.float64),  # per token beyond TABLE_TOKENS
+        ("head_slope_s", np.float64),
+        ("prefill_pair_s", np.float64),  # compute, per causal (query, key) pair
+        ("prefill_kv_s", np.float64),  # memory, per KV token read
+        ("prefill_query_s", np.float64),  # memory, per query token
+        ("hbm_token_s", np.float64),  # decode attention on the GPU, per KV token
+        ("hbm_request_s", np.float64),  # and per request
+        ("pim_token_s", np.float64),  # decode attention in one lane, per KV token
+        ("transfer_token_s", np.float64),  # KV of one prefilled token to the PIM side
+        ("transfer_request_s", np.float64),  # Q, K, V and output of one decoding request
+        ("transfer_latency_s", np.float64),  # per sub-batch that decodes on the PIM side: two transfers a layer
+        ("transfer_exposed_frac", np.float64),  # share of transfer time that blocks a given rank
+        ("fc_batch_j", np.float64),
+        ("fc_token_j", np.float64),
+        ("prefill_pair_j", np.float64),
+        ("prefill_kv_j", np.float64),
+        ("hbm_token_j", np.float64),
+        ("pim_token_j", np.float64),
+        ("transfer_token_j", np.float64),
+        ("transfer_request_j", np.float64),
+        ("static_w", np.float64),
+    ]
+)
+
+
+class TableArrays(NamedTuple):
+    """What kernels receive. T tables, L lanes and P pools (padded to the largest)."""
+
+    coef: NDArray[np.void]  # (T,) COEF_DTYPE
+    fc_s: NDArray[np.float64]  # (T, K) see fc_grid_tokens
+    head_s: NDArray[np.float64]  # (T, K)
+    lane_pool: NDArray[np.int64]  # (T, L)
+    pool_blocks: NDArray[np.int64]  # (T, P) capacity
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One compiled (system, model) pair.
+
+    Attributes:
+        system, model: what was compiled.
+        tp: tensor-parallel degree of a replica; ``replicas_count`` replicas fill the system.
+        arrays: rows for the kernels, T = 1.
+    """
+
+    system: SystemSpec
+    model: ModelSpec
+    tp: int
+    replicas_count: int
+    arrays: TableArrays
+
+    @property
+    def has_pim(self) -> bool:
+        return self.system.pim is not None
+
+    @property
+    def has_hbm_kv(self) -> bool:
+        return bool(self.arrays.pool_blocks[0, 0] > 0)
+
+    @property
+    def block_tokens(self) -> int:
+        return int(self.arrays.coef["block_tokens"][0])
+
+    @property
+    def hbm_tokens(self) -> int:
+        """KV tokens that fit in the HBM pool of one replica."""
+        return int(self.arrays.pool_blocks[0, 0]) * self.block_tokens
+
+    @property
+    def pim_tokens(self) -> int:
+        """KV tokens that fit in the PIM pools of one replica."""
+        return int(self.arrays.pool_blocks[0, 1:].sum()) * self.block_tokens
+
+    @property
+    def largest_pool_tokens(self) -> int:
+        return int(self.arrays.pool_blocks[0].max()) * self.block_tokens
+
+
+def fc_grid_tokens() -> NDArray[np.float64]:
+    """Token counts at which FC and head times are tabulated."""
+    dense = np.arange(DENSE_TOKENS + 1)
+    return np.concatenate([dense, np.arange(DENSE_TOKENS + STRIDE_TOKENS, TABLE_TOKENS + 1, STRIDE_TOKENS)]).astype(
+        float
+    )
+
+
+def compile_tables(
+    system: SystemSpec, model: ModelSpec, *, tp: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS
+) -> Tables:
+    """Compiles one replica of ``model`` on ``system``.
+
+    Args:
+        tp: tensor-parallel degree, by default the model's; must divide the system's GPUs.
+        block_tokens: tokens per KV block.
+
+    Raises:
+        SpecError: the degree does not divide the GPUs, the model does not fit, or no place is left for KV.
+    """
+    degree = min(model.tensor_parallel_count, system.gpus_count) if tp is None else tp
+    if degree < 1 or system.gpus_count % degree:
+        raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide {system.gpus_count} GPUs")
+    if block_tokens < 1:
+        raise SpecError(f"block_tokens = {block_tokens}: expected at least 1")
+    replicas = system.gpus_count // degree
+    free_hbm = memory.free_hbm_bytes(system, model, degree)
+    block_bytes = block_tokens * model.kv_bytes_per_token
+
+    lane_pool, pool_bytes = [0], [free_hbm if system.hbm_kv else 0.0]
+    coef = np.zeros(1, COEF_DTYPE)
+    if system.pim is not None:
+        plan = pim.layout(system.pim, model, replicas)
+        pim_bytes = [free_hbm] if system.pim.holds_weights else list(plan.pool_bytes)
+        lane_pool += [1 + pool for pool in plan.lane_pool]
+        pool_bytes += pim_bytes
+        _fill_pim(coef, system, model, degree, plan)
+    _fill_gpu(coef, system, model, degree)
+    coef["lanes_count"], coef["pools_count"] = len(lane_pool), len(pool_bytes)
+    coef["block_tokens"] = block_tokens
+    pool_blocks = np.array([int(size // block_bytes) for size in pool_bytes], dtype=np.int64)
+    if pool_blocks.max() == 0:
+        raise SpecError(f"{model.name} on {system.name}: weights and activations leave no room for KV")
+
+    grid = fc_grid_tokens()
+    fc = gpu.fc_s(model, system.gpu, system.gpu_link, degree, grid)
+    head = gpu.head_s(model, system.gpu, degree, grid)
+    coef["fc_slope_s"] = (fc[-1] - fc[-2]) / STRIDE_TOKENS
+    coef["head_slope_s"] = (head[-1] - head[-2]) / STRIDE_TOKENS
+    arrays = TableArrays(coef, fc[None, :], head[None, :], np.array([lane_pool], dtype=np.int64), pool_blocks[None, :])
+    return Tables(system, model, degree, replicas, arrays)
+
+
+def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int) -> None:
+    device = system.gpu
+    coef["prefill_pair_s"] = gpu.prefill_pair_s(model, device, tp)
+    coef["prefill_kv_s"] = gpu.kv_read_s(model, device, tp)
+    coef["prefill_query_s"] = gpu.query_move_s(model, device, tp)
+    coef["hbm_token_s"] = gpu.decode_token_s(model, device, tp)
+    coef["hbm_request_s"] = gpu.query_move_s(model, device, tp)
+    batch_j, token_j = energy.fc_j(model, device, tp)
+    coef["fc_batch_j"] = batch_j
+    coef["fc_token_j"] = token_j + energy.all_reduce_token_j(system, model, tp)
+    coef["prefill_pair_j"] = energy.attention_pair_j(model, device.mac_j)
+    coef["prefill_kv_j"] = model.kv_bytes_per_token * energy.gpu_byte_j(device)
+    coef["hbm_token_j"] = energy.hbm_token_j(model, device)
+    coef["static_w"] = energy.static_power_w(system, tp)
+
+
+def _fill_pim(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int, plan: pim.Layout) -> None:
+    assert system.pim is not None
+    coef["has_pim"] = 1
+    coef["pim_token_s"] = pim.lane_token_s(system.pim, model, plan.lane_bytes_per_s)
+    coef["pim_token_j"] = energy.pim_token_j(system, model)
+    coef["transfer_exposed_frac"] = link.exposed_transfer_frac(system)
+    if system.pim_link is None:
+        return
+    rate = link.transfer_bytes_per_s(system, tp)
+    coef["transfer_token_s"] = model.kv_bytes_per_token / rate
+    coef["transfer_request_s"] = link.decode_request_bytes(model) / rate
+    coef["transfer_latency_s"] = 2 * model.layers_count * system.pim_link.latency_s
+    coef["transfer_token_j"] = model.kv_bytes_per_token * energy.transfer_byte_j(system)
+    coef["transfer_request_j"] = energy.decode_transfer_j(system, model)
+
+
+def stack(tables: list[Tables]) -> TableArrays:
+    """Joins several compiled pairs along T, lanes and pools padded (padding has capacity 0 and is never used)."""
+    lanes = max(t.arrays.lane_pool.shape[1] for t in tables)
+    pools = max(t.arrays.pool_blocks.shape[1] for t in tables)
+
+    def padded(rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+
+    return TableArrays(
+        np.concatenate([t.arrays.coef for t in tables]),
+        np.concatenate([t.arrays.fc_s for t in tables]),
+        np.concatenate([t.arrays.head_s for t in tables]),
+        np.concatenate([padded(t.arrays.lane_pool, lanes) for t in tables]),
+        np.concatenate([padded(t.arrays.pool_blocks, pools) for t in tables]),
+    )

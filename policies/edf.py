@@ -1,0 +1,21 @@
+"""Earliest TTFT deadline first; requests that can no longer meet theirs give way to all others."""
+
+from __future__ import annotations
+
+from l3env.policy import FixedKnobs, Knobs
+from l3env.state import Order
+from policies.sarathi import TOKEN_BUDGET
+
+
+class Edf(FixedKnobs):
+    """Sarathi-Serve's batching, earliest deadline first, the hopeless last."""
+
+    def __init__(self, token_budget: int = TOKEN_BUDGET) -> None:
+        super().__init__(
+            "edf",
+            Knobs(
+                prefill_budget_tokens=token_budget,
+                budget_counts_decodes=True,
+                order=Order.EARLIEST_DEADLINE_HOPELESS_LAST,
+            ),
+        )

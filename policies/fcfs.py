@@ -1,0 +1,19 @@
+"""First come, first served, prefill first: vLLM's scheduler before chunked prefill (SOSP 2023).
+
+Waiting prompts are prefilled whole, in order of arrival, up to a token budget an iteration, and stall all decoding
+while they do. Blocks for the prompt are taken at admission, 1 % of memory is kept free; when memory runs over, the
+newest request is preempted and recomputed. On systems with PIM the KV lives there and sub-batches interleave.
+"""
+
+from __future__ import annotations
+
+from l3env.policy import FixedKnobs, Knobs
+
+MAX_BATCHED_TOKENS = 8192
+
+
+class Fcfs(FixedKnobs):
+    """vLLM-like: prefill first."""
+
+    def __init__(self, max_batched_tokens: int = MAX_BATCHED_TOKENS) -> None:
+        super().__init__("fcfs", Knobs(prefill_budget_tokens=max_batched_tokens, prefill_first=True))

@@ -1,0 +1,16 @@
+"""Fill the memory first: the baseline of the L3 paper's scheduler study (arXiv 2504.17584).
+
+Whatever fits is admitted at once and prefilled whole in the same iteration, with no regard to what the iteration then
+lasts.
+"""
+
+from __future__ import annotations
+
+from l3env.policy import FixedKnobs, Knobs
+
+
+class FillCapacity(FixedKnobs):
+    """Admits greedily until memory is full."""
+
+    def __init__(self) -> None:
+        super().__init__("fill-capacity", Knobs(headroom_frac=0.0))

@@ -1,0 +1,18 @@
+"""Shortest remaining work first, by true output length: what ``srtf-predicted`` could do if it knew.
+
+Not a real scheduler: an upper reference. The name says so, and only such names are given the truth.
+"""
+
+from __future__ import annotations
+
+from l3env.policy import FixedKnobs
+from policies.srtf_predicted import SHORTEST_REMAINING
+
+
+class OracleSrtf(FixedKnobs):
+    """``srtf-predicted`` with a perfect predictor."""
+
+    wants_truth = True
+
+    def __init__(self) -> None:
+        super().__init__("oracle-srtf", SHORTEST_REMAINING)

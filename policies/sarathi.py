@@ -1,0 +1,18 @@
+"""Chunked prefill, decode first: Sarathi-Serve (OSDI 2024), and vLLM since.
+
+Every iteration holds all decoding requests; what they leave of the token budget goes to prefill chunks, in order of
+arrival.
+"""
+
+from __future__ import annotations
+
+from l3env.policy import FixedKnobs, Knobs
+
+TOKEN_BUDGET = 512
+
+
+class Sarathi(FixedKnobs):
+    """Stall-free batching under a token budget an iteration."""
+
+    def __init__(self, token_budget: int = TOKEN_BUDGET) -> None:
+        super().__init__("sarathi", Knobs(prefill_budget_tokens=token_budget, budget_counts_decodes=True))

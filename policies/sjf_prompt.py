@@ -1,0 +1,21 @@
+"""Shortest prompt first; requests that can no longer meet their TTFT deadline give way to all others."""
+
+from __future__ import annotations
+
+from l3env.policy import FixedKnobs, Knobs
+from l3env.state import Order
+from policies.sarathi import TOKEN_BUDGET
+
+
+class SjfPrompt(FixedKnobs):
+    """Sarathi-Serve's batching, shortest prompt first, the hopeless last."""
+
+    def __init__(self, token_budget: int = TOKEN_BUDGET) -> None:
+        super().__init__(
+            "sjf-prompt",
+            Knobs(
+                prefill_budget_tokens=token_budget,
+                budget_counts_decodes=True,
+                order=Order.SHORTEST_PROMPT_HOPELESS_LAST,
+            ),
+        )

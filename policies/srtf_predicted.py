@@ -1,0 +1,60 @@
+"""Shortest remaining work first, by predicted output length.
+
+The predictor is fitted on a training window of earlier requests: the mean output of requests with similar prompts
+(bins of equal counts, as many as leave 50 requests in each). Admission reserves room for the predicted growth of all
+residents. Waiting requests are ordered; running ones are not interrupted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l3env.errors import PolicyError
+from l3env.policy import FixedKnobs, Knobs, LengthPredictor
+from l3env.state import Order, Victim
+from l3env.tables import Tables
+from l3env.workload import Workload
+from policies.sarathi import TOKEN_BUDGET
+
+MIN_REQUESTS_PER_BIN = 50
+MOST_BINS = 20
+
+SHORTEST_REMAINING = Knobs(
+    prefill_budget_tokens=TOKEN_BUDGET,
+    budget_counts_decodes=True,
+    order=Order.SHORTEST_PREDICTED_HOPELESS_LAST,
+    reserve_predicted=True,
+    victim=Victim.MOST_PREDICTED_LEFT,
+)
+
+
+def fit_bins(prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64]) -> LengthPredictor:
+    """Mean output per bin of prompt length; bins hold equally many requests."""
+    bins = int(np.clip(prompt_tokens.size // MIN_REQUESTS_PER_BIN, 1, MOST_BINS))
+    edges = np.unique(np.quantile(prompt_tokens, np.linspace(0, 1, bins + 1)[1:-1]))
+    place = np.searchsorted(edges, prompt_tokens, side="right")
+    counts = np.bincount(place, minlength=edges.size + 1)
+    sums = np.bincount(place, weights=output_tokens, minlength=edges.size + 1)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), output_tokens.mean())
+
+    def predict(prompts: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray(means[np.searchsorted(edges, prompts, side="right")])
+
+    return predict
+
+
+class SrtfPredicted(FixedKnobs):
+    """Shortest predicted remaining work first."""
+
+    def __init__(self) -> None:
+        super().__init__("srtf-predicted", SHORTEST_REMAINING)
+        self._predict: LengthPredictor | None = None
+
+    def prepare(self, system: Tables, training: Workload | None) -> None:
+        if training is None:
+            raise PolicyError("srtf-predicted needs a training window of earlier requests to fit its predictor on")
+        self._predict = fit_bins(training.prompt_tokens, training.output_tokens)
+
+    def predictor(self) -> LengthPredictor | None:
+        return self._predict
