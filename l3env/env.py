@@ -20,7 +20,7 @@ from l3env.metrics import collect
 from l3env.observe import FEATURES, LEVELS, action_space, knobs_of, mask_heads, observation_space, observe
 from l3env.policy import make_policy
 from l3env.reward import Reward, get_reward
-from l3env.runner import TRAINING_FRAC, capacity_requests_per_s, compile_pair, predictions
+from l3env.runner import TRAINING_FRAC, compile_pair, load_at_capacity, predictions
 from l3env.state import MARK_DTYPE
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -80,7 +80,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self.workload = load_trace(trace, seed=seed)
         self.load = load
         if utilization is not None:
-            self.load = utilization * capacity_requests_per_s(self.tables, self.workload) / self.workload.rate_per_s
+            self.load = utilization * load_at_capacity(self.tables, self.workload)
         self.until = DECISIONS[decision]
         self.interval_s = interval_s
         self.reward = get_reward(reward)

@@ -227,7 +227,7 @@ class View:
         return self.running[self.running["status"] == Status.PAUSED]
 
     def _rows(self, idx: NDArray[np.int64]) -> NDArray[np.void]:
-        rows = np.empty(idx.size, ROW_DTYPE)
+        rows = np.zeros(idx.size, ROW_DTYPE)
         look.gather(self._engine.tables, self._engine.state, self._e, idx, rows)
         return rows
 

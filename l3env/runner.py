@@ -132,6 +132,17 @@ def capacity_requests_per_s(tables: Tables, workload: Workload, policy: Policy |
     return count / float(finish_s[count - 1])
 
 
+def load_at_capacity(tables: Tables, workload: Workload) -> float:
+    """The load at which a trace's arrival rate equals the capacity: utilization 1.
+
+    Raises:
+        L3EnvError: all requests arrive at once.
+    """
+    if not math.isfinite(workload.rate_per_s):
+        raise L3EnvError(f"{workload.name}: all requests arrive at once, so utilization has no meaning; use load")
+    return capacity_requests_per_s(tables, workload) / workload.rate_per_s
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """Everything that repeats a comparison."""
@@ -279,10 +290,8 @@ def run_comparison(
 def _cells(config: CompareConfig, tables: Tables, base: Workload) -> Iterator[Cell]:
     pairs: list[tuple[float, float | None]] = [(load, None) for load in config.loads]
     if config.utilizations:
-        if not math.isfinite(base.rate_per_s):
-            raise L3EnvError(f"{base.name}: all requests arrive at once, so utilization has no meaning; use load")
-        capacity = capacity_requests_per_s(tables, base)
-        pairs = [(u * capacity / base.rate_per_s, u) for u in config.utilizations]
+        full = load_at_capacity(tables, base)
+        pairs = [(utilization * full, utilization) for utilization in config.utilizations]
     for load, utilization in pairs:
         for seed in range(config.seeds_count):
             for policy in config.policies:

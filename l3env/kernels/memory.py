@@ -268,3 +268,10 @@ def make_room_to_grow(t, s, e, rule):
         if need > 0:
             s.pool[e, pool]["used"] += need
             s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
+
+
+@helper
+def give_growth_back(t, s, e):
+    """Returns the blocks that ``make_room_to_grow`` took, where the decode step does not follow after all."""
+    for pool in range(t.coef[s.env[e]["table_idx"]]["pools_count"]):
+        s.pool[e, pool]["used"] -= growth_blocks(t, s, e, pool)

@@ -8,7 +8,7 @@ import numpy as np
 
 from l3env.jit import helper, kernel
 from l3env.kernels.execute import execute
-from l3env.kernels.memory import admit, blocks_of, make_room_to_grow, move, pause, preempt, resume
+from l3env.kernels.memory import admit, blocks_of, give_growth_back, make_room_to_grow, move, pause, preempt, resume
 from l3env.kernels.run import Stop, ready, skip_idle
 from l3env.kernels.schedule import decoding_count, lighter_sub
 from l3env.state import NOWHERE, SUB_BATCHES, Status, Victim
@@ -120,7 +120,8 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved):
     Decoding requests go on unless ``decode_wanted`` is false. Growth takes its blocks before admissions; where it does
     not fit, the newest are preempted. ``prefill_all`` gives every prefilling request its whole rest.
 
-    Returns a Fault; ``env["bad_request_idx"]`` names the request. ``env["stop"]`` is set as by ``run``.
+    Returns a Fault; ``env["bad_request_idx"]`` names the request; operations before the faulty one stand, no time
+    passes. ``env["stop"]`` is set as by ``run``.
     """
     env, req = s.env[e], s.req
     for i in range(env["prefill_count"]):
@@ -133,6 +134,8 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved):
         fault = apply_op(t, s, e, ops[i, 0], ops[i, 1], ops[i, 2], ops[i, 3])
         if fault != Fault.NONE:
             env["bad_request_idx"] = ops[i, 1]
+            if grown and decode_wanted:
+                give_growth_back(t, s, e)
             return fault
     if not grown:
         make_room_to_grow(t, s, e, Victim.NEWEST_ADMITTED)

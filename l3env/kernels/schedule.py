@@ -194,12 +194,14 @@ def plan_aligned(t, s, k, e, only_when_full):
     """L3's adaptive chunk partitioning (arXiv 2504.17584, section 6): hide prefill behind the PIM side.
 
     Each sub-batch takes whole prefills, at least one, while T_GPU < T_PIM; then its last one is chunked so that T_GPU
-    comes as close as possible to T_PIM: always, or only once the next request does not fit in memory.
+    comes as close as possible to T_PIM: always, or only once the next request does not fit in memory. While nothing
+    decodes there is nothing to align with, and prompts stay whole.
     """
     env, req = s.env[e], s.req
     table = env["table_idx"]
     planned, admitted, most = 0, 0, most_admissions(s, k, e)
     full = False
+    decoding = decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
     pushed_before = 0.0
     for sub in range(2):
         decodes = float(decoding_count(s, e, sub)) - s.lane[e, sub, 0]["count"]
@@ -234,7 +236,7 @@ def plan_aligned(t, s, k, e, only_when_full):
             if req[e, s.lists[e, place]["prefill"]]["sub"] == sub:
                 req[e, s.lists[e, place]["prefill"]]["chunk_tokens"] = 0
             place += 1
-        if last != NOWHERE and (full or not only_when_full):
+        if last != NOWHERE and decoding and (full or not only_when_full):
             whole = np.int64(req[e, last]["chunk_tokens"])
             rest_s, rest = attention_s - last_attention_s, tokens - whole
             history = np.int64(req[e, last]["prefilled_tokens"])
@@ -258,6 +260,15 @@ def can_admit(t, s, k, e):
 
 
 @helper
+def plan_prefill(t, s, k, e, interleaved):
+    """Admissions and prompt tokens, as the budget says; returns the tokens planned."""
+    budget = k[e]["prefill_budget_tokens"]
+    if interleaved and budget <= Budget.ALIGN:
+        return plan_aligned(t, s, k, e, budget == Budget.ALIGN_WHEN_FULL)
+    return plan_by_budget(t, s, k, e)
+
+
+@helper
 def schedule(t, s, k, e):
     """Knobs -> plan. Returns (decode?, prefill tokens planned)."""
     env = s.env[e]
@@ -267,11 +278,7 @@ def schedule(t, s, k, e):
         make_room_to_grow(t, s, e, k[e]["victim"])
     planned = 0
     if env["prefill_count"] > 0 or can_admit(t, s, k, e):
-        budget = k[e]["prefill_budget_tokens"]
-        if interleaved and budget <= Budget.ALIGN:
-            planned = plan_aligned(t, s, k, e, budget == Budget.ALIGN_WHEN_FULL)
-        else:
-            planned = plan_by_budget(t, s, k, e)
+        planned = plan_prefill(t, s, k, e, interleaved)
     decode = decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
     if prefill_first:
         if planned > 0:
@@ -279,6 +286,8 @@ def schedule(t, s, k, e):
         else:
             make_room_to_grow(t, s, e, k[e]["victim"])
             decode = decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
+            if not decode:  # all decoding ones were preempted: there may be room for what waits
+                planned = plan_prefill(t, s, k, e, interleaved)
     if interleaved and decode:
         balance_subs(t, s, e)
     return decode, planned

@@ -100,7 +100,7 @@ def request_units(group: pd.DataFrame, policies: list[str], requests: dict[str, 
             (int(frame["row"].max()) + 1 for frame in frames.values() if frame is not None and len(frame)), default=0
         )
         size = block_size(count)
-        blocks = -(-count // size)
+        blocks = max(-(-count // size), 1)
         sums, counts = np.zeros((blocks, *shape)), np.zeros((blocks, *shape))
         for policy, makespan_s in zip(cells["policy"], cells["makespan_s"], strict=True):
             frame = frames[policy]

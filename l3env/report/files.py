@@ -15,6 +15,7 @@ from l3env.report import plots
 from l3env.report.bootstrap import intervals
 from l3env.report.names import contract_order, loads_of
 from l3env.report.style import save
+from l3env.report.timeline import timeline
 from l3env.runner import Comparison, write_text
 
 
@@ -56,7 +57,7 @@ def write_results(comparison: Comparison, out: Path) -> list[Path]:
     pictures: dict[str, Callable[[], Figure]] = {
         "goodput.png": lambda: plots.goodput(comparison, rows),
         "latency_cdf.png": lambda: plots.latency_cdf(comparison),
-        "timeline.png": lambda: plots.timeline(comparison),
+        "timeline.png": lambda: timeline(comparison),
         "utilisation.png": lambda: plots.utilisation(comparison),
     }
     if len(loads_of(comparison.results)) > 1:

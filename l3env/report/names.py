@@ -105,3 +105,16 @@ def mean_of(results: pd.DataFrame, policy: str, load: float, figure: str) -> flo
     values = results.loc[mask, figure].to_numpy(dtype=float)
     values = values[np.isfinite(values)]
     return float(values.mean()) if values.size else math.nan
+
+
+def decimals(value: float) -> int:
+    """Digits behind the point that show three significant ones."""
+    size = abs(value)
+    if not math.isfinite(size) or size == 0:
+        return 0
+    return int(np.clip(2 - math.floor(math.log10(size)), 0, 6))
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands marked; ``-`` for NaN."""
+    return f"{value:,.{decimals(value)}f}" if math.isfinite(value) else "-"

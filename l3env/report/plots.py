@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
@@ -16,23 +15,21 @@ from numpy.typing import NDArray
 from l3env.report.bootstrap import GOODPUT
 from l3env.report.names import (
     cell_frames,
-    cell_key,
     has_pim,
     heading,
     load_label,
     loads_of,
     mean_of,
+    number,
     utilization_of,
 )
 from l3env.report.style import legend_below, looks, say, time_text
-from l3env.report.timeline import Binned, binned
 from l3env.runner import Comparison
 
 PANELS_MAX = 3  # loads side by side
 LINE_POINTS = 2000
 LATENCY_TITLES = {"ttft_s": "time to first token", "tpot_s": "time per output token", "e2e_s": "end-to-end latency"}
 BUSY, BUBBLE, IDLE = "#4477AA", "#EE9944", "#E8E8E8"
-OTHERS = "#DDDDDD"
 
 
 def shown_loads(results: pd.DataFrame) -> list[float]:
@@ -50,7 +47,7 @@ def latency_cdf(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(12, 1.3 + 3.1 * len(loads) + 0.25 * math.ceil(len(look) / 6)))
     figure.suptitle(heading(comparison, loads[0] if len(loads) == 1 else None))
     panels = figure.subplots(len(loads), len(LATENCY_TITLES), squeeze=False, sharey=True, sharex="col")
-    for row, load in zip(panels, loads, strict=True):
+    for i, (row, load) in enumerate(zip(panels, loads, strict=True)):
         for axes, (column, title) in zip(row, LATENCY_TITLES.items(), strict=True):
             drawn = False
             for policy, style in look.items():
@@ -60,9 +57,12 @@ def latency_cdf(comparison: Comparison) -> Figure:
                     drawn = True
             if drawn:
                 _log_time_axis(axes)
-                axes.set_xlabel(title)
             else:
-                say(axes, f"{title}:\nno finished request")
+                say(axes, "no finished request")
+            if i == len(loads) - 1:
+                axes.set_xlabel(title)
+            elif i == 0:
+                axes.set_title(title)
         row[0].set_ylabel(("" if len(loads) == 1 else load_label(results, load) + "\n") + "share of requests")
         row[0].set_ylim(0, 1.02)
         row[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -95,76 +95,18 @@ def _log_time_axis(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def timeline(comparison: Comparison) -> Figure:
-    """KV occupancy, batch and queue over time, a row per policy: seed 0, the highest load."""
-    results = comparison.results
-    load, seed = max(loads_of(results)), int(results["seed"].min())
-    look, pim = looks(results["policy"]), has_pim(results)
-    frames = {policy: comparison.timelines.get(cell_key(policy, load, seed)) for policy in look}
-    known = {policy: frame for policy, frame in frames.items() if frame is not None and len(frame)}
-    horizon_s = max((float(frame["end_s"].max()) for frame in known.values()), default=0.0)
-    lines = {policy: binned(frame, horizon_s) for policy, frame in known.items()}
-    figure = Figure(figsize=(12, 1.5 + 1.05 * len(look)))
-    figure.suptitle(f"{heading(comparison, load)} · seed {seed}")
-    panels = figure.subplots(len(look), 3, squeeze=False, sharex=True, sharey="col")
-    for title, axes in zip(
-        ("KV in use, mean of replicas", "batch (requests), mean of replicas", "waiting requests, all replicas"),
-        panels[0],
-        strict=True,
-    ):
-        axes.set_title(title)
-    for (policy, style), row in zip(look.items(), panels, strict=True):
-        row[0].set_ylabel(style.label, rotation=0, ha="right", va="center", color=style.colour, fontweight="bold")
-        if policy in lines:
-            _timeline_row(row, lines, policy, style.colour, pim)
-        else:
-            for axes in row:
-                axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", va="center", color="#777777")
-    panels[0, 0].set_ylim(0, 1.05)
-    panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    for axes in panels[0, 1:]:
-        axes.set_ylim(bottom=0)
-    for axes in panels[-1]:
-        axes.set_xlabel("time (s)")
-    panels[0, 0].set_xlim(0, horizon_s or 1.0)
-    _timeline_legend(figure, pim, len(look) > 1)
-    return figure
-
-
-def _timeline_row(row: NDArray[np.object_], lines: dict[str, Binned], policy: str, colour: str, pim: bool) -> None:
-    own = lines[policy]
-    row[0].plot(own.middle_s, own.kv_hbm_frac, color=colour, linewidth=1.2)
-    if pim:
-        row[0].fill_between(own.middle_s, own.kv_pim_frac, color=colour, alpha=0.3, linewidth=0)
-    for axes, name in zip(row[1:], ("batch_count", "waiting_count"), strict=True):
-        for other in lines:
-            if other != policy:
-                axes.plot(lines[other].middle_s, getattr(lines[other], name), color=OTHERS, linewidth=0.6)
-        axes.plot(own.middle_s, getattr(own, name), color=colour, linewidth=1.2)
-
-
-def _timeline_legend(figure: Figure, pim: bool, several: bool) -> None:
-    handles: list[Line2D | Patch] = [
-        Line2D([], [], color="#444444", linewidth=1.2, label="HBM" if pim else "this policy")
-    ]
-    if pim:
-        handles.append(Patch(color="#444444", alpha=0.3, linewidth=0, label="PIM"))
-    if several:
-        handles.append(Line2D([], [], color=OTHERS, label="the other policies"))
-    legend_below(figure, handles)
-
-
 def utilisation(comparison: Comparison) -> Figure:
     """Share of the makespan that each device is busy, waits for the other within an iteration, or has no work."""
     results, loads = comparison.results, shown_loads(comparison.results)
     look, devices = looks(results["policy"]), ("gpu", "pim") if has_pim(results) else ("gpu",)
-    figure = Figure(figsize=(2.5 + 4.2 * max(len(loads), 1.6), 1.5 + 0.24 * (len(devices) + 1) * len(look)))
+    figure = Figure(figsize=(2.5 + 4.2 * max(len(loads), 1.6), 1.4 + 0.2 * (len(devices) + 1) * (len(look) + 1)))
     figure.suptitle(heading(comparison, loads[0] if len(loads) == 1 else None))
     panels = figure.subplots(1, len(loads), squeeze=False, sharey=True)[0]
     places, names = [], []
+    step = 2.8 if len(devices) > 1 else 1.3
     for i, style in enumerate(look.values()):
         for j, device in enumerate(devices):
-            places.append(i * (len(devices) + 1) + j)
+            places.append(i * step + j)
             names.append(f"{style.label}  {device.upper()}" if j == 0 else device.upper())
     for axes, load in zip(panels, loads, strict=True):
         shares = np.array([_shares(results, policy, load, device) for policy in look for device in devices])
@@ -178,8 +120,9 @@ def utilisation(comparison: Comparison) -> Figure:
         axes.set(xlim=(0, 1), xlabel="share of makespan", title="" if len(loads) == 1 else load_label(results, load))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.grid(visible=False, axis="y")
+        axes.margins(y=0.02)
+        axes.tick_params(axis="y", length=0)
     panels[0].set_yticks(places, names)
-    panels[0].tick_params(axis="y", length=0)
     panels[0].invert_yaxis()
     labels = {"busy": BUSY, "bubble (waits for the other device)": BUBBLE, "idle (no work)": IDLE}
     legend_below(figure, [Patch(color=colour, label=label) for label, colour in labels.items()])
@@ -215,19 +158,27 @@ def goodput(comparison: Comparison, rows: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(2.5 + 4.2 * max(len(loads), 1.4), 1.3 + 0.36 * len(look)))
     figure.suptitle(heading(comparison, loads[0] if len(loads) == 1 else None))
     panels = figure.subplots(1, len(loads), squeeze=False, sharey=True)[0]
+    reaches = []
     for axes, load in zip(panels, loads, strict=True):
         values = np.array([mean_of(results, policy, load, GOODPUT) for policy in look])
         errors = np.array([_error(rows, policy, load, value) for policy, value in zip(look, values, strict=True)]).T
         places = np.arange(len(look))
         axes.barh(places, np.nan_to_num(values), height=0.7, color=[style.colour for style in look.values()])
-        axes.errorbar(values, places, xerr=errors, fmt="none", ecolor="#444444", capsize=3, elinewidth=1.2)
-        reach = float(np.nanmax(values + errors[1], initial=0.0)) or 1.0
+        for colour, width in (("white", 2.8), ("#333333", 1.2)):  # rimmed, so that it shows on every bar
+            axes.errorbar(
+                values, places, xerr=errors, fmt="none", ecolor=colour, capsize=3, elinewidth=width, capthick=width
+            )
+        reaches.append(float(np.nanmax(values + errors[1], initial=0.0)))
         for place, value, error in zip(places, values, errors[1], strict=True):
-            text = "no result" if math.isnan(value) else f"{value:.3g}"
-            axes.text(np.nan_to_num(value + error) + 0.015 * reach, place, text, va="center", fontsize=8)
-        axes.set(xlim=(0, 1.15 * reach), xlabel="goodput (requests/s)")
+            text = "no result" if math.isnan(value) else number(value)
+            end = (np.nan_to_num(value + error), place)
+            axes.annotate(text, end, xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_xlabel("goodput (requests/s)")
         axes.set_title("" if len(loads) == 1 else load_label(results, load))
         axes.grid(visible=False, axis="y")
+        axes.tick_params(axis="y", length=0)
+    for axes in panels:
+        axes.set_xlim(0, 1.15 * max(reaches) or 1.0)
     panels[0].set_yticks(range(len(look)), [style.label for style in look.values()])
     panels[0].invert_yaxis()
     return figure
@@ -251,15 +202,15 @@ def load_curve(comparison: Comparison, rows: pd.DataFrame) -> Figure:
     by_load = any(math.isnan(u) for u in utilizations)
     x = loads if by_load else utilizations
     titles = ("output (tokens/s)", "goodput (requests/s)", "TTFT p99")
+    span = max(x) - min(x)
     for axes, figure_name, title in zip(panels, ("output_tokens_per_s", GOODPUT, "ttft_p99_s"), titles, strict=True):
-        for policy, style in look.items():
+        for i, (policy, style) in enumerate(look.items()):
             values = np.array([mean_of(results, policy, load, figure_name) for load in loads])
             axes.plot(x, values, color=style.colour, linestyle=style.line, marker="o", markersize=3.5)
             if figure_name == GOODPUT:
                 errors = np.array([_error(rows, policy, load, v) for load, v in zip(loads, values, strict=True)]).T
-                axes.fill_between(
-                    x, values - errors[0], values + errors[1], color=style.colour, alpha=0.12, linewidth=0
-                )
+                beside = np.array(x) + 0.008 * span * (i - (len(look) - 1) / 2)  # so that they do not hide each other
+                axes.errorbar(beside, values, yerr=errors, fmt="none", ecolor=style.colour, elinewidth=1, capsize=2)
         axes.set(ylabel=title, xlabel="load (x the trace's rate)" if by_load else "utilization (x capacity)")
     for axes in panels[:2]:
         axes.set_ylim(bottom=0)
@@ -274,4 +225,4 @@ def _log_latency(axes: Axes, results: pd.DataFrame) -> None:
         axes.yaxis.set_major_formatter(time_text)
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        say(axes, "TTFT:\nno request was served")
+        say(axes, "no request was served")

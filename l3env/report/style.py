@@ -79,8 +79,7 @@ def legend_below(figure: Figure, handles: list[Any], *, columns: int = 6) -> Non
 def say(axes: Axes, text: str) -> None:
     """Says in an empty panel why it is empty."""
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="#777777")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.tick_params(which="both", bottom=False, left=False, labelbottom=False, labelleft=False)
 
 
 def time_text(seconds: float, _: object = None) -> str:

@@ -14,7 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from l3env.report.bootstrap import GOODPUT, intervals
-from l3env.report.names import has_pim, heading, load_label, loads_of, mean_of, policy_labels, unique
+from l3env.report.names import (
+    decimals,
+    has_pim,
+    heading,
+    load_label,
+    loads_of,
+    mean_of,
+    number,
+    policy_labels,
+    unique,
+)
 from l3env.runner import Comparison
 from l3env.units import MS
 
@@ -26,9 +36,9 @@ class Column:
     """A column of the table.
 
     Attributes:
-        title: two lines; ``{unit}`` becomes s or ms.
+        title: two lines; ``{unit}`` becomes the unit that the values decide on.
         figure: column of the results.
-        scale: what one shown unit is; 0 lets the values decide between s and ms.
+        scale: what one shown unit is; 0 lets the values decide.
         better: 1 where more is better, -1 where less is, 0 where neither.
         rank: columns of the highest rank are left out first where the terminal is narrow.
         pim: only for systems with PIM.
@@ -43,8 +53,10 @@ class Column:
 
 
 PERCENT = 0.01
+HOUR_S = 3600.0
+SLOW_REQUESTS_PER_S = 0.05  # below, goodput is shown per hour
 COLUMNS = (
-    Column("goodput\nreq/s", GOODPUT, better=1),
+    Column("goodput\nreq/{unit}", GOODPUT, 0, better=1),
     Column("SLO\nmet %", "slo_attainment_frac", PERCENT, better=1),
     Column("output\ntok/s", "output_tokens_per_s", better=1, rank=1),
     Column("TTFT\np50 {unit}", "ttft_p50_s", 0, better=-1, rank=4),
@@ -52,13 +64,13 @@ COLUMNS = (
     Column("TBT\np50 ms", "tbt_p50_s", MS, better=-1, rank=6),
     Column("TBT\np99 ms", "tbt_p99_s", MS, better=-1, rank=3),
     Column("e2e\np50 {unit}", "e2e_p50_s", 0, better=-1, rank=8),
-    Column("GPU\nbusy %", "gpu_busy_frac", PERCENT, rank=5),
-    Column("PIM\nbusy %", "pim_busy_frac", PERCENT, rank=5, pim=True),
+    Column("GPU %\nbusy", "gpu_busy_frac", PERCENT, rank=5),
+    Column("PIM %\nbusy", "pim_busy_frac", PERCENT, rank=5, pim=True),
     Column("mean\nbatch", "batch_mean_count", rank=11),
-    Column("HBM KV\npeak %", "kv_hbm_peak_frac", PERCENT, rank=13),
-    Column("PIM KV\npeak %", "kv_pim_peak_frac", PERCENT, rank=12, pim=True),
+    Column("KV HBM\npeak %", "kv_hbm_peak_frac", PERCENT, rank=13),
+    Column("KV PIM\npeak %", "kv_pim_peak_frac", PERCENT, rank=12, pim=True),
     Column("pre-\nempted", "preemptions_count", better=-1, rank=10),
-    Column("reject-\ned", "rejected_count", better=-1, rank=9),
+    Column("rejec-\nted", "rejected_count", better=-1, rank=9),
     Column("J per\ntoken", "energy_j_per_token", better=-1, rank=7),
 )
 
@@ -93,7 +105,7 @@ def _facts(comparison: Comparison) -> str:
     ]
     return (
         f"{requests:,.0f} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)} · "
-        "± half of the bootstrap 95 % interval"
+        "± half the bootstrap 95 % interval"
     )
 
 
@@ -110,13 +122,15 @@ def _table(comparison: Comparison, columns: list[Column], half_widths: dict[tupl
     if len(loads) > 1:
         table.add_column("load", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    units = {column.figure: _unit(results, column) for column in columns}
-    for column in columns:
-        name = "s" if units[column.figure] == 1 else "ms"
+    units = [unit_of(results, column) for column in columns]
+    for column, (_, name) in zip(columns, units, strict=True):
         table.add_column(column.title.format(unit=name), justify="right", no_wrap=True)
     for load in loads:
         policies = unique(results.loc[results["load"] == load, "policy"])
-        cells = [_cells(results, column, policies, load, units[column.figure], half_widths) for column in columns]
+        cells = [
+            _cells(results, column, policies, load, scale, half_widths)
+            for column, (scale, _) in zip(columns, units, strict=True)
+        ]
         for i, policy in enumerate(policies):
             first = load_label(results, load).removeprefix("load ") if i == 0 else ""
             head = [Text(first)] if len(loads) > 1 else []
@@ -125,12 +139,15 @@ def _table(comparison: Comparison, columns: list[Column], half_widths: dict[tupl
     return table
 
 
-def _unit(results: pd.DataFrame, column: Column) -> float:
-    """Scale of a column; latencies whose every p99 is below a second are shown in ms."""
+def unit_of(results: pd.DataFrame, column: Column) -> tuple[float, str]:
+    """Scale and name of a column's unit: ms where every p99 is below 1 s, requests per hour where few are met."""
     if column.scale:
-        return column.scale
+        return column.scale, ""
+    if column.figure == GOODPUT:
+        most = np.nanmax(results[GOODPUT].to_numpy(dtype=float), initial=0.0)
+        return (1 / HOUR_S, "h") if 0 < most < SLOW_REQUESTS_PER_S else (1.0, "s")
     tail = results[f"{column.figure.partition('_')[0]}_p99_s"].to_numpy(dtype=float)
-    return MS if np.nanmax(tail, initial=0.0) < 1 else 1.0
+    return (MS, "ms") if np.nanmax(tail, initial=0.0) < 1 else (1.0, "s")
 
 
 def _cells(
@@ -138,35 +155,26 @@ def _cells(
     column: Column,
     policies: list[str],
     load: float,
-    unit: float,
+    scale: float,
     half_widths: dict[tuple[str, float], float],
 ) -> list[Text]:
     """One column of one load; the best are highlighted unless all are equal."""
-    values = [mean_of(results, policy, load, column.figure) / unit for policy in policies]
-    shown = [_percent(v) if unit == PERCENT else number(v) for v in values]
+    values = [mean_of(results, policy, load, column.figure) / scale for policy in policies]
+    shown = [_text(v, column) for v in values]
     known = [v * column.better for v in values if math.isfinite(v)]
     best = {s for v, s in zip(values, shown, strict=True) if known and v * column.better == max(known)}
     highlight = column.better != 0 and len(set(shown)) > 1
     texts = [Text(s, style=BEST_STYLE if highlight and s in best else "") for s in shown]
     if column.figure == GOODPUT:
         for text, policy, value in zip(texts, policies, values, strict=True):
-            half = half_widths.get((policy, load), math.nan)
-            text.append(f" ±{half:.{decimals(value)}f}" if math.isfinite(half) else "", style="not bold default")
+            half = half_widths.get((policy, load), 0.0) / scale
+            text.append(f" ±{half:.{decimals(value)}f}" if half > 0 else "", style="not bold default")
     return texts
 
 
-def _percent(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else "-"
-
-
-def decimals(value: float) -> int:
-    """Digits behind the point that show three significant ones."""
-    size = abs(value)
-    if not math.isfinite(size) or size == 0:
-        return 0
-    return int(np.clip(2 - math.floor(math.log10(size)), 0, 4))
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands marked; ``-`` for NaN."""
-    return f"{value:,.{decimals(value)}f}" if math.isfinite(value) else "-"
+def _text(value: float, column: Column) -> str:
+    if not math.isfinite(value):
+        return "-"
+    if column.scale == PERCENT:
+        return f"{value:.1f}"
+    return f"{value:,.0f}" if column.figure.endswith("_count") and value == round(value) else number(value)

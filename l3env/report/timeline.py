@@ -1,4 +1,4 @@
-"""Time lines of several replicas on one grid of time."""
+"""The picture of KV occupancy, batch and queue over time, and the averages over replicas and bins that it shows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from l3env.report.names import cell_key, has_pim, heading, loads_of
+from l3env.report.style import legend_below, looks, say
+from l3env.runner import Comparison
+
 BINS_COUNT = 240
+TIME_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "s"))
+PANELS = {
+    "kv": "KV in use, mean of replicas",
+    "batch_count": "batch (requests), mean of replicas",
+    "waiting_count": "waiting requests, all replicas",
+}
+OTHERS = "#DDDDDD"
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,63 @@ class Binned:
     kv_pim_frac: NDArray[np.float64]  # mean of replicas
     batch_count: NDArray[np.float64]  # decoded requests an iteration, 0 while idle; mean of replicas
     waiting_count: NDArray[np.float64]  # sum of replicas
+
+
+def timeline(comparison: Comparison) -> Figure:
+    """KV occupancy, batch and queue over time, a row per policy: the first seed, the highest load."""
+    results = comparison.results
+    load, seed = max(loads_of(results)), int(results["seed"].min())
+    look, pim = looks(results["policy"]), has_pim(results)
+    frames = {policy: comparison.timelines.get(cell_key(policy, load, seed)) for policy in look}
+    known = {policy: frame for policy, frame in frames.items() if frame is not None and len(frame)}
+    horizon_s = max((float(frame["end_s"].max()) for frame in known.values()), default=0.0)
+    lines = {policy: binned(frame, horizon_s) for policy, frame in known.items()}
+    unit_s, unit = next((pair for pair in TIME_UNITS if horizon_s > 10 * pair[0]), TIME_UNITS[-1])
+    figure = Figure(figsize=(12, 1.5 + 1.05 * len(look)))
+    figure.suptitle(f"{heading(comparison, load)} · seed {seed}")
+    panels = figure.subplots(len(look), len(PANELS), squeeze=False, sharex=True, sharey="col")
+    for (policy, style), row in zip(look.items(), panels, strict=True):
+        if policy in lines:
+            _draw_row(row, lines, policy, style.colour, pim, unit_s)
+        else:
+            for axes in row:
+                say(axes, "not recorded")
+        row[0].set_ylabel(style.label, rotation=0, ha="right", va="center", color=style.colour, fontweight="bold")
+    for title, top, bottom in zip(PANELS.values(), panels[0], panels[-1], strict=True):
+        top.set_title(title)
+        top.set_ylim(bottom=0)
+        bottom.set_xlabel(f"time ({unit})")
+    fullest = max((max(line.kv_hbm_frac.max(), line.kv_pim_frac.max()) for line in lines.values()), default=1.0)
+    panels[0, 0].set_ylim(0, min(1.05, max(1.15 * float(fullest), 0.01)))
+    panels[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    panels[0, 0].set_xlim(0, horizon_s / unit_s or 1.0)
+    _legend(figure, pim, len(look) > 1)
+    return figure
+
+
+def _draw_row(
+    row: NDArray[np.object_], lines: dict[str, Binned], policy: str, colour: str, pim: bool, unit_s: float
+) -> None:
+    own = lines[policy]
+    time = own.middle_s / unit_s
+    row[0].plot(time, own.kv_hbm_frac, color=colour, linewidth=1.2)
+    if pim:
+        row[0].fill_between(time, own.kv_pim_frac, color=colour, alpha=0.3, linewidth=0)
+    for axes, name in zip(row[1:], list(PANELS)[1:], strict=True):
+        for other, line in lines.items():
+            if other != policy:
+                axes.plot(time, getattr(line, name), color=OTHERS, linewidth=0.6)
+        axes.plot(time, getattr(own, name), color=colour, linewidth=1.2)
+
+
+def _legend(figure: Figure, pim: bool, several: bool) -> None:
+    own = Line2D([], [], color="#444444", linewidth=1.2, label="HBM" if pim else "this policy")
+    handles: list[Line2D | Patch] = [own]
+    if pim:
+        handles.append(Patch(color="#444444", alpha=0.3, linewidth=0, label="PIM"))
+    if several:
+        handles.append(Line2D([], [], color=OTHERS, label="the other policies"))
+    legend_below(figure, handles)
 
 
 def binned(frame: pd.DataFrame, horizon_s: float) -> Binned:
