@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ app = typer.Typer(
 traces_app = typer.Typer(help="Traces: what is there, what is in them, convert, fetch.", no_args_is_help=True)
 app.add_typer(traces_app, name="traces")
 
-err = Console(stderr=True)
+PIPED_WIDTH = 140  # columns where stderr is no terminal
+err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
 DEFAULT_POLICIES = "fcfs,sarathi,fill-capacity,l3,edf,sjf-prompt,srtf-predicted,oracle-srtf,hybrid-greedy,random"
@@ -222,7 +224,7 @@ def models(as_json: Json = False) -> None:
     if as_json:
         print_json([_plain(spec) for spec in loaded])
         return
-    table = _table("model", "parameters", "layers", "hidden", "heads", "KV heads", "FFN", "KV bytes/token", "TP")
+    table = _table("model", "params", "layers", "hidden", "heads", "KV heads", "FFN", "KV B/token", "TP")
     for spec in loaded:
         table.add_row(
             spec.name,
@@ -231,11 +233,12 @@ def models(as_json: Json = False) -> None:
             f"{spec.hidden_size:,}",
             str(spec.heads_count),
             str(spec.kv_heads_count),
-            f"{spec.ffn_size:,}" + (" gated" if spec.gated_ffn else ""),
+            f"{spec.ffn_size:,}" + (" g" if spec.gated_ffn else ""),
             f"{spec.kv_bytes_per_token:,.0f}",
             str(spec.tensor_parallel_count),
         )
     err.print(table)
+    err.print("g: gated FFN (three matrices); TP: GPUs a replica spans by default", highlight=False)
 
 
 @app.command()
@@ -270,10 +273,15 @@ def _plain(spec: Any) -> Any:
     return plain
 
 
+TEXT_COLUMNS = ("what", "module", "licence", "decides", "GPUs", "PIM", "here", "profile", "value")
+
+
 def _table(*columns: str) -> Table:
+    """A plain table: the first column and texts to the left, numbers to the right and never broken."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        text = column in TEXT_COLUMNS
+        table.add_column(column, justify="left" if i == 0 or text else "right", no_wrap=not text, overflow="fold")
     return table
 
 
