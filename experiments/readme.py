@@ -1,0 +1,51 @@
+"""Fills in the README's figures by running its commands: ``python -m experiments.readme``.
+
+Each block between ``<!-- name -->`` and ``<!-- /name -->`` is replaced by what its command prints; pictures go to
+``docs/images``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = "118"
+FIRST = "compare --system l3-dgx-a100 --model qwen-72b --trace azure-conv-2023 --utilization 0.9 --out runs/first"
+
+
+def printed(command: str) -> str:
+    """What ``l3env COMMAND`` shows on a terminal of the README's width."""
+    args = [sys.executable, "-m", "l3env.cli", *command.split()]
+    done = subprocess.run(args, cwd=ROOT, env={**os.environ, "COLUMNS": WIDTH}, check=True, stderr=subprocess.PIPE)
+    lines = [line.rstrip() for line in done.stderr.decode().splitlines()]
+    return "\n".join(line for line in lines if line and not line.startswith(("compiling", "measuring", "written")))
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replaces a block's content."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, _, rest = text.partition(start)
+    _, _, tail = rest.partition(end)
+    if not tail:
+        raise ValueError(f"README.md: block {name!r} not found")
+    return f"{head}{start}\n```\n{content}\n```\n{end}{tail}"
+
+
+def main() -> None:
+    """Runs the commands and rewrites README.md."""
+    shutil.rmtree(ROOT / "runs" / "first", ignore_errors=True)
+    path = ROOT / "README.md"
+    text = fill(path.read_text(encoding="utf-8"), "first comparison", printed(FIRST))
+    text = fill(text, "bench", printed("bench"))
+    images = ROOT / "docs" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "runs" / "first" / "latency_cdf.png", images / "latency_cdf.png")
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
