@@ -1,0 +1,154 @@
+"""Small random machines, workloads and knobs for the engine's tests: presets with memory for a few requests only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from hypothesis import strategies as st
+
+from l3env import specs
+from l3env.engine import Engine, Slo
+from l3env.policy import UNLIMITED, Knobs
+from l3env.state import Budget, Order, Victim
+from l3env.tables import Tables, compile_tables
+from l3env.workload import Workload
+
+# MHA (one lane) and GQA (a lane per rank, a pool per channel) on every kind of system
+PAIRS = (
+    ("gpu-dgx-a100", "llama-2-7b"),
+    ("gpu-dgx-a100", "qwen-72b"),
+    ("l3-dgx-a100", "llama-2-7b"),
+    ("l3-dgx-a100", "llama-3-8b"),
+    ("l3-dgx-a100", "gpt-175b"),
+    ("l3-dgx-a100", "qwen-72b"),
+    ("hbm-pim-dgx-a100", "llama-2-7b"),
+    ("hbm-pim-ext-dgx-a100", "llama-3-8b"),
+    ("rank-pim-dgx-a100", "llama-3-8b"),
+    ("cpu-offload-dgx-a100", "llama-2-7b"),
+)
+
+
+@cache
+def compiled(system: str, model: str) -> Tables:
+    return compile_tables(specs.load(f"system/{system}"), specs.load(f"model/{model}"))
+
+
+def with_arrays(tables: Tables, **changes) -> Tables:
+    """The same pair with some arrays replaced."""
+    return dataclasses.replace(tables, arrays=tables.arrays._replace(**changes))
+
+
+def with_coef(tables: Tables, **changes) -> Tables:
+    """The same pair with some coefficients replaced."""
+    coef = tables.arrays.coef.copy()
+    for name, value in changes.items():
+        coef[name] = value
+    return with_arrays(tables, coef=coef)
+
+
+def with_memory(tables: Tables, block_tokens: int, pool_blocks) -> Tables:
+    """The same pair with other block and pool sizes."""
+    blocks = np.array([pool_blocks], dtype=np.int64)
+    return with_arrays(with_coef(tables, block_tokens=block_tokens), pool_blocks=blocks)
+
+
+@dataclass(frozen=True, repr=False)
+class Case:
+    """A machine and what it is to serve."""
+
+    tables: Tables
+    workload: Workload
+    predicted_tokens: np.ndarray
+    slo: Slo
+
+    def __repr__(self) -> str:
+        coef, w = self.tables.arrays.coef, self.workload
+        return (
+            f"Case({self.tables.system.name}, {self.tables.model.name}, block={coef['block_tokens'][0]}, "
+            f"pools={self.tables.arrays.pool_blocks[0].tolist()}, arrival={w.arrival_s.tolist()}, "
+            f"prompt={w.prompt_tokens.tolist()}, output={w.output_tokens.tolist()}, parent={w.parent_idx.tolist()}, "
+            f"think={w.think_s.tolist()}, predicted={self.predicted_tokens.tolist()}, {self.slo})"
+        )
+
+    def _repr_pretty_(self, printer, cycle) -> None:  # what Hypothesis prints
+        printer.text(repr(self))
+
+    def engine(self, *, record: bool = True) -> Engine:
+        engine = Engine(self.tables, 1, len(self.workload), record=record)
+        engine.reset(0, self.workload, slo=self.slo, predicted_tokens=self.predicted_tokens)
+        return engine
+
+
+@st.composite
+def workloads(draw, max_requests: int = 40, max_output: int = 60) -> Workload:
+    """Arrivals from all at once to sparse, some requests waiting for others."""
+    count = min(draw(st.sampled_from([1, 2, 3, 4, 6, 9, 13, 20, 30, 40])), max_requests)
+    seed = draw(st.integers(0, 2**32 - 1))
+    spread_s = draw(st.sampled_from([0.05, 0.3, 1.0, 3.0, 30.0, 1000.0]))
+    children = draw(st.sampled_from([0.0, 0.0, 0.3, 0.9]))
+    rng = np.random.default_rng(seed)
+    arrival = np.sort(rng.random(count)) * spread_s
+    if draw(st.booleans()):
+        arrival[: count // 2] = 0.0  # present from the start
+    longest = draw(st.sampled_from([10, 40, 120, 400]))
+    parent = np.array([rng.integers(0, i) if i and rng.random() < children else -1 for i in range(count)])
+    return Workload.build(
+        "random",
+        arrival,
+        rng.integers(1, longest + 1, count),
+        np.where(rng.random(count) < 0.1, 1, rng.integers(1, max_output + 1, count)),
+        parent_idx=parent,
+        think_s=np.where(parent >= 0, rng.random(count) * draw(st.sampled_from([0.0, 0.5, 50.0])), 0.0),
+    )
+
+
+@st.composite
+def machines(draw, longest_tokens: int, pairs=PAIRS) -> Tables:
+    """A preset whose pools hold from less than one to a few of the longest requests, in blocks of 1 to 32 tokens."""
+    tables = compiled(*draw(st.sampled_from(pairs)))
+    block = draw(st.sampled_from([1, 2, 3, 5, 8, 16, 32]))
+    tokens = longest_tokens * draw(st.sampled_from([1.0, 1.05, 1.3, 1.7, 2.5, 4.0, 20.0]))
+    pools = tables.arrays.pool_blocks.shape[1]
+    parts = draw(st.lists(st.sampled_from([1.0, 1.0, 1.1, 0.7, 1.5]), min_size=pools, max_size=pools))
+    sizes = [max(math.ceil(tokens * part / block), 1) for part in parts]
+    if tables.arrays.pool_blocks[0, 0] == 0:
+        sizes[0] = 0  # no KV in HBM on this system
+    return with_memory(tables, block, sizes)
+
+
+@st.composite
+def cases(draw, pairs=PAIRS, **sizes) -> Case:
+    workload = draw(workloads(**sizes))
+    tables = draw(machines(int((workload.prompt_tokens + workload.output_tokens).max()), pairs))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(["none", "noisy", "truth"]))
+    truth = workload.output_tokens
+    noisy = np.maximum((truth * rng.uniform(0.3, 2.0, truth.size)).astype(np.int64), 1)
+    predicted = {"none": np.ones_like(truth), "noisy": noisy, "truth": truth}[kind]
+    # at exactly 1 the last bit of a sum would decide what is late
+    scale = draw(st.sampled_from([1.001, 1.5, 5.0, 100.0]))
+    absolute = draw(st.sampled_from([None, None, 0.05, 2.0]))
+    return Case(tables, workload, predicted, Slo(scale, scale, absolute, absolute))
+
+
+def knobs(*, align: bool = True, headroom=(0.0, 0.01, 0.1, 0.5, 1.0)) -> st.SearchStrategy[Knobs]:
+    """All that can be set; the budgets that follow the machine's speed only where asked for."""
+    budgets = [Budget.UNLIMITED, 1, 7, 32, 100, 512]
+    budgets += [Budget.ALIGN, Budget.ALIGN_WHEN_FULL] if align else []
+    return st.builds(
+        Knobs,
+        admit_max_count=st.sampled_from([UNLIMITED, UNLIMITED, 0, 1, 3]),
+        prefill_budget_tokens=st.sampled_from(budgets),
+        budget_counts_decodes=st.booleans(),
+        prefill_first=st.booleans(),
+        hbm_share_frac=st.sampled_from([0.0, 0.0, 0.1, 0.5, 0.9, 1.0]),
+        order=st.sampled_from(list(Order)),
+        headroom_frac=st.sampled_from(headroom),
+        reserve_predicted=st.booleans(),
+        sub_batching=st.sampled_from([True, True, False]),
+        victim=st.sampled_from(list(Victim)),
+    )

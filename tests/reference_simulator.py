@@ -1,0 +1,497 @@
+"""A second simulator, slow and obvious, for checking the kernels: one object a request, one loop pass a token.
+
+Nothing is kept up to date here: what a lane carries, what a pool holds and who waits is summed anew whenever it is
+asked for. It shares no code with ``l3env.kernels``; it reads the numbers of a compiled system from its tables and
+restates the formulas (arXiv 2504.17584, section 6) in a few lines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from l3env.policy import Knobs
+from l3env.state import Budget, Order, Victim
+from l3env.tables import Tables, fc_grid_tokens
+from l3env.workload import Workload
+
+HEEDS_HOPELESS = set(Order) - {Order.FCFS, Order.NEWEST_FIRST}
+ALIGN_MIN_CHUNK_TOKENS = 128
+
+
+@dataclass(eq=False)
+class Request:
+    """All about one request. KV tokens of a decoding one are counted up one by one."""
+
+    idx: int
+    arrival_s: float
+    think_s: float
+    prompt: int
+    output: int
+    parent: int
+    predicted: int
+    ttft_slo_s: float
+    ttft_alone_s: float
+    status: str = "future"
+    sub: int = 0
+    lane: int = -1
+    target: int = 0
+    prefilled: int = 0
+    chunk: int = 0
+    kv: int = 0
+    emitted: int = 0
+    promised_blocks: int = 0
+    seq: int = 0
+    preemptions: int = 0
+    first_s: float | None = None
+    last_s: float | None = None
+    finish_s: float | None = None
+    gaps_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Totals:
+    """What happened, summed."""
+
+    iterations: int = 0
+    output_tokens: int = 0
+    prefill_tokens: int = 0
+    recomputed_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+    busy_s: float = 0.0
+    gpu_busy_s: float = 0.0
+    pim_busy_s: float = 0.0
+    energy_j: float = 0.0
+
+
+class Prices:
+    """The published formulas, fed from the coefficients of one compiled system."""
+
+    def __init__(self, tables: Tables) -> None:
+        self.coef = {name: tables.arrays.coef[name][0].item() for name in tables.arrays.coef.dtype.names}
+        self.grid = fc_grid_tokens()
+        self.fc_row, self.head_row = tables.arrays.fc_s[0], tables.arrays.head_s[0]
+
+    def _along(self, row: np.ndarray, tokens: int) -> float:
+        beyond = max(tokens - self.grid[-1], 0.0)
+        slope = (row[-1] - row[-2]) / (self.grid[-1] - self.grid[-2])
+        return float(np.interp(tokens, self.grid, row) + beyond * slope)
+
+    def fc_s(self, tokens: int) -> float:
+        return self._along(self.fc_row, tokens)
+
+    def head_s(self, rows: int) -> float:
+        return self._along(self.head_row, rows)
+
+    def prefill_s(self, chunk: int, done: int) -> float:
+        """t_p: every query sees the history and the part of its chunk up to itself."""
+        c = self.coef
+        reading_s = c["prefill_kv_s"] * (done + chunk) + c["prefill_query_s"] * chunk
+        return max(c["prefill_pair_s"] * (chunk * done + chunk * (chunk + 1) / 2), reading_s)
+
+    def hbm_s(self, kv: int, requests: int) -> float:
+        return self.coef["hbm_token_s"] * kv + self.coef["hbm_request_s"] * requests
+
+    def pim_s(self, slowest_kv: int, requests: int, pushed: float) -> float:
+        """T_PIM: the slowest lane, held up by a share of the transfers; never less than the transfers."""
+        c = self.coef
+        comm_s = c["transfer_request_s"] * requests + c["transfer_token_s"] * pushed
+        latency_s = c["transfer_latency_s"] if requests else 0.0
+        return max(c["pim_token_s"] * slowest_kv + c["transfer_exposed_frac"] * comm_s, comm_s) + latency_s
+
+    def alone_s(self, prompt: int) -> tuple[float, float]:
+        """(TTFT, time between tokens) of a prompt on the empty system."""
+        has_pim = self.coef["has_pim"]
+        ttft = max(self.prefill_s(prompt, 0), self.pim_s(0, 0, prompt if has_pim else 0))
+        tbt = self.pim_s(prompt + 1, 1, 0) if has_pim else self.hbm_s(prompt + 1, 1)
+        return ttft + self.fc_s(prompt) + self.head_s(1), tbt + self.fc_s(1) + self.head_s(1)
+
+
+class ReferenceSimulator:
+    """One machine, one workload; ``step(knobs)`` runs one iteration."""
+
+    def __init__(self, tables: Tables, workload: Workload, predicted, ttft_slo_s, ttft_alone_s) -> None:
+        arrays = tables.arrays
+        self.price = Prices(tables)
+        coef = self.price.coef
+        self.block, self.has_pim = coef["block_tokens"], bool(coef["has_pim"])
+        self.lane_pool = arrays.lane_pool[0, : coef["lanes_count"]].tolist()
+        self.capacity = arrays.pool_blocks[0, : coef["pools_count"]].tolist()
+        self.now = 0.0
+        self.admissions = 0
+        self.growing = False  # blocks of the coming decode step are taken
+        self.totals = Totals()
+        self.running: list[Request] = []
+        self.requests = [
+            Request(
+                idx=i,
+                arrival_s=float(workload.arrival_s[i]),
+                think_s=float(workload.think_s[i]),
+                prompt=int(workload.prompt_tokens[i]),
+                output=int(workload.output_tokens[i]),
+                parent=int(workload.parent_idx[i]),
+                predicted=int(predicted[i]),
+                ttft_slo_s=float(ttft_slo_s[i]),
+                ttft_alone_s=float(ttft_alone_s[i]),
+            )
+            for i in range(len(workload))
+        ]
+
+    # --- what is where, from scratch
+
+    def blocks(self, tokens: int) -> int:
+        return math.ceil(tokens / self.block)
+
+    def held(self, r: Request) -> int:
+        if r.status == "prefill":
+            return self.blocks(r.target)
+        return self.blocks(r.kv + (1 if self.growing and r.status == "decode" else 0))
+
+    def used(self, pool: int) -> int:
+        return sum(self.held(r) for r in self.running if self.lane_pool[r.lane] == pool)
+
+    def waiting(self) -> list[Request]:
+        return [r for r in self.requests if r.status == "waiting"]
+
+    def prefilling(self) -> list[Request]:
+        return sorted((r for r in self.running if r.status == "prefill"), key=lambda r: r.seq)
+
+    def decoding(self, sub: int | None = None) -> list[Request]:
+        return [r for r in self.running if r.status == "decode" and sub in (None, r.sub)]
+
+    def lane_load(self, sub: int, lane: int) -> int:
+        mine = [r for r in self.running if r.sub == sub and r.lane == lane]
+        return sum(r.target if r.status == "prefill" else r.kv for r in mine)
+
+    def lighter_sub(self) -> int:
+        members = [sum(r.sub == sub for r in self.running) for sub in (0, 1)]
+        return 1 if members[1] < members[0] else 0
+
+    # --- arrivals and the queue
+
+    def known_arrivals(self) -> list[Request]:
+        """Future requests whose arrival time is settled: no parent, or a parent that is done."""
+        done = ("finished", "rejected")
+        future = (r for r in self.requests if r.status == "future")
+        return [r for r in future if r.parent < 0 or self.requests[r.parent].status in done]
+
+    def let_in(self) -> None:
+        """Rejecting a parent may settle a child's arrival, so again until nothing changes."""
+        while due := [r for r in self.known_arrivals() if r.arrival_s <= self.now]:
+            r = min(due, key=lambda r: (r.arrival_s, r.parent >= 0, r.idx))
+            r.target = r.prompt
+            if any(self.blocks(r.prompt + r.output - 1) <= capacity for capacity in self.capacity):
+                r.status = "waiting"
+            else:
+                r.status = "rejected"
+                self.free_children(r)
+
+    def free_children(self, parent: Request) -> None:
+        for r in self.requests:
+            if r.parent == parent.idx:
+                r.arrival_s = max(r.arrival_s, self.now + r.think_s)
+
+    def next_arrival_s(self) -> float | None:
+        return min((r.arrival_s for r in self.known_arrivals()), default=None)
+
+    def is_hopeless(self, r: Request) -> bool:
+        if r.first_s is None:
+            return self.now > r.arrival_s + r.ttft_slo_s - r.ttft_alone_s
+        return r.first_s > r.arrival_s + r.ttft_slo_s
+
+    def queue(self, order: Order, is_late: Callable[[Request], bool] | None = None) -> list[Request]:
+        is_late = is_late or self.is_hopeless
+
+        def key(r: Request):
+            by = {
+                Order.FCFS: r.arrival_s,
+                Order.FCFS_HOPELESS_LAST: r.arrival_s,
+                Order.SHORTEST_PROMPT_HOPELESS_LAST: r.prompt,
+                Order.EARLIEST_DEADLINE_HOPELESS_LAST: r.arrival_s + r.ttft_slo_s,
+                Order.NEWEST_FIRST: -r.arrival_s,
+                Order.SHORTEST_PREDICTED_HOPELESS_LAST: r.target + max(r.predicted - r.emitted, 1),
+            }
+            return (order in HEEDS_HOPELESS and is_late(r), by[order], r.idx)
+
+        return sorted(self.waiting(), key=key)
+
+    # --- admission
+
+    def has_room(self, knobs: Knobs, r: Request, pool: int) -> bool:
+        capacity, need = self.capacity[pool], self.blocks(r.target)
+        residents = [x for x in self.running if self.lane_pool[x.lane] == pool]
+        if not residents:
+            return need <= capacity
+        if self.used(pool) + need > capacity - math.ceil(knobs.headroom_frac * capacity):
+            return False
+        if knobs.reserve_predicted:
+            return sum(x.promised_blocks for x in residents) + self.blocks_at_end(r) <= capacity
+        return True
+
+    def blocks_at_end(self, r: Request) -> int:
+        return self.blocks(r.target + max(r.predicted - r.emitted, 1) - 1)
+
+    def find_pim_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
+        lanes = range(1, len(self.lane_pool))
+        fitting = [lane for lane in lanes if self.has_room(knobs, r, self.lane_pool[lane])]
+        return min(fitting, key=lambda lane: (self.lane_load(sub, lane), lane), default=None)
+
+    def find_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
+        hbm_fits = self.has_room(knobs, r, 0)
+        if not self.has_pim:
+            return 0 if hbm_fits else None
+        share = knobs.hbm_share_frac
+        if share <= 0:
+            return self.find_pim_lane(knobs, r, sub)
+        total = sum(self.used(pool) for pool in range(len(self.capacity)))
+        if hbm_fits and self.used(0) <= share * total:
+            return 0
+        lane = None
+        if share < 1 or self.blocks(r.target) > self.capacity[0]:
+            lane = self.find_pim_lane(knobs, r, sub)
+        return 0 if lane is None and hbm_fits else lane
+
+    def admit_next(self, knobs: Knobs, sub: int) -> Request | None:
+        for r in self.queue(knobs.order)[:1]:  # the head of the queue blocks those behind it
+            lane = self.find_lane(knobs, r, sub)
+            if lane is not None:
+                self.admissions += 1
+                r.status, r.lane, r.sub, r.seq, r.prefilled = "prefill", lane, sub, self.admissions, 0
+                r.promised_blocks = self.blocks_at_end(r)
+                self.running.append(r)
+                return r
+        return None
+
+    def leave(self, r: Request) -> None:
+        """The last of the running list takes the place of the one that leaves."""
+        place = self.running.index(r)
+        self.running[place] = self.running[-1]
+        self.running.pop()
+
+    # --- memory
+
+    def preempt(self, r: Request) -> None:
+        self.leave(r)
+        r.status, r.target, r.prefilled, r.kv, r.chunk = "waiting", r.prompt + r.emitted, 0, 0, 0
+        r.preemptions += 1
+        self.totals.preemptions += 1
+
+    def make_room(self, rule: Victim) -> None:
+        """Preempts until one decode step fits into every pool."""
+        badness = {
+            Victim.NEWEST_ADMITTED: lambda r: r.seq,
+            Victim.MOST_PREDICTED_LEFT: lambda r: r.predicted - r.emitted,
+            Victim.LATEST_DEADLINE: lambda r: r.arrival_s + r.ttft_slo_s,
+        }[rule]
+        self.growing = True
+        for pool, capacity in enumerate(self.capacity):
+            while self.used(pool) > capacity:
+                self.preempt(max((r for r in self.running if self.lane_pool[r.lane] == pool), key=badness))
+
+    # --- the plan of an iteration
+
+    def plan(self, knobs: Knobs) -> tuple[bool, int]:
+        """(decode?, prompt tokens planned)"""
+        for r in self.running:
+            r.chunk = 0
+        self.growing = False
+        self.interleaved = knobs.sub_batching and self.has_pim
+        if not knobs.prefill_first:
+            self.make_room(knobs.victim)
+        planned = self.plan_prefill(knobs)
+        if knobs.prefill_first and planned:
+            return False, planned
+        if knobs.prefill_first:
+            self.make_room(knobs.victim)
+            if not self.decoding():  # preempted, all of them
+                planned = self.plan_prefill(knobs)
+        decode = bool(self.decoding())
+        if decode and self.interleaved:
+            self.balance()
+        return decode, planned
+
+    def plan_prefill(self, knobs: Knobs) -> int:
+        # a machine with nothing running may always start one
+        self.may_admit = max(knobs.admit_max_count, 1) if not self.running else knobs.admit_max_count
+        if self.interleaved and knobs.prefill_budget_tokens in (Budget.ALIGN, Budget.ALIGN_WHEN_FULL):
+            self.plan_aligned(knobs)
+        else:
+            self.plan_by_budget(knobs)
+        return sum(r.chunk for r in self.running)
+
+    def plan_by_budget(self, knobs: Knobs) -> None:
+        budget = knobs.prefill_budget_tokens
+        left = math.inf if budget < 0 else budget
+        if knobs.budget_counts_decodes:
+            left = max(left - len(self.decoding()), 0)
+        for r in self.prefilling():
+            r.chunk = min(r.target - r.prefilled, left)
+            left -= r.chunk
+        while left > 0 and self.may_admit > 0:
+            r = self.admit_next(knobs, self.lighter_sub())
+            if r is None:
+                return
+            self.may_admit -= 1
+            r.chunk = min(r.target, left)
+            left -= r.chunk
+
+    def gpu_phase_s(self, sub: int, chunks: list[tuple[int, int]]) -> float:
+        """T_GPU of a phase in which ``sub`` prefills (chunk, done) pairs, as the aligning planner foresees it."""
+        hbm = [r for r in self.decoding(sub) if r.lane == 0]
+        others = len(self.decoding(1 - sub))
+        attention_s = sum(self.price.prefill_s(*chunk) for chunk in chunks)
+        fc_s = self.price.fc_s(sum(chunk for chunk, _ in chunks) + others) + self.price.head_s(others)
+        return attention_s + fc_s + self.price.hbm_s(sum(r.kv + 1 for r in hbm), len(hbm))
+
+    def plan_aligned(self, knobs: Knobs) -> None:
+        """Whole prefills while the GPU is faster than PIM; the last one then cut to the largest that stays hidden.
+
+        Nothing is cut while nothing decodes.
+        """
+        full = False
+        pushed = 0
+        for sub in (0, 1):
+            in_pim = [r for r in self.decoding(sub) if r.lane > 0]
+            goal_s = self.price.pim_s(self.slowest_kv(in_pim), len(in_pim), pushed)
+            begun = [r for r in self.prefilling() if r.sub == sub]
+            taken: list[Request] = []
+            while not taken or self.gpu_phase_s(sub, [(r.chunk, r.prefilled) for r in taken]) < goal_s:
+                if begun:
+                    r = begun.pop(0)
+                elif self.may_admit > 0:
+                    r = self.admit_next(knobs, sub)
+                    if r is None:
+                        full = full or bool(self.waiting())
+                        break
+                    self.may_admit -= 1
+                else:
+                    break
+                r.chunk = r.target - r.prefilled
+                taken.append(r)
+            if taken and self.decoding() and (full or knobs.prefill_budget_tokens == Budget.ALIGN):
+                *whole, last = taken
+                hidden = [(r.chunk, r.prefilled) for r in whole]
+                low, high = 0, last.chunk
+                while low < high:
+                    middle = (low + high + 1) // 2
+                    if self.gpu_phase_s(sub, [*hidden, (middle, last.prefilled)]) <= goal_s:
+                        low = middle
+                    else:
+                        high = middle - 1
+                last.chunk = low if whole else max(low, min(last.chunk, ALIGN_MIN_CHUNK_TOKENS))
+            pushed = sum(r.chunk for r in taken)
+
+    def balance(self) -> None:
+        """One decoding request a step goes over from a sub-batch that has at least two more."""
+        counts = [len(self.decoding(0)), len(self.decoding(1))]
+        if abs(counts[0] - counts[1]) >= 2:
+            heavy = 0 if counts[0] > counts[1] else 1
+            self.decoding(heavy)[-1].sub = 1 - heavy
+
+    # --- the iteration
+
+    def slowest_kv(self, decoding: list[Request]) -> int:
+        """KV tokens read by the busiest PIM lane, the new ones included."""
+        lanes = [sum(r.kv + 1 for r in decoding if r.lane == lane) for lane in range(1, len(self.lane_pool))]
+        return max(lanes, default=0)
+
+    def execute(self, decode: bool) -> None:
+        price, coef = self.price, self.price.coef
+        chunked = [r for r in self.prefilling() if r.chunk]
+        decoding = self.decoding() if decode else []
+        subs = (0, 1) if self.interleaved else (None,)
+        duration_s = gpu_s = pim_s = 0.0
+        batches = 0
+        for sub in subs:
+            other = None if sub is None else 1 - sub
+            mine = [r for r in chunked if sub in (None, r.sub)]
+            fc_decodes = [r for r in decoding if other in (None, r.sub)]
+            attends = [r for r in decoding if sub in (None, r.sub)]
+            hbm, pim = [r for r in attends if r.lane == 0], [r for r in attends if r.lane > 0]
+            pushed = sum(r.chunk for r in chunked if other in (None, r.sub) and r.lane > 0)
+            batch = sum(r.chunk for r in mine) + len(fc_decodes)
+            rows = sum(r.prefilled + r.chunk == r.target for r in mine) + len(fc_decodes)
+            front_s = sum(price.prefill_s(r.chunk, r.prefilled) for r in mine)
+            front_s += price.hbm_s(sum(r.kv + 1 for r in hbm), len(hbm))
+            fc_s = price.fc_s(batch) + price.head_s(rows)
+            side_s = price.pim_s(self.slowest_kv(pim), len(pim), pushed)
+            if sub is None:  # one batch: attention on both sides, then FC
+                duration_s += max(front_s, side_s) + fc_s
+            else:  # T_GPU_i beside T_PIM_i
+                duration_s += max(front_s + fc_s, side_s)
+            gpu_s += front_s + fc_s
+            pim_s += side_s
+            batches += batch > 0
+        self.now += duration_s
+
+        totals = self.totals
+        totals.iterations += 1
+        totals.busy_s += duration_s
+        totals.gpu_busy_s += gpu_s
+        totals.pim_busy_s += pim_s
+        totals.decode_tokens += len(decoding)
+        totals.energy_j += coef["fc_batch_j"] * batches
+        for r in chunked:
+            totals.prefill_tokens += r.chunk
+            totals.recomputed_tokens += r.chunk if r.emitted else 0
+            pairs = sum(r.prefilled + i for i in range(1, r.chunk + 1))
+            totals.energy_j += coef["prefill_pair_j"] * pairs + coef["prefill_kv_j"] * (r.prefilled + r.chunk)
+            totals.energy_j += (coef["fc_token_j"] + (coef["transfer_token_j"] if r.lane > 0 else 0)) * r.chunk
+        for r in decoding:
+            token_j = coef["pim_token_j"] if r.lane > 0 else coef["hbm_token_j"]
+            totals.energy_j += coef["fc_token_j"] + token_j * (r.kv + 1)
+            totals.energy_j += coef["transfer_request_j"] if r.lane > 0 else 0
+
+        self.growing = False
+        for r in decoding:
+            r.kv += 1
+            self.emit(r)
+        for r in chunked:
+            r.prefilled += r.chunk
+            if r.prefilled == r.target:
+                r.status, r.kv = "decode", r.target
+                self.emit(r)
+        for r in sorted(self.decoding(), key=lambda r: (r.sub, r.idx)):
+            if r.emitted == r.output:
+                self.leave(r)
+                r.status, r.finish_s = "finished", self.now
+                self.free_children(r)
+
+    def emit(self, r: Request) -> None:
+        if r.last_s is None:
+            r.first_s = self.now
+        else:
+            r.gaps_s.append(self.now - r.last_s)
+        r.last_s = self.now
+        r.emitted += 1
+        self.totals.output_tokens += 1
+
+    def step(self, knobs: Knobs) -> str:
+        """One iteration, idle time skipped; says "running", "done" or "stalled"."""
+        while True:
+            self.let_in()
+            while not self.running and not self.waiting():
+                when_s = self.next_arrival_s()
+                if when_s is None:
+                    return "done"
+                self.now = when_s
+                self.let_in()
+            decode, planned = self.plan(knobs)
+            if decode or planned:
+                self.execute(decode)
+                idle = not self.running and not self.waiting() and self.next_arrival_s() is None
+                return "done" if idle else "running"
+            when_s = self.next_arrival_s()
+            if when_s is None:
+                return "stalled"
+            self.now = when_s
+
+    def run(self, knobs: Knobs) -> str:
+        """To the end."""
+        while (stop := self.step(knobs)) == "running":
+            pass
+        return stop
