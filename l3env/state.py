@@ -298,5 +298,5 @@ def allocate(
 
 
 def copy(state: State) -> State:
-    """An independent copy: snapshots, planning."""
-    return State._make(array.copy() for array in state)
+    """An independent copy, for snapshots and planning; as bytes, since NumPy copies padded records field by field."""
+    return State._make(array.view(np.uint8).copy().view(array.dtype) for array in state)

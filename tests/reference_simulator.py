@@ -163,8 +163,8 @@ class ReferenceSimulator:
     def decoding(self, sub: int | None = None) -> list[Request]:
         return [r for r in self.running if r.status == "decode" and sub in (None, r.sub)]
 
-    def lane_load(self, sub: int, lane: int) -> int:
-        mine = [r for r in self.running if r.sub == sub and r.lane == lane]
+    def lane_load(self, sub: int, lane: int, interleaved: bool) -> int:
+        mine = [r for r in self.running if r.lane == lane and (r.sub == sub or not interleaved)]
         return sum(r.target if r.status == "prefill" else r.kv for r in mine)
 
     def lighter_sub(self) -> int:
@@ -238,7 +238,7 @@ class ReferenceSimulator:
     def find_pim_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
         lanes = range(1, len(self.lane_pool))
         fitting = [lane for lane in lanes if self.has_room(knobs, r, self.lane_pool[lane])]
-        return min(fitting, key=lambda lane: (self.lane_load(sub, lane), lane), default=None)
+        return min(fitting, key=lambda lane: (self.lane_load(sub, lane, knobs.sub_batching), lane), default=None)
 
     def find_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
         hbm_fits = self.has_room(knobs, r, 0)
@@ -246,7 +246,8 @@ class ReferenceSimulator:
             return 0 if hbm_fits else None
         share = knobs.hbm_share_frac
         if share <= 0:
-            return self.find_pim_lane(knobs, r, sub)
+            too_large = all(self.blocks(r.target) > capacity for capacity in self.capacity[1:])
+            return 0 if too_large and hbm_fits else self.find_pim_lane(knobs, r, sub)
         total = sum(self.used(pool) for pool in range(len(self.capacity)))
         if hbm_fits and self.used(0) <= share * total:
             return 0

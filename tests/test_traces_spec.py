@@ -242,10 +242,14 @@ def test_a_trace_that_is_not_here_says_what_to_do(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("L3ENV_TRACE_DIR", str(tmp_path))
     monkeypatch.setenv("L3ENV_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(catalog, "CHECKOUT", tmp_path / "a" / "b")
-    with pytest.raises(
-        TraceError, match=r"L3ENV_TRACE_DIR.*l3env traces fetch azure-conv-2023.*profile:azure-conv-2023"
-    ):
-        catalog.resolve("azure-conv-2023?load=2", 0)
+    with pytest.warns(catalog.StandInWarning, match=r"L3ENV_TRACE_DIR.*l3env traces fetch azure-conv-2023.*stands in"):
+        stand_in = catalog.resolve("azure-conv-2023?load=2", 0)
+    assert stand_in is not None
+    assert stand_in.name == "profile:azure-conv-2023?load=2"
+    assert stand_in.source["stands_in_for"] == "azure-conv-2023"
+    same = catalog.resolve("profile:azure-conv-2023?load=2", 0)
+    assert same is not None
+    np.testing.assert_array_equal(stand_in.prompt_tokens, same.prompt_tokens)
     with pytest.raises(TraceError, match=r"its files from https://github\.com/alibaba/ServeGen"):
         catalog.resolve("servegen-mm-image", 0)
     rows = {row["name"]: row for row in catalog.listing()}

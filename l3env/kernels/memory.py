@@ -53,6 +53,15 @@ def pool_of(t, s, e, r):
     return t.lane_pool[s.env[e]["table_idx"], s.req[e, r]["lane"]]
 
 
+@inner
+def lane_load(s, e, sub, lane, interleaved):
+    """KV tokens that compete in a lane: of one sub-batch, or of both where they run as one batch."""
+    mine = s.lane[e, sub, lane]["kv"] + s.lane[e, sub, lane]["pending"]
+    if interleaved:
+        return mine
+    return mine + s.lane[e, 1 - sub, lane]["kv"] + s.lane[e, 1 - sub, lane]["pending"]
+
+
 @helper
 def admit(t, s, e, r, lane, sub):
     """Takes a request from the queue and gives it a lane and the blocks of its prompt. The caller checked the room."""

@@ -8,7 +8,17 @@ import numpy as np
 
 from l3env.jit import helper, kernel
 from l3env.kernels.execute import execute
-from l3env.kernels.memory import admit, blocks_of, give_growth_back, make_room_to_grow, move, pause, preempt, resume
+from l3env.kernels.memory import (
+    admit,
+    blocks_of,
+    give_growth_back,
+    lane_load,
+    make_room_to_grow,
+    move,
+    pause,
+    preempt,
+    resume,
+)
 from l3env.kernels.run import Stop, ready, skip_idle
 from l3env.kernels.schedule import decoding_count, lighter_sub
 from l3env.state import NOWHERE, SUB_BATCHES, Status, Victim
@@ -45,7 +55,7 @@ class Fault(IntEnum):
 
 
 @helper
-def pick_lane(t, s, e, r, pool, sub):
+def pick_lane(t, s, e, r, pool, sub, interleaved):
     """The least loaded lane of the wanted pool (or of any, by AUTO / ANY_PIM) with room for the prompt, or -1."""
     table = s.env[e]["table_idx"]
     need = blocks_of(np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"])
@@ -54,7 +64,7 @@ def pick_lane(t, s, e, r, pool, sub):
     for lane in range(first, t.coef[table]["lanes_count"]):
         of = t.lane_pool[table, lane]
         if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= t.pool_blocks[table, of]:
-            load = s.lane[e, sub, lane]["kv"] + s.lane[e, sub, lane]["pending"]
+            load = lane_load(s, e, sub, lane, interleaved)
             if load < least:
                 best, least = lane, load
     if best == NOWHERE and pool == AUTO and first == 1:
@@ -64,7 +74,7 @@ def pick_lane(t, s, e, r, pool, sub):
 
 
 @helper
-def apply_op(t, s, e, op, r, a, b):
+def apply_op(t, s, e, op, r, a, b, interleaved):
     """One operation; returns a Fault."""
     env, req = s.env[e], s.req
     if r < 0 or r >= env["requests_count"]:
@@ -100,7 +110,7 @@ def apply_op(t, s, e, op, r, a, b):
             return Fault.NOT_WAITING
         if a < ANY_PIM or a >= t.coef[env["table_idx"]]["pools_count"]:
             return Fault.BAD_POOL
-        lane = pick_lane(t, s, e, r, a, sub)
+        lane = pick_lane(t, s, e, r, a, sub, interleaved)
         if lane == NOWHERE:
             return Fault.NO_ROOM
         admit(t, s, e, r, lane, sub)
@@ -131,7 +141,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved):
         if ops[i, 0] >= Op.ADMIT and not grown:
             make_room_to_grow(t, s, e, Victim.NEWEST_ADMITTED)
             grown = True
-        fault = apply_op(t, s, e, ops[i, 0], ops[i, 1], ops[i, 2], ops[i, 3])
+        fault = apply_op(t, s, e, ops[i, 0], ops[i, 1], ops[i, 2], ops[i, 3], interleaved)
         if fault != Fault.NONE:
             env["bad_request_idx"] = ops[i, 1]
             if grown and decode_wanted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner
-from l3env.kernels.memory import admit, blocks_of, make_room_to_grow, move
+from l3env.kernels.memory import admit, blocks_of, lane_load, make_room_to_grow, move
 from l3env.kernels.price import fc_batch_s, hbm_attention_s, head_batch_s, pim_side_s, prefill_attention_s
 from l3env.kernels.queue import next_waiting
 from l3env.state import FINISH_HEAP, NOWHERE, Budget, Status
@@ -60,12 +60,21 @@ def could_ever_fit(t, s, e, r, pool):
 
 
 @inner
+def only_hbm_holds(t, s, e, r):
+    """Is the KV to build now too large for every PIM pool?"""
+    for pool in range(1, t.coef[s.env[e]["table_idx"]]["pools_count"]):
+        if could_ever_fit(t, s, e, r, pool):
+            return False
+    return True
+
+
+@inner
 def find_pim_lane(t, s, k, e, r, sub):
     """The least loaded PIM lane whose pool has room, or -1."""
     table = s.env[e]["table_idx"]
     best, least = NOWHERE, np.inf
     for lane in range(1, t.coef[table]["lanes_count"]):
-        load = s.lane[e, sub, lane]["kv"] + s.lane[e, sub, lane]["pending"]
+        load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0)
         if load < least:
             pool = t.lane_pool[table, lane]
             if has_room(t, s, k, e, r, pool):
@@ -82,7 +91,8 @@ def find_lane(t, s, k, e, r, sub):
         return 0 if hbm_fits else NOWHERE
     share = k[e]["hbm_share_frac"]
     if share <= 0.0:
-        return find_pim_lane(t, s, k, e, r, sub)
+        lane = find_pim_lane(t, s, k, e, r, sub)
+        return 0 if lane == NOWHERE and hbm_fits and only_hbm_holds(t, s, e, r) else lane
     total = 0
     for pool in range(t.coef[table]["pools_count"]):
         total += s.pool[e, pool]["used"]
