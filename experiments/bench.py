@@ -24,10 +24,10 @@ from l3env.tables import Tables
 
 SYSTEM, MODEL = "l3-dgx-a100", "gpt-175b"
 TRACE = "openr1"
-COMPILED_POLICY = "l3"
+COMPILED_POLICY = "l3-model"
 REPEATS = 5
 FIRST_USE = "import l3env; l3env.run_policy(l3env.compile_pair('{0}', '{1}'), l3env.load_trace('openr1?n=20'), "
-FIRST_USE += "l3env.make_policy('l3'))"
+FIRST_USE += "l3env.make_policy('l3-model'))"
 
 
 class PlainPython(BasePolicy):

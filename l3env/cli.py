@@ -31,7 +31,9 @@ PIPED_WIDTH = 140  # columns where stderr is no terminal
 err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
-DEFAULT_POLICIES = "fcfs,sarathi,fill-capacity,l3,edf,sjf-prompt,srtf-predicted,oracle-srtf,hybrid-greedy,random"
+DEFAULT_POLICIES = (
+    "fcfs,sarathi,fill-capacity,l3,l3-model,edf,sjf-prompt,srtf-predicted,oracle-srtf,hybrid-greedy,random"
+)
 DEMO_POLICIES = "fcfs,sarathi,l3,edf,sjf-prompt,srtf-predicted"
 
 

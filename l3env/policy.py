@@ -244,8 +244,9 @@ class View:
 
     @property
     def last_iteration(self) -> dict[str, float]:
-        """Duration, device times per sub-batch and tokens of the last iteration."""
-        names = ("iteration_s", "gpu_0_s", "gpu_1_s", "pim_0_s", "pim_1_s", "prefill_tokens", "decode_tokens")
+        """What was measured of the last iteration: duration, device times per phase (GPU attention apart), tokens."""
+        phases = [f"{name}_{i}_s" for name in ("gpu", "attention", "pim", "transfer") for i in (0, 1)]
+        names = ["iteration_s", *phases, "prefill_tokens", "decode_tokens"]
         return {name: float(self._env[f"last_{name}"]) for name in names}
 
     @property
@@ -272,6 +273,8 @@ class Policy(Protocol):
 
     def decide(self, view: View) -> Knobs | Plan: ...
 
+    def figures(self) -> dict[str, float]: ...
+
 
 class BasePolicy:
     """Defaults: decide at every iteration, no length predictor, nothing to prepare.
@@ -288,7 +291,10 @@ class BasePolicy:
     wants_truth = False
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
-        """Called once before a run: the machine, and earlier requests to learn from (None where there are none)."""
+        """Called before each replica's run: the machine, and earlier requests to learn from, None without.
+
+        What a policy has seen of another run is forgotten here.
+        """
 
     def predictor(self) -> LengthPredictor | None:
         """Predicts output lengths from prompts, for orders and reservations that use them."""
@@ -296,6 +302,10 @@ class BasePolicy:
 
     def decide(self, view: View) -> Knobs | Plan:
         raise NotImplementedError
+
+    def figures(self) -> dict[str, float]:
+        """Figures of its own that a run's results should show, such as errors of its predictions."""
+        return {}
 
 
 class FixedKnobs(BasePolicy):
@@ -353,7 +363,8 @@ def make_policy(ref: str) -> Policy:
 
 def check_policy(policy: Any, ref: str) -> Policy:
     """Raises PolicyError where an object does not keep the protocol, or wants the truth without saying so."""
-    missing = [name for name in ("name", "decision_interval_s", "wants_truth", "decide") if not hasattr(policy, name)]
+    needed = ("name", "decision_interval_s", "wants_truth", "prepare", "predictor", "decide", "figures")
+    missing = [name for name in needed if not hasattr(policy, name)]
     if missing:
         raise PolicyError(f"{ref}: not a policy: lacks {', '.join(missing)} (derive from l3env.BasePolicy)")
     if policy.wants_truth and not policy.name.startswith("oracle-"):

@@ -48,15 +48,19 @@ def run_policy(
         PolicyError: the policy leaves requests waiting for ever.
         PlanError: it returned something illegal.
     """
-    policy.prepare(tables, training)
     shares = replica_shares(workload, tables.replicas_count)
     shares = [rows for rows in shares if rows.size]
     engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record)
+    own: list[dict[str, float]] = []
     for e, rows in enumerate(shares):
         part = workload.select(rows)
+        policy.prepare(tables, training)
         engine.reset(e, part, slo=slo, predicted_tokens=predictions(policy, part))
         drive(engine, e, policy)
-    return collect(engine, range(len(shares)), shares)
+        own.append(policy.figures())
+    outcome = collect(engine, range(len(shares)), shares)
+    outcome.metrics.update({name: float(np.mean([each[name] for each in own])) for name in own[0]})
+    return outcome
 
 
 def replica_shares(workload: Workload, replicas_count: int) -> list[NDArray[np.int64]]:
@@ -119,7 +123,7 @@ def drive(engine: Engine, e: int, policy: Policy) -> None:
 
 def reference_policy(tables: Tables) -> str:
     """The policy whose capacity ``utilization`` refers to."""
-    return "l3" if tables.has_pim else "sarathi"
+    return "l3-model" if tables.has_pim else "sarathi"
 
 
 def capacity_requests_per_s(tables: Tables, workload: Workload, policy: Policy | None = None) -> float:

@@ -137,8 +137,12 @@ ENV_DTYPE = np.dtype(
         ("last_iteration_s", np.float64),
         ("last_gpu_0_s", np.float64),
         ("last_gpu_1_s", np.float64),
+        ("last_attention_0_s", np.float64),  # of the GPU's: prefill and HBM attention; the rest is FC and head
+        ("last_attention_1_s", np.float64),
         ("last_pim_0_s", np.float64),
         ("last_pim_1_s", np.float64),
+        ("last_transfer_0_s", np.float64),
+        ("last_transfer_1_s", np.float64),
         ("last_prefill_tokens", np.int64),
         ("last_decode_tokens", np.int64),
         ("log_count", np.int64),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from l3env.policy import BasePolicy, Knobs, View
 from l3env.state import Budget
+from l3env.tables import Tables
+from l3env.workload import Workload
 from policies.sarathi import TOKEN_BUDGET
 
 STEP_FRAC = 0.05
@@ -20,7 +22,7 @@ class HybridGreedy(BasePolicy):
     name = "hybrid-greedy"
     decision_interval_s = 1.0
 
-    def __init__(self) -> None:
+    def prepare(self, system: Tables, training: Workload | None) -> None:
         self._share_frac = 0.0
         self._gpu_busy_s = 0.0
         self._pim_busy_s = 0.0

@@ -1,24 +1,211 @@
 """The L3 scheduler (arXiv 2504.17584, section 6): predict both devices' times and align them.
 
-Each sub-batch takes prefills while the GPU would finish before the PIM side; once memory is full the last prefill is
-chunked so that T_GPU comes as close as possible to T_PIM. Its predictions are the performance model's own. Without PIM
-there is nothing to align, and it schedules as Sarathi-Serve does.
+Its predictors learn from what the run measures: a random forest for prefill attention, one for the batched FC, and a
+linear model for the PIM side. An iteration is put together as the paper says:
+
+1. prefills that have begun go on, whole; every sub-batch takes one more waiting request at a time, whole,
+   while the PIM side would wait (T_PIM < T_GPU means room for more decoding requests) and memory lasts; N = 1 request
+   a round for MHA, 16 for GQA;
+2. decoding requests all take part; each new one joins the sub-batch with fewer members;
+3. once memory is full and the PIM side would wait, the last prefill of each sub-batch is chunked so that T_GPU comes
+   as close as possible to T_PIM.
+
+Until the predictors have seen enough, one whole prefill a sub-batch. Without PIM there is nothing to align, and it
+schedules as Sarathi-Serve does.
 """
 
 from __future__ import annotations
 
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.state import Budget
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l3env.policy import BasePolicy, Knobs, Plan, View
+from l3env.state import SUB_BATCHES, Status
+from l3env.tables import Tables
+from l3env.workload import Workload
+from policies.predictors import Errors, OnlineForest, OnlineLinear
 from policies.sarathi import TOKEN_BUDGET
+
+MHA_ROUND_COUNT, GQA_ROUND_COUNT = 1, 16
+MIN_CHUNK_TOKENS = 128  # a prefill that has begun always goes on by this much
+KEEP_FREE_FRAC = 0.01
+PEEK_COUNT = 64
+BUS_BOUND_RATIO = 2.0  # T_PIM below this many times the transfers: at first taken for bus-bound
+
+
+@dataclass
+class Phase:
+    """One sub-batch of the iteration being planned."""
+
+    decodes_count: int = 0
+    slowest_kv_tokens: float = 0.0  # of the slowest rank
+    chunks: dict[int, tuple[int, int]] = field(default_factory=dict)  # request -> (tokens, history)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(chunk for chunk, _ in self.chunks.values())
 
 
 class L3(BasePolicy):
-    """Alignment-predicting."""
+    """Alignment-predicting, with predictors learned from the run."""
 
     name = "l3"
-    decision_interval_s = float("inf")
 
-    def decide(self, view: View) -> Knobs:
-        if view.system.has_pim:
-            return Knobs(prefill_budget_tokens=Budget.ALIGN_WHEN_FULL)
-        return Knobs(prefill_budget_tokens=TOKEN_BUDGET, budget_counts_decodes=True)
+    def prepare(self, system: Tables, training: Workload | None) -> None:
+        self._attention = OnlineForest(2)  # (chunk, history)
+        self._fc = OnlineForest(1)  # tokens in the batch
+        self._ranks = OnlineLinear(4)  # (KV tokens of the slowest rank, requests, pushed tokens, 1)
+        self._buses = OnlineLinear(4)  # the same, where transfers take the time
+        self._pim_errors = Errors()
+        self._planned: list[Phase] | None = None
+        self._round_count = MHA_ROUND_COUNT if system.model.gqa_group_count == 1 else GQA_ROUND_COUNT
+
+    def decide(self, view: View) -> Knobs | Plan:
+        if not view.system.has_pim:
+            return Knobs(prefill_budget_tokens=TOKEN_BUDGET, budget_counts_decodes=True)
+        self._learn(view.last_iteration)
+        if view.waiting_count == 0 and view.prefilling.size == 0:
+            self._planned = None
+            return Plan()
+        phases = self._phases(view)
+        admitted, full = self._admit(view, phases)
+        if full:
+            for i in range(SUB_BATCHES):
+                self._align(phases, i)
+        self._planned = phases
+        prefill = {r: chunk for phase in phases for r, (chunk, _) in phase.chunks.items()}
+        return Plan(admit=dict.fromkeys(admitted, "pim"), prefill=prefill, sub_batch=admitted)
+
+    def figures(self) -> dict[str, float]:
+        """Median relative errors on iterations not yet learned from."""
+        errors = {"prefill_attention": self._attention.errors, "fc": self._fc.errors, "pim": self._pim_errors}
+        return {f"l3_{name}_error_p50": each.quantile(0.5) for name, each in errors.items()}
+
+    # --- predictions
+
+    def _gpu_s(self, phases: list[Phase], i: int) -> float:
+        attention_s = sum(self._attention.predict_s(*chunk) for chunk in phases[i].chunks.values() if chunk[0])
+        tokens = phases[i].prefill_tokens + phases[1 - i].decodes_count
+        return attention_s + (self._fc.predict_s(tokens) if tokens else 0.0)
+
+    def _pim_s(self, phases: list[Phase], i: int) -> float:
+        phase, pushed = phases[i], phases[1 - i].prefill_tokens
+        if phase.decodes_count == 0 and pushed == 0:
+            return 0.0
+        decodes = phase.decodes_count
+        models = [model for model in (self._ranks, self._buses) if model.ready]
+        return max(model.predict_s(phase.slowest_kv_tokens, decodes, pushed, decodes > 0) for model in models)
+
+    @property
+    def _ready(self) -> bool:
+        return self._attention.ready and self._fc.ready and (self._ranks.ready or self._buses.ready)
+
+    def _learn(self, measured: dict[str, float]) -> None:
+        """What the last planned iteration took."""
+        if self._planned is None:
+            return
+        for i, phase in enumerate(self._planned):
+            other = self._planned[1 - i]
+            attention_s = measured[f"attention_{i}_s"]
+            if len(phase.chunks) == 1:
+                self._attention.learn(attention_s, *next(iter(phase.chunks.values())))
+            self._fc.learn(measured[f"gpu_{i}_s"] - attention_s, phase.prefill_tokens + other.decodes_count)
+            self._learn_pim(i, measured[f"pim_{i}_s"], measured[f"transfer_{i}_s"])
+
+    def _learn_pim(self, i: int, pim_s: float, transfer_s: float) -> None:
+        """Ranks and buses work at once: T_PIM is the larger of two linear models, and teaches the one that it is."""
+        assert self._planned is not None
+        phase, pushed = self._planned[i], self._planned[1 - i].prefill_tokens
+        decodes = phase.decodes_count
+        if self._ready:
+            self._pim_errors.add(self._pim_s(self._planned, i), pim_s)
+        x = (phase.slowest_kv_tokens, decodes, pushed, decodes > 0)
+        if self._ranks.ready and self._buses.ready:
+            by_buses = self._buses.predict_s(*x) > self._ranks.predict_s(*x)
+        else:
+            by_buses = pim_s < BUS_BOUND_RATIO * transfer_s
+        (self._buses if by_buses else self._ranks).learn(pim_s, *x)
+
+    # --- planning
+
+    def _phases(self, view: View) -> list[Phase]:
+        """Both sub-batches with all decoding requests and the prefills that have begun, whole."""
+        rows = view.running
+        decoding = rows[rows["status"] == Status.DECODE]
+        phases = [Phase(), Phase()]
+        for i, phase in enumerate(phases):
+            mine = decoding[decoding["sub_batch"] == i]
+            phase.decodes_count = int(mine.size)
+            if mine.size:
+                phase.slowest_kv_tokens = float(np.bincount(mine["lane"], weights=mine["kv_tokens"] + 1).max())
+        for row in view.prefilling:
+            history = int(row["kv_tokens"])
+            phases[int(row["sub_batch"])].chunks[int(row["idx"])] = (int(row["prefill_left_tokens"]), history)
+        return phases
+
+    def _admit(self, view: View, phases: list[Phase]) -> tuple[dict[int, int], bool]:
+        """New requests (request -> sub-batch), and whether memory ended it."""
+        free, margin = room(view)
+        members = [phase.decodes_count + len(phase.chunks) for phase in phases]
+        queue = view.waiting(limit=PEEK_COUNT)
+        admitted: dict[int, int] = {}
+        place = 0
+        while place < queue.size:
+            wanted = [i for i in range(SUB_BATCHES) if self._wants_more(phases, i)]
+            if not wanted:
+                return admitted, False
+            for _ in range(self._round_count):
+                i = min(wanted, key=lambda sub: members[sub])
+                row = queue[place]
+                need = int(row["prompt_tokens"]) + int(row["emitted_tokens"]) + view.pools.block_tokens
+                best = int(np.argmax(free))
+                if need > free[best] - margin:
+                    return admitted, True
+                free[best] -= need
+                admitted[int(row["idx"])] = i
+                phases[i].chunks[int(row["idx"])] = (int(row["prefill_left_tokens"]), 0)
+                members[i] += 1
+                place += 1
+                if place == queue.size or not self._ready:
+                    break
+        return admitted, False
+
+    def _wants_more(self, phases: list[Phase], i: int) -> bool:
+        """One prefill at least while nothing decodes or is known; then more while the PIM side would wait."""
+        if not phases[i].chunks and (not self._ready or phases[i].decodes_count == 0):
+            return True
+        if not self._ready:
+            return False
+        return self._pim_s(phases, i) < self._gpu_s(phases, i) and self._within_round(phases, i)
+
+    def _within_round(self, phases: list[Phase], i: int) -> bool:
+        return len(phases[i].chunks) < self._round_count
+
+    def _align(self, phases: list[Phase], i: int) -> None:
+        """Chunks the last prefill of a sub-batch so that T_GPU does not exceed T_PIM."""
+        phase = phases[i]
+        if not self._ready or not phase.chunks or phase.decodes_count == 0:
+            return
+        last = next(reversed(phase.chunks))
+        whole, history = phase.chunks[last]
+        goal_s = self._pim_s(phases, i)
+        low, high = min(whole, MIN_CHUNK_TOKENS), whole
+        while low < high:
+            middle = (low + high + 1) // 2
+            phase.chunks[last] = (middle, history)
+            if self._gpu_s(phases, i) <= goal_s:
+                low = middle
+            else:
+                high = middle - 1
+        phase.chunks[last] = (low, history)
+
+
+def room(view: View) -> tuple[NDArray[np.int64], float]:
+    """(free tokens of each PIM pool after this step's growth, tokens to keep free in each)."""
+    pools = view.pools
+    free = pools.free_tokens[1:].copy()
+    growth = view.running_count * pools.block_tokens
+    margin = KEEP_FREE_FRAC * pools.capacity_blocks[1:].max() * pools.block_tokens
+    return free, margin + (growth if free.size == 1 else growth / free.size * 2)

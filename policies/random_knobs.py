@@ -6,6 +6,8 @@ import numpy as np
 
 from l3env.policy import BasePolicy, Knobs, View
 from l3env.state import Budget, Order
+from l3env.tables import Tables
+from l3env.workload import Workload
 
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192, int(Budget.UNLIMITED), int(Budget.ALIGN))
 
@@ -17,7 +19,10 @@ class RandomKnobs(BasePolicy):
     decision_interval_s = 1.0
 
     def __init__(self, seed: int = 0) -> None:
-        self._rng = np.random.default_rng(seed)
+        self._seed = seed
+
+    def prepare(self, system: Tables, training: Workload | None) -> None:
+        self._rng = np.random.default_rng(self._seed)
 
     def decide(self, view: View) -> Knobs:
         rng = self._rng

@@ -23,6 +23,7 @@ SHIPPED = [
     "fill-capacity",
     "hybrid-greedy",
     "l3",
+    "l3-model",
     "oracle-srtf",
     "random",
     "sarathi",

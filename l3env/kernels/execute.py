@@ -93,7 +93,6 @@ def execute(t, s, e, decode, interleaved):
         pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0, pim_n_0, pushed_1)
         pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1, pim_n_1, pushed_0)
         slowest_s = read_0_s + read_1_s
-        move_s = move_0_s + move_1_s
         duration_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
         batches = (1 if tokens_0 + decodes_1 > 0 else 0) + (1 if tokens_1 + decodes_0 > 0 else 0)
     else:
@@ -101,10 +100,10 @@ def execute(t, s, e, decode, interleaved):
         batch = tokens_0 + tokens_1 + decodes_0 + decodes_1
         rows = ends_0 + ends_1 + decodes_0 + decodes_1
         pushed = pushed_0 + pushed_1
-        duration_s, gpu_0_s, pim_0_s, slowest_s, move_s = one_batch_s(
+        duration_s, gpu_0_s, pim_0_s, slowest_s, move_0_s = one_batch_s(
             t, table, front_s, slowest_both, pim_n_0 + pim_n_1, pushed, batch, rows
         )
-        gpu_1_s, pim_1_s = 0.0, 0.0
+        gpu_1_s, pim_1_s, move_1_s = 0.0, 0.0, 0.0
         batches = 1 if batch > 0 else 0
 
     # account
@@ -118,7 +117,7 @@ def execute(t, s, e, decode, interleaved):
     env["busy_s"] += duration_s
     env["gpu_busy_s"] += gpu_0_s + gpu_1_s
     env["pim_busy_s"] += pim_0_s + pim_1_s
-    env["transfer_s"] += move_s
+    env["transfer_s"] += move_0_s + move_1_s
     env["transfer_exposed_s"] += pim_0_s + pim_1_s - slowest_s
     env["energy_j"] += energy_j
     env["queue_s"] += duration_s * env["waiting_count"]
@@ -130,7 +129,9 @@ def execute(t, s, e, decode, interleaved):
         env["imbalance_s"] += slowest_s - mean_kv * coef["pim_token_s"]
     env["last_iteration_s"] = duration_s
     env["last_gpu_0_s"], env["last_gpu_1_s"] = gpu_0_s, gpu_1_s
+    env["last_attention_0_s"], env["last_attention_1_s"] = attention_0 + hbm_0_s, attention_1 + hbm_1_s
     env["last_pim_0_s"], env["last_pim_1_s"] = pim_0_s, pim_1_s
+    env["last_transfer_0_s"], env["last_transfer_1_s"] = move_0_s, move_1_s
     env["last_prefill_tokens"], env["last_decode_tokens"] = tokens, decodes
 
     if decode:
