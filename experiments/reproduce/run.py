@@ -1,0 +1,60 @@
+"""Runs figures by name, draws them, prints them."""
+
+from __future__ import annotations
+
+import importlib
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from experiments.reproduce.common import Row
+from l3env.errors import L3EnvError
+
+FIGURES = ("fig11", "fig12", "fig13", "fig14", "energy")
+
+
+def rows_of(name: str, progress: Callable[[int, int, str], None]) -> list[Row]:
+    """Rows of one figure or of ``all``. Raises L3EnvError for an unknown name."""
+    if name not in (*FIGURES, "all"):
+        raise L3EnvError(f"unknown figure {name!r}; expected one of {', '.join(FIGURES)}, or all")
+    names = FIGURES if name == "all" else (name,)
+    rows: list[Row] = []
+    for done, each in enumerate(names):
+        progress(done, len(names), each)
+        rows += importlib.import_module(f"experiments.reproduce.{each}").rows()
+    progress(len(names), len(names), "done")
+    return rows
+
+
+def draw(rows: list[Row], out: Path) -> list[Path]:
+    """One picture a figure: what the paper reports beside what comes out, sensitivities left out."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for figure in dict.fromkeys(row["figure"] for row in rows):
+        shown = [row for row in rows if row["figure"] == figure and row["paper"] and "sensitivity" not in row["case"]]
+        if shown:
+            paths.append(_draw_figure(figure, shown, out / f"{figure}.png"))
+    return paths
+
+
+def _draw_figure(figure: str, rows: list[Row], path: Path) -> Path:
+    picture = Figure(figsize=(10, 1.2 + 0.7 * len(rows)), layout="constrained")
+    axes = picture.subplots()
+    for i, row in enumerate(rows):
+        axes.barh(i - 0.18, row["paper"], 0.34, color="#bbbbbb", label="paper" if i == 0 else None)
+        axes.barh(i + 0.18, row["ours"], 0.34, color="#0072B2", label="l3env" if i == 0 else None)
+        for offset, value in ((-0.18, row["paper"]), (0.18, row["ours"])):
+            axes.annotate(f" {value:.3g}", (max(value, 0), i + offset), va="center", fontsize=8)
+    labels = [textwrap.fill(f"{row['case']}: {row['quantity']}", 48) for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.margins(x=0.12)
+    axes.set_title(f"{figure}: the paper and this model")
+    axes.legend(loc="best", fontsize=8)
+    part = path.with_suffix(".part")
+    picture.savefig(part, format="png", dpi=150)
+    part.replace(path)
+    return path
