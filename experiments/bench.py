@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gymnasium
+import numpy as np
+
 from l3env import BasePolicy, Knobs, Plan, View, Workload, compile_pair, load_trace, make_policy
 from l3env.engine import Engine
 from l3env.policy import Policy
@@ -24,6 +27,7 @@ from l3env.tables import Tables
 
 SYSTEM, MODEL = "l3-dgx-a100", "gpt-175b"
 TRACE = "openr1"
+VECTOR_TRACE = "azure-conv-2023"
 COMPILED_POLICY = "l3-model"
 REPEATS = 5
 FIRST_USE = "import l3env; l3env.run_policy(l3env.compile_pair('{0}', '{1}'), l3env.load_trace('openr1?n=20'), "
@@ -85,6 +89,31 @@ def _wall_s(command: list[str], env: dict[str, str]) -> float:
     return time.perf_counter() - start
 
 
+def vector_steps_per_s(num_envs: int = 256, steps: int = 400) -> Callable[[], float]:
+    """Steps per second of the batched environment: random knobs, one iteration a step, 0.9 of capacity."""
+    envs = gymnasium.make_vec(
+        "l3env/Serving-v0",
+        num_envs=num_envs,
+        system=SYSTEM,
+        model=MODEL,
+        trace=VECTOR_TRACE,
+        utilization=0.9,
+        decision="iteration",
+    )
+    envs.reset(seed=0)
+    rng = np.random.default_rng(0)
+    levels = envs.single_action_space.nvec  # type: ignore[attr-defined]
+    actions = [np.stack([rng.integers(0, n, num_envs) for n in levels], axis=1) for _ in range(64)]
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for i in range(steps):
+            envs.step(actions[i % len(actions)])
+        return num_envs * steps / (time.perf_counter() - start)
+
+    return measure
+
+
 def run(progress: Callable[[str], None] = lambda text: None, *, quick: bool = False) -> dict[str, Any]:
     """All figures. ``quick`` leaves out the fresh-process ones and repeats less."""
     tables = compile_pair(SYSTEM, MODEL)
@@ -103,6 +132,8 @@ def run(progress: Callable[[str], None] = lambda text: None, *, quick: bool = Fa
     hundred = load_trace(f"{TRACE}?n=100")
     python_speeds = repeat(lambda: iterations_per_s(tables, hundred, PlainPython()), 1 if quick else 3)
     figures |= spread("python_policy_iterations_per_s", python_speeds)
+    progress("batched environment, 256 of them, random knobs, one iteration a step")
+    figures |= spread("vector_env_steps_per_s", repeat(vector_steps_per_s(), count))
     if not quick:
         progress("first use and later starts, in fresh processes")
         first, later = first_use_s()

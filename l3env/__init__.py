@@ -35,4 +35,8 @@ __all__ = [
 ]
 
 if "l3env/Serving-v0" not in registry:
-    register(id="l3env/Serving-v0", entry_point="l3env.env:ServingEnv")
+    register(
+        id="l3env/Serving-v0",
+        entry_point="l3env.env:ServingEnv",
+        vector_entry_point="l3env.vector_env:ServingVectorEnv",
+    )

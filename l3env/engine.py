@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +31,15 @@ FAULT_TEXT = {
     Fault.NO_ROOM: "no room: its prompt's blocks do not fit there after this step's growth",
     Fault.TOO_MANY_TOKENS: "prefill tokens out of range; expected 0 to what is left of its prompt",
 }
+
+
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Kernels run without the interpreter's lock, so threads are enough."""
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="l3env")
 
 
 @dataclass(frozen=True)
@@ -147,9 +159,28 @@ class Engine:
         run.run(self.tables, self.state, self.knobs, e, e + 1, int(until), self._limits)
         return Stop(int(self.state.env["stop"][e]))
 
-    def await_work(self, e: int) -> Stop:
-        """Jumps to the next moment with a request present."""
-        plan.await_work(self.tables, self.state, e)
+    def run_all(self, until: Until, limits: NDArray[np.float64]) -> None:
+        """Runs every environment under its knobs to its own limit, on all cores; ``stop`` says how each ended.
+
+        The environments are shared out over threads; each is run by one, so results do not depend on their number.
+        """
+
+        def share(first: int, last: int) -> None:
+            run.run(self.tables, self.state, self.knobs, first, last, int(until), limits)
+            plan.await_work(self.tables, self.state, first, last)
+
+        edges = np.linspace(0, self.num_envs, min(THREADS, self.num_envs) + 1).astype(int).tolist()
+        if len(edges) == 2:
+            share(0, self.num_envs)
+        else:
+            list(_pool().map(share, edges[:-1], edges[1:]))
+
+    def await_work(self, first: int, last: int) -> None:
+        """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""
+        plan.await_work(self.tables, self.state, first, last)
+
+    def stop(self, e: int) -> Stop:
+        """How environment ``e`` stands."""
         return Stop(int(self.state.env["stop"][e]))
 
     def step_plan(self, e: int, ops: NDArray[np.int64], *, prefill_all: bool, decode: bool, interleaved: bool) -> Stop:

@@ -99,30 +99,37 @@ def gap_quantile_s(histogram: NDArray[np.int64], quantile: float) -> float:
     return float(GAP_LOW_S * GAP_RATIO ** (place + 0.5))
 
 
-def summary(engine: Engine, replicas: Sequence[int], requests: pd.DataFrame) -> dict[str, float]:
-    """The figures of one result row."""
-    env = engine.state.env[list(replicas)]
-    replica_count = len(replicas)
+def totals(env: NDArray[np.void]) -> dict[str, float]:
+    """Counts and rates of a system, from the totals of its replicas (ENV_DTYPE rows) alone."""
     makespan = float(env["clock_s"].max())
     span = max(makespan, 1e-300)
-    busy = max(float(env["busy_s"].sum()), 1e-300)
-    has_pim = any(engine.pair(e).has_pim for e in replicas)
-    tokens = int(env["output_tokens"].sum())
-    static_j = sum(float(engine.tables.coef["static_w"][i]) for i in env["table_idx"]) * makespan
-    met = int(env["slo_met_count"].sum())
+    requests, met = int(env["requests_count"].sum()), int(env["slo_met_count"].sum())
     finished = int(env["finished_count"].sum())
-    row: dict[str, float] = {
-        "requests_count": int(env["requests_count"].sum()),
+    return {
+        "requests_count": requests,
         "finished_count": finished,
         "rejected_count": int(env["rejected_count"].sum()),
         "preemptions_count": int(env["preemptions_count"].sum()),
         "iterations_count": int(env["iterations_count"].sum()),
         "makespan_s": makespan,
-        "output_tokens_per_s": tokens / span,
+        "output_tokens_per_s": int(env["output_tokens"].sum()) / span,
         "requests_per_s": finished / span,
         "goodput_requests_per_s": met / span,
-        "slo_attainment_frac": met / int(env["requests_count"].sum()),
+        "slo_attainment_frac": met / requests,
     }
+
+
+def summary(engine: Engine, replicas: Sequence[int], requests: pd.DataFrame) -> dict[str, float]:
+    """The figures of one result row."""
+    env = engine.state.env[list(replicas)]
+    replica_count = len(replicas)
+    row = totals(env)
+    makespan = row["makespan_s"]
+    span = max(makespan, 1e-300)
+    busy = max(float(env["busy_s"].sum()), 1e-300)
+    has_pim = any(engine.pair(e).has_pim for e in replicas)
+    tokens = int(env["output_tokens"].sum())
+    static_j = sum(float(engine.tables.coef["static_w"][i]) for i in env["table_idx"]) * makespan
     row |= _distribution("ttft", requests["ttft_s"])
     row |= _gaps(engine, replicas, requests)
     row |= _distribution("tpot", requests["tpot_s"])

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.engine import Engine
+from l3env.errors import PlanError
 from l3env.kernels.features import write_features
 from l3env.policy import UNLIMITED, Knobs
 from l3env.state import Budget, Order
+from l3env.tables import Tables
 
 LEVELS: dict[str, tuple[Any, ...]] = {
     "admit_max_count": (0, 1, 2, 4, 8, 16, 64, UNLIMITED),
@@ -105,12 +107,42 @@ def _nearest(levels: tuple[Any, ...], value: Any) -> int:
     return int(np.argmin([abs(float(level) - float(value)) for level in levels]))
 
 
+LEVEL_ARRAYS = {name: np.array([float(level) for level in levels]) for name, levels in LEVELS.items()}
+SIZES = np.array([len(levels) for levels in LEVELS.values()])
+STARTS = np.cumsum([0, *SIZES[:-1]])
+
+
+def write_knobs(actions: NDArray[np.int64], knobs: NDArray[np.void]) -> None:
+    """Puts (E, knobs) actions into E rows of KNOB_DTYPE; what no action sets keeps the default of ``Knobs``.
+
+    Raises PlanError for an action out of range.
+    """
+    if actions.shape != (knobs.size, len(LEVELS)) or (actions < 0).any() or (actions >= SIZES).any():
+        expected = (knobs.size, len(LEVELS))
+        raise PlanError(f"actions of shape {actions.shape}; expected shape {expected}, entries from 0 to below {SIZES}")
+    Knobs().write(knobs, slice(None))
+    for i, (name, levels) in enumerate(LEVEL_ARRAYS.items()):
+        knobs[name] = levels[actions[:, i]]
+
+
+def mask_rows(engine: Engine, *, has_predictor: bool = False) -> NDArray[np.bool_]:
+    """``mask_heads`` of all environments, heads concatenated: (E, sum of levels)."""
+    table_rows = np.array([np.concatenate(static_heads(pair, has_predictor=has_predictor)) for pair in engine.pairs])
+    rows = table_rows[engine.state.env["table_idx"]]
+    rows[:, STARTS[list(LEVELS).index("admit_max_count")]] = engine.state.env["running_count"] > 0
+    return rows
+
+
 def mask_heads(engine: Engine, e: int, *, has_predictor: bool = False) -> list[NDArray[np.bool_]]:
     """For each knob, which levels do something in environment ``e`` now. At least one of each is legal."""
-    pair = engine.pair(e)
+    heads = static_heads(engine.pair(e), has_predictor=has_predictor)
+    heads[list(LEVELS).index("admit_max_count")][0] = int(engine.state.env["running_count"][e]) > 0
+    return heads
+
+
+def static_heads(pair: Tables, *, has_predictor: bool) -> list[NDArray[np.bool_]]:
+    """The part of the mask that depends on the machine alone."""
     heads = {name: np.ones(len(levels), dtype=bool) for name, levels in LEVELS.items()}
-    if int(engine.state.env["running_count"][e]) == 0:
-        heads["admit_max_count"][0] = False
     if not pair.has_pim:
         heads["prefill_budget_tokens"][LEVELS["prefill_budget_tokens"].index(Budget.ALIGN)] = False
         heads["sub_batching"][1] = False

@@ -76,8 +76,8 @@ class Knobs:
         if self.victim not in list(Victim):
             raise PlanError(f"knobs: victim = {self.victim}; expected one of {', '.join(v.name for v in Victim)}")
 
-    def write(self, row: NDArray[np.void], e: int) -> None:
-        """Puts the settings into row ``e`` of a KNOB_DTYPE array."""
+    def write(self, row: NDArray[np.void], e: int | slice) -> None:
+        """Puts the settings into row (or rows) ``e`` of a KNOB_DTYPE array."""
         row[e] = tuple(getattr(self, name) for name in KNOB_DTYPE.names or ())
 
 

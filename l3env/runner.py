@@ -90,7 +90,8 @@ def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
 
 def drive(engine: Engine, e: int, policy: Policy) -> None:
     """Runs environment ``e`` to its end, asking the policy at its decision points."""
-    stop = engine.await_work(e)
+    engine.await_work(e, e + 1)
+    stop = engine.stop(e)
     frozen = 0
     while stop != Stop.DONE:
         view = View(engine, e)

@@ -167,6 +167,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved):
 
 
 @kernel
-def await_work(t, s, e):
+def await_work(t, s, first, last):
     """Lets arrivals in and jumps over idle time, so that a policy always sees something to decide on."""
-    ready(t, s, e)
+    for e in range(first, last):
+        ready(t, s, e)

@@ -55,6 +55,13 @@ def give_way(key):
     return max(key, SMALLEST_KEY) * HOPELESS_SCALE
 
 
+@inner
+def waiting_key(req, e, r, order):
+    """Sort key of a waiting request, hopelessness included."""
+    key = order_key(req, e, r, order)
+    return give_way(key) if req[e, r]["hopeless"] and heeds_hopeless(order) else key
+
+
 @helper
 def enqueue(s, e, r):
     """Puts a request into the queue, in every order that is in use."""
@@ -64,10 +71,7 @@ def enqueue(s, e, r):
     env["waiting_tokens"] += req[e, r]["target_tokens"]
     for order in range(ORDERS_COUNT):
         if env["heaps_built"] >> order & 1:
-            key = order_key(req, e, r, order)
-            if req[e, r]["hopeless"] and heeds_hopeless(order):
-                key = give_way(key)
-            push(s.heap[e, order], s.heap_len[e], order, r, key)
+            push(s.heap[e, order], s.heap_len[e], order, r, waiting_key(req, e, r, order))
 
 
 @helper
@@ -91,10 +95,7 @@ def build_order(s, e, order):
             break
         if req[e, r]["status"] == Status.WAITING:
             waiting += 1
-            key = order_key(req, e, r, order)
-            if req[e, r]["hopeless"] and heeds_hopeless(order):
-                key = give_way(key)
-            push(s.heap[e, order], s.heap_len[e], order, r, key)
+            push(s.heap[e, order], s.heap_len[e], order, r, waiting_key(req, e, r, order))
 
 
 @inner
