@@ -408,7 +408,7 @@ def apply(engine, plan):
 @given(case=cases(max_requests=20), seed=st.integers(0, 2**32 - 1))
 def test_any_plan_keeps_all_accounts_and_an_illegal_one_names_a_request_of_it(case, seed):
     engine, rng = case.engine(), np.random.default_rng(seed)
-    stop = engine.await_work(0)
+    stop = engine.await_work(0, 1)
     for _ in range(80):
         if stop == Stop.DONE:
             break
@@ -418,7 +418,7 @@ def test_any_plan_keeps_all_accounts_and_an_illegal_one_names_a_request_of_it(ca
         except PlanError as error:
             named = int(str(error).split("request ")[1].split(":")[0])
             assert named in plan.operations()[:, 1]
-            engine.await_work(0)
+            engine.await_work(0, 1)
         check(engine)
     # whatever plans have left behind, knobs bring to an end (paused ones must be resumed first)
     paused = View(engine, 0).paused["idx"].tolist()
@@ -541,7 +541,7 @@ def fingerprint():
                 found.append([env[name].item().hex() for name in ("clock_s", "energy_j", "pim_busy_s")])
                 found.append([*engine.state.gap_hist[0].nonzero()[0].tolist(), env["preemptions_count"].item()])
         engine = case.engine()
-        engine.await_work(0)
+        engine.await_work(0, 1)
         steps = np.random.default_rng(2)
         for _ in range(25):
             try:
