@@ -1,0 +1,284 @@
+"""The command-level simulator against closed forms, DDR4's rules and hand calculation; the fit against the simulator."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from dram_rules import broken_rules
+
+from l3env import specs
+from l3env.dimm.bus import Command
+from l3env.dimm.setup import RankSetup, best_chips_per_head, ddr4, params
+from l3env.dimm.simulate import expand, host_relayout_s, job_transfer_bytes, simulate
+from l3env.errors import SpecError
+
+DDR4 = ddr4()
+NS = 1e-9
+CASES = {
+    "mha": {},
+    "mha-serial": {"pipelined": False},
+    "gqa8": {"queries_per_kv_head": 8, "chips_per_head": 1},
+    "gqa8-spread": {"queries_per_kv_head": 8, "chips_per_head": 8},
+    "gqa8-serial": {"queries_per_kv_head": 8, "chips_per_head": 8, "pipelined": False},
+    "gqa16": {"queries_per_kv_head": 16, "chips_per_head": 1},
+    "gqa4": {"queries_per_kv_head": 4, "chips_per_head": 2},
+    "mqa32": {"queries_per_kv_head": 32, "chips_per_head": 2, "token_split": 4},
+    "rank": {"bank_level": False},
+    "rank-gqa8": {"bank_level": False, "queries_per_kv_head": 8},
+}
+MIXED = [700, 33, 1, 2500, 16, 16, 129]
+
+
+def token_ns(length: int = 64 * 512, jobs: int = 2, **changes) -> float:
+    """Time per token and KV head in a long run."""
+    setup = RankSetup(**changes)
+    return simulate(setup, [length] * jobs).seconds / (length * jobs * setup.heads_per_job) / NS
+
+
+# --- closed forms
+
+
+def test_row_streaming_efficiency():
+    """128 reads at tCCD_L a row, then tRP + tRCD: 1024 / 1068; we also wait tRTP for the precharge."""
+    got = 2 * 256 / token_ns(refresh=False) / (8 * 16 * 8 / (8 * 0.63))
+    assert got == pytest.approx(128 * 8 / (128 * 8 + 22 + 22), rel=0.01)
+    assert got == pytest.approx(128 * 8 / (127 * 8 + 12 + 22 + 22), rel=0.002)
+
+
+@pytest.mark.parametrize("faw", [34, 40, 64, 100])
+def test_opening_all_banks_takes_four_activation_windows(faw):
+    """16 tokens open 16 rows for 4 column reads each: activations are all that counts."""
+    setup = RankSetup(dram=dataclasses.replace(DDR4, faw_cycles=faw), refresh=False, host_input=False)
+    outcome = simulate(setup, [16] * 200)
+    assert outcome.activations_count == 200 * 2 * 16
+    # up to a cycle is lost to runs on the command bus, once or twice a window
+    assert outcome.cycles / (200 * 2) == pytest.approx(4 * faw, rel=0.025)
+
+
+def test_staggered_activations_are_hidden_behind_long_rows():
+    slow = RankSetup(dram=dataclasses.replace(DDR4, faw_cycles=200), refresh=False)
+    assert simulate(slow, [64 * 512]).seconds == pytest.approx(
+        simulate(RankSetup(refresh=False), [64 * 512]).seconds, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("case", ["mha", "gqa8", "rank", "mha-serial"])
+def test_refresh_takes_trfc_of_every_trefi(case):
+    setup = RankSetup(**CASES[case])
+    length = 4096 * 32 // setup.heads_per_job
+    outcome = simulate(setup, [length] * 4)
+    assert outcome.refreshes_count == pytest.approx(outcome.cycles / 12480, abs=5)  # up to 4 are owed at the end
+    still = simulate(dataclasses.replace(setup, refresh=False), [length] * 4)
+    share = 1 - still.cycles / outcome.cycles
+    assert share == pytest.approx(560 / 12480, abs=0.005)  # of the whole time; draining and opening rows cost the rest
+
+
+@pytest.mark.parametrize(("case", "heads"), [("mha", 1), ("gqa8", 8)])
+def test_a_rank_streams_its_share_of_13_tb_per_s(case, heads):
+    """13.0 TB/s over 64 ranks times the closed form in the preset (row switches and refresh)."""
+    pim = specs.load("pim/dimm-pim-ddr4-3200")
+    per_rank = pim.internal_bytes_per_s / 64
+    assert per_rank == pytest.approx(13.0e12 / 64, rel=1e-3)
+    got = 2 * 256 / (token_ns(length=64 * 1024 // heads, **CASES[case]) * NS)
+    assert got == pytest.approx(per_rank * pim.internal_utilisation_frac, rel=0.012)
+
+
+def test_rank_level_units_stream_at_the_rate_of_the_bus():
+    pim = specs.load("pim/rank-pim-ddr4-3200")
+    got = 2 * 256 / (token_ns(bank_level=False) * NS)
+    assert got == pytest.approx(pim.internal_bytes_per_s / 64 * pim.internal_utilisation_frac, rel=0.01)
+
+
+def test_bounds_of_chips_per_head():
+    """E_h B_rk ceil(N_gqa / N_cmr) / (B_bk N_bk N_gqa N_chips): 16 for MHA, 2 for GQA-8; the paper takes 8 and 1."""
+    assert RankSetup().chips_per_head_bound == pytest.approx(16, rel=1e-9)
+    assert RankSetup(queries_per_kv_head=8).chips_per_head_bound == pytest.approx(2, rel=1e-9)
+    assert [best_chips_per_head(n) for n in (1, 8)] == [8, 1]
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4, 8])
+@pytest.mark.parametrize("chips", [1, 2, 4, 8])
+def test_communication_is_hidden_up_to_the_bound_and_decides_beyond(queries, chips):
+    setup = RankSetup(queries_per_kv_head=queries, chips_per_head=chips, refresh=False)
+    got = token_ns(64 * 512, queries_per_kv_head=queries, chips_per_head=chips, refresh=False)
+    computing = 2 * 256 / (203.17e9 * 0.9552) / NS
+    moving = 2 * queries * chips * 2 / 25.397e9 / NS  # partial scores of N_hc chips out, probabilities to them in
+    if chips < setup.chips_per_head_bound / 1.1:
+        assert got == pytest.approx(computing, rel=0.02)
+    elif chips > setup.chips_per_head_bound * 1.1:
+        assert got == pytest.approx(moving, rel=0.03)  # turning the bus round twice a tile, rescaling factors
+    else:
+        assert got == pytest.approx(max(computing, moving), rel=0.08)  # turning the bus round shows
+
+
+def test_pipelining_by_hand():
+    """MHA: 1.26 ns computing and 0.63 moving a token, twice: 3.8 in series, 2.5 overlapped. GQA-8: 2 x 6.3, 2 x 1.26."""
+    rows = 1068 / 1024
+    assert token_ns(refresh=False, pipelined=False) == pytest.approx(2 * (1.26 + 0.63), rel=0.03)
+    assert token_ns(refresh=False) == pytest.approx(2 * 1.26 * rows, rel=0.01)
+    assert token_ns(refresh=False, **CASES["gqa8-serial"]) == pytest.approx(2 * (1.26 + 5.04), rel=0.02)
+    assert token_ns(refresh=False, **CASES["gqa8"]) == pytest.approx(2 * 1.26 * rows, rel=0.01)
+
+
+def test_one_tile_by_hand():
+    """512 tokens of MHA: query (4 bursts), row, K, scores of the last bank, softmax, probabilities, V, output."""
+    d = DDR4
+    opening = 3 * d.faw_cycles + 3 * d.rrd_s_cycles + d.rcd_cycles  # the 16th bank
+    k_done = opening + 127 * 8 + 8
+    # the other 15 banks' scores are read while theirs come in; the bus needs 8 bursts for the last
+    scores = k_done + 8 * 4 + d.cl_cycles + d.bl_cycles
+    probabilities = scores + 64 + (128 + 1) * 4 + d.wl_cycles + d.bl_cycles
+    context = probabilities + 8 + 8 + 127 * 8 + 8  # operands, rescaling, columns, result
+    output = context + 16 * 4 + d.cl_cycles + d.bl_cycles
+    got = simulate(RankSetup(host_input=False, refresh=False), [512]).cycles
+    # reading starts with the first bank's result, 114 cycles before the last's; 512 cycles of bursts end after it
+    bus_bound = k_done - (opening - d.rcd_cycles) + 512 - 8 * 4 - k_done
+    assert got == pytest.approx(output + bus_bound, rel=0.02)
+
+
+def test_host_relayout_is_two_passes_over_the_channel_for_four_ranks():
+    """MHA: Q, K, V and output of 256 B each."""
+    assert job_transfer_bytes(RankSetup()) == 1024
+    assert job_transfer_bytes(RankSetup(**CASES["gqa8"])) == (64 + 8 + 8 + 64) * 256
+    assert host_relayout_s(RankSetup(), 3) == pytest.approx(3 * 2 * 1024 * 4 / 25.397e9, rel=1e-4)
+    with_it, without = (simulate(RankSetup(hardware_relayout=h), [512] * 3).seconds for h in (True, False))
+    assert without - with_it == pytest.approx(host_relayout_s(RankSetup(), 3))
+
+
+# --- DDR4's rules
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_command_obeys_ddr4(case):
+    setup = RankSetup(**CASES[case])
+    outcome = simulate(setup, MIXED, trace_rows=60_000)
+    assert broken_rules(expand(outcome.trace), DDR4, refresh_until=outcome.cycles) == []
+
+
+@pytest.mark.parametrize("case", ["mha", "mha-serial"])
+def test_refreshes_keep_up_in_a_longer_run(case):
+    setup = RankSetup(**CASES[case])
+    outcome = simulate(setup, [9000, 5000], trace_rows=20_000)
+    assert outcome.refreshes_count >= 4
+    assert broken_rules(expand(outcome.trace), DDR4, refresh_until=outcome.cycles) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "rule", "case"),
+    [
+        ("rp_cycles", "tRP", "mha"),
+        ("rcd_cycles", "tRCD", "mha"),
+        ("faw_cycles", "tFAW", "mha"),
+        ("rtp_cycles", "tRTP", "mha"),
+        ("rrd_s_cycles", "tRRD_S", "mha"),
+        ("rfc_cycles", "tRFC", "mha"),
+        ("wtr_l_cycles", "tWTR_L", "mha"),
+        ("ras_cycles", "tRAS", "short"),
+        ("rc_cycles", "tRC", "short"),
+        ("rrd_l_cycles", "tRRD_L", "short"),
+    ],
+)
+def test_the_rules_notice_a_controller_that_breaks_them(field, rule, case):
+    """A die that were faster in one parameter breaks exactly that rule of the real one."""
+    changes = {field: getattr(DDR4, field) // 2}
+    if case == "short":  # where other rules leave room for this one to bind
+        changes = {"rp_cycles": 8, "rtp_cycles": 4, "faw_cycles": 4, "rrd_s_cycles": 1} | changes
+    fast = dataclasses.replace(DDR4, **changes)
+    real = dataclasses.replace(fast, **{field: getattr(DDR4, field)})
+    lengths = [4, 4, 16, 16] * 3 if case == "short" else [9000, 5000]
+    trace = simulate(RankSetup(dram=fast), lengths, trace_rows=40_000).trace
+    rules = {text.split(":")[0].removesuffix(" before REF") for text in broken_rules(expand(trace), real)}
+    assert rules == {rule}
+
+
+# --- conservation, order, monotonicity
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_columns_read_are_the_bytes_of_kv(case):
+    setup = RankSetup(**CASES[case])
+    p = params(setup)
+    tokens = p.tile_tokens * setup.token_split if setup.bank_level else 128
+    lengths = [tokens, 3 * tokens, 2 * tokens]
+    outcome = simulate(setup, lengths, trace_rows=60_000)
+    kv_bytes = sum(lengths) * 2 * 256 * setup.heads_per_job
+    assert outcome.columns_count * 8 * setup.chips == kv_bytes * setup.passes
+    done = expand(outcome.trace)
+    reads = np.isin(done[:, 1], (Command.MAC, Command.RD))
+    assert reads.sum() == outcome.columns_count
+    if setup.bank_level:
+        scores = (done[:, 1] == Command.RD_RB).sum() - p.output_bursts * len(lengths)
+        per_token = 2 * setup.queries_per_kv_head * setup.chips / setup.token_split
+        assert scores * 64 == sum(lengths) * per_token
+        queries = setup.queries_per_kv_head * setup.head_size * 2 * setup.heads_per_job * setup.token_split
+        written = (done[:, 1] == Command.WR_SB).sum() * 64 - queries * len(lengths)
+        assert written >= sum(lengths) * per_token
+
+
+@pytest.mark.parametrize("case", [name for name, kw in CASES.items() if kw.get("bank_level", True)])
+def test_scores_come_before_their_softmax_and_probabilities_before_their_use(case):
+    """Bursts of scores never run ahead of the columns that made them, nor context of the probabilities written."""
+    setup = RankSetup(**CASES[case])
+    p = params(setup)
+    length = p.tile_tokens * setup.token_split
+    done = expand(simulate(setup, [length], trace_rows=20_000).trace)
+    macs = done[done[:, 1] == Command.MAC, 0]
+    k_columns = p.banks * 128 * setup.passes
+    reads, writes = (done[done[:, 1] == kind, 0] for kind in (Command.RD_RB, Command.WR_SB))
+    scores = reads[: len(reads) - p.output_bursts]
+    first_v = macs[k_columns]
+    assert len(macs) == 2 * k_columns
+    assert macs[0] > writes[p.query_bursts - 1]  # the query is there
+    assert scores[-1] > macs[k_columns - 1]  # the last score is read after the last column
+    assert writes[p.query_bursts] > scores[-1] + DDR4.cl_cycles + setup.softmax_cycles
+    assert first_v > writes[-1] + DDR4.wl_cycles
+    assert reads[-p.output_bursts] > macs[-1]  # the output after the last column of V
+
+
+@pytest.mark.parametrize("case", ["mha", "mha-serial", "gqa8", "rank"])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(specs.DramSpec) if f.name.endswith("_cycles")])
+def test_slower_memory_is_never_faster(case, field):
+    """A quarter more of one parameter; 1 % is left for what scheduling makes of it."""
+    if field in ("bl_cycles", "ccd_s_cycles", "ccd_l_cycles"):
+        pytest.skip("fixed by the geometry of the command bus")
+    factor = 0.8 if field == "refi_cycles" else 1.25
+    slower = dataclasses.replace(DDR4, **{field: int(getattr(DDR4, field) * factor)})
+    setup = RankSetup(**CASES[case])
+    base = simulate(setup, [3000, 700, 9000]).cycles
+    assert simulate(dataclasses.replace(setup, dram=slower), [3000, 700, 9000]).cycles >= base * 0.99
+
+
+@pytest.mark.parametrize("queries", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("chips", [1, 2, 8])
+@pytest.mark.parametrize("length", [1, 100, 513, 5000])
+def test_pipelined_is_never_slower_than_serial(queries, chips, length):
+    changes = {"queries_per_kv_head": queries, "chips_per_head": chips, "refresh": False}
+    fast, slow = (simulate(RankSetup(pipelined=on, **changes), [length] * 3).cycles for on in (True, False))
+    assert fast <= slow
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_more_tokens_and_more_jobs_take_longer(case):
+    setup = RankSetup(refresh=False, **CASES[case])
+    times = [simulate(setup, [n]).cycles for n in (1, 16, 64, 200, 512, 700, 1024, 4096)]
+    assert times == sorted(times)
+    assert simulate(setup, [700] * 3).cycles > simulate(setup, [700] * 2).cycles
+
+
+def test_bad_input_is_named():
+    with pytest.raises(SpecError, match="expected at least one job"):
+        simulate(RankSetup(), [])
+    with pytest.raises(SpecError, match="expected at least one job"):
+        simulate(RankSetup(), [0])
+    with pytest.raises(SpecError, match="trace_rows = 3: the run has"):
+        simulate(RankSetup(), [512], trace_rows=3)
+    with pytest.raises(SpecError, match="divides 8 chips"):
+        RankSetup(chips_per_head=3)
+
+
+def test_a_long_context_takes_seconds_at_most():
+    """128k tokens of 512 requests in one rank: a million tiles."""
+    outcome = simulate(RankSetup(**CASES["gqa8"]), np.full(512, 131_072))
+    assert outcome.seconds == pytest.approx(512 * 131_072 * 8 * 2.77e-9, rel=0.01)
