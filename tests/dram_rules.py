@@ -79,7 +79,5 @@ def broken_rules(commands: np.ndarray, d: DramSpec, refresh_until: int = 0) -> l
         if kind == Command.RD:
             expect(cycle >= group_reads[group] + d.ccd_l_cycles, "tCCD_L of a group", row)
             group_reads[group] = cycle
-    for k in range(len(refreshes) + 1, int(refresh_until / d.refi_cycles) + 1):
-        if refresh_until > (k + 8) * d.refi_cycles:
-            problems.append(f"the {k}th REF is missing at {refresh_until}")
-    return problems
+    due = int(refresh_until / d.refi_cycles) - 8
+    return problems + [f"the {k + 1}th REF is missing at {refresh_until}" for k in range(len(refreshes), due)]

@@ -24,6 +24,7 @@ from l3env.dimm.bus import (
 from l3env.jit import helper, inner, kernel
 
 FAR = 1 << 60
+SHARES = 8
 
 
 @inner
@@ -44,8 +45,8 @@ def score_pass(p, m, tokens, gate, parity):
     done = 0
     for b in range(min(tokens, p.banks)):
         open_row(p, m, b)
-        m.k_done[parity, b] = multiply(p, m, b, columns, gate, 0)
-        done = max(done, m.k_done[parity, b])
+        done = max(done, multiply(p, m, b, columns, gate, 0))
+        m.k_first[parity, b] = m.bank[b]["column"] - (columns - 1) * p.ccd_l
     return done
 
 
@@ -62,20 +63,43 @@ def context_pass(p, m, tokens, gate):
 
 
 @inner
-def read_scores(p, m, tokens, ready, parity):
-    """PIM_RD_RB, bank after bank as results come; returns when the rank PU has the last one."""
-    bursts = ceil_div(ceil_div(tokens, p.banks) * p.queries, p.scores_per_burst)
-    done = 0
-    for b in range(min(tokens, p.banks)):
-        done = move(p, m, Bus.READ, b, bursts, max(ready, m.k_done[parity, b]))
-    return done
+def score_bursts(p, tokens):
+    """PIM_RD_RBs of a tile: the banks in turn, each round one burst of every bank that has tokens."""
+    return ceil_div(ceil_div(tokens, p.banks) * p.queries, p.scores_per_burst) * min(tokens, p.banks)
 
 
 @inner
-def write_probabilities(p, m, tokens, ready):
-    """PIM_WR_SB: probabilities of a tile and one factor per query for the accumulators."""
-    bursts = ceil_div(tokens * p.queries, p.scores_per_burst) + ceil_div(p.queries, p.scores_per_burst)
-    return move(p, m, Bus.WRITE, -1, bursts, ready)
+def probability_bursts(p, tokens):
+    """PIM_WR_SBs of a tile: one factor per query for the accumulators, then the probabilities in order of tokens."""
+    return ceil_div(p.queries, p.scores_per_burst) + ceil_div(tokens * p.queries, p.scores_per_burst)
+
+
+@inner
+def share_of(total):
+    """Bursts issued together: a transfer goes in up to SHARES parts, so that others fit between."""
+    return ceil_div(total, SHARES)
+
+
+@inner
+def scores_ready(p, m, tokens, parity, first, count):
+    """When bursts ``first ...`` of a tile's scores may start, for none to come before its result."""
+    banks = min(tokens, p.banks)
+    ready = 0
+    for b in range(banks):
+        for place in (first + (b - first) % banks, first + count - 1 - (first + count - 1 - b) % banks):
+            if first <= place < first + count:
+                token = ceil_div((place // banks + 1) * p.scores_per_burst, p.queries)
+                token = min(token, ceil_div(tokens, p.banks))
+                result = m.k_first[parity, b] + (token * p.k_columns * p.passes - 1) * p.ccd_l + p.result
+                ready = max(ready, result - (place - first) * p.ccd_s)
+    return ready
+
+
+@inner
+def column_of(p, burst):
+    """The column of a context pass that first needs a burst of the probabilities."""
+    tokens = max(burst - ceil_div(p.queries, p.scores_per_burst), 0) * p.scores_per_burst // p.queries
+    return tokens // (p.banks // p.v_banks) * p.v_columns * p.passes
 
 
 @inner
@@ -89,7 +113,7 @@ def arrival(p, m, job):
 
 @helper
 def serve_bus(p, m, jobs, before):
-    """Issues one external transfer if it can start before a cycle: of those that could go, the one that starts first.
+    """Issues a part of an external transfer if it can start before a cycle: of those that could go, the earliest.
 
     Ties in the order probabilities, output, scores, query: what computing waits for most urgently. False: none can.
     """
@@ -97,14 +121,17 @@ def serve_bus(p, m, jobs, before):
     w, o, r, q = st["w_tiles"], st["o_jobs"], st["r_tiles"], st["q_jobs"]
     w_start, o_start, r_start, q_start = FAR, FAR, FAR, FAR
     if w < r and w < st["v_tiles"] + 2:  # half of the buffer is free once the context pass two tiles ago has ended
-        ready = m.tile[w % RING]["softmax_done"]
+        ready = m.tile[w % RING]["read"] + p.softmax
         if w >= 2:
             ready = max(ready, m.tile[(w - 2) % RING]["v_done"])
         w_start = bus_start(p, m, Bus.WRITE, ready)
     if o < st["v_jobs"]:
         o_start = bus_start(p, m, Bus.READ, m.job[o % RING]["v_done"])
     if r < st["k_tiles"]:
-        r_start = bus_start(p, m, Bus.READ, m.k_done[r % 2, 0])
+        tokens = m.tile[r % RING]["tokens"]
+        total = score_bursts(p, tokens)
+        count = min(share_of(total), total - st["r_bursts"])
+        r_start = bus_start(p, m, Bus.READ, scores_ready(p, m, tokens, r % 2, st["r_bursts"], count))
     if q < jobs and q < st["k_jobs"] + 2:
         ready = m.job[q % RING]["q_done"]  # until then: arrival in the rank PU
         if q >= 2:
@@ -114,21 +141,46 @@ def serve_bus(p, m, jobs, before):
     if start >= before:
         return False
     if w_start == start:
-        m.tile[w % RING]["written"] = write_probabilities(p, m, m.tile[w % RING]["tokens"], start)
-        st["w_tiles"] = w + 1
+        write_part(p, m, w, start)
     elif o_start == start:
-        m.job[o % RING]["o_done"] = move(p, m, Bus.READ, -1, p.output_bursts, start)
-        st["o_jobs"] = o + 1
+        done, st["o_bursts"] = move_part(p, m, Bus.READ, p.output_bursts, st["o_bursts"], start)
+        if st["o_bursts"] == 0:
+            m.job[o % RING]["o_done"] = done
+            st["o_jobs"] = o + 1
     elif r_start == start:
-        done = read_scores(p, m, m.tile[r % RING]["tokens"], start, r % 2)
-        m.tile[r % RING]["read"] = done
-        m.tile[r % RING]["softmax_done"] = done + p.softmax
-        st["r_tiles"] = r + 1
+        total = score_bursts(p, m.tile[r % RING]["tokens"])
+        done, st["r_bursts"] = move_part(p, m, Bus.READ, total, st["r_bursts"], start)
+        if st["r_bursts"] == 0:
+            m.tile[r % RING]["read"] = done
+            st["r_tiles"] = r + 1
     else:
-        m.job[q % RING]["q_done"] = move(p, m, Bus.WRITE, -1, p.query_bursts, start)
-        st["q_jobs"] = q + 1
-        m.job[(q + 1) % RING]["q_done"] = arrival(p, m, q + 1) if q + 1 < jobs else 0
+        done, st["q_bursts"] = move_part(p, m, Bus.WRITE, p.query_bursts, st["q_bursts"], start)
+        if st["q_bursts"] == 0:
+            m.job[q % RING]["q_done"] = done
+            st["q_jobs"] = q + 1
+            m.job[(q + 1) % RING]["q_done"] = arrival(p, m, q + 1) if q + 1 < jobs else 0
     return True
+
+
+@inner
+def move_part(p, m, kind, total, moved, start):
+    """The next part of a transfer. Returns (its arrival, bursts moved now; 0 once the transfer is complete)."""
+    count = min(share_of(total), total - moved)
+    done = move(p, m, kind, -1, count, start)
+    return done, (moved + count) % total
+
+
+@inner
+def write_part(p, m, w, start):
+    """A part of a tile's probabilities. The context pass may begin before the last of them are there."""
+    st, tile = m.state[0], m.tile[w % RING]
+    total, before = probability_bursts(p, tile["tokens"]), st["w_bursts"]
+    done, st["w_bursts"] = move_part(p, m, Bus.WRITE, total, before, start)
+    if before == 0:
+        tile["written"], tile["v_gate"] = done, 0
+    tile["v_gate"] = max(tile["v_gate"], done + p.ccd_l - column_of(p, before) * p.ccd_l)
+    if st["w_bursts"] == 0:
+        st["w_tiles"] = w + 1
 
 
 @helper
@@ -161,7 +213,7 @@ def score_tile(p, m, n, jobs):
 
 @helper
 def context_tile(p, m, n, jobs):
-    """V of tile ``n``; needs its probabilities, and free accumulators at the start of a job."""
+    """V of tile ``n``; needs its probabilities as it goes, and free accumulators at the start of a job."""
     st, tile = m.state[0], m.tile[n % RING]
     job = tile["job"]
     while st["w_tiles"] <= n:
@@ -169,11 +221,11 @@ def context_tile(p, m, n, jobs):
     ready = tile["written"]
     if n > 0:
         ready = max(ready, m.tile[(n - 1) % RING]["v_done"])
-    if tile["first"] and job > 0:
-        while st["o_jobs"] < job:
+    if tile["first"] and job > 1:
+        while st["o_jobs"] < job - 1:
             serve_bus(p, m, jobs, FAR)
-        ready = max(ready, m.job[(job - 1) % RING]["o_done"])
-    gate = load_operands(p, m, ready)
+        ready = max(ready, m.job[(job - 2) % RING]["o_done"])
+    gate = max(load_operands(p, m, ready), tile["v_gate"])
     tile["v_done"] = context_pass(p, m, tile["tokens"], gate)
     st["v_tiles"] = n + 1
     if tile["last"]:
@@ -221,12 +273,12 @@ def attend_serial(p, m, lengths):
             tokens = min(p.tile_tokens, total - start)
             refresh_if_due(p, m)
             end = score_pass(p, m, tokens, end, 0)
-            end = read_scores(p, m, tokens, end, 0)
+            end = move(p, m, Bus.READ, -1, score_bursts(p, tokens), end)
         end += p.softmax
         for start in range(0, total, p.tile_tokens):
             tokens = min(p.tile_tokens, total - start)
             refresh_if_due(p, m)
-            end = load_operands(p, m, write_probabilities(p, m, tokens, end))
+            end = load_operands(p, m, move(p, m, Bus.WRITE, -1, probability_bursts(p, tokens), end))
             end = context_pass(p, m, tokens, end)
         end = move(p, m, Bus.READ, -1, p.output_bursts, end)
     return end

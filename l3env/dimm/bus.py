@@ -45,10 +45,12 @@ STATE_DTYPE = np.dtype(
     # what has been issued, counted in tiles and jobs: K and V passes, score reads, probability writes, ...
     + [(name, np.int64) for name in ("k_tiles", "v_tiles", "r_tiles", "w_tiles")]
     + [(name, np.int64) for name in ("q_jobs", "k_jobs", "v_jobs", "o_jobs")]
+    # and in bursts of the transfer under way
+    + [(name, np.int64) for name in ("q_bursts", "w_bursts", "r_bursts", "o_bursts")]
 )
 BANK_DTYPE = np.dtype([(name, np.int64) for name in ("open", "act", "pre", "pre_ok", "column", "group_act")])
 TILE_DTYPE = np.dtype(
-    [(name, np.int64) for name in ("tokens", "job", "first", "last", "read", "softmax_done", "written", "v_done")]
+    [(name, np.int64) for name in ("tokens", "job", "first", "last", "read", "written", "v_gate", "v_done")]
 )
 JOB_DTYPE = np.dtype([(name, np.int64) for name in ("q_done", "k_done", "v_done", "o_done")])
 TRACE_DTYPE = np.dtype([(name, np.int64) for name in ("cycle", "command", "bank", "count", "stride")])
@@ -58,7 +60,7 @@ RING = 4  # tiles and jobs in flight
 class Machine(NamedTuple):
     state: NDArray[np.void]  # (1,)
     bank: NDArray[np.void]  # (B,); bank b is in group b % groups
-    k_done: NDArray[np.int64]  # (2, B) results ready, by parity of the tile
+    k_first: NDArray[np.int64]  # (2, B) first column of a score pass, by parity of the tile
     tile: NDArray[np.void]  # (RING,)
     job: NDArray[np.void]  # (RING,)
     taken: NDArray[np.int64]  # (COMMAND_WINDOW,) cycles taken by single commands

@@ -16,8 +16,9 @@ accumulators for the context. The rest is assumed here, and follows from it as s
   their outputs.
 * **Chips in lockstep**: all get the same commands. A rank works on ``N_chips / N_hc`` heads of one request at once;
   where a layer has fewer KV heads, a head's tokens are split over the spare chips.
-* **Buffers**: result registers and the probabilities in the shared buffer hold two tiles, queries two jobs,
-  accumulators one.
+* **Buffers** are double: result registers and probabilities in the shared buffer hold two tiles, queries and
+  accumulators two jobs. Scores are read while a pass makes them, and a context pass may begin before the last of its
+  probabilities is there, as long as none comes late.
 * **Command bus**: one command a cycle. PIM_MAC is broadcast on every eighth cycle (tCCD_L), and every bank whose row is
   open takes part (score or context as its row says); bursts have every fourth (tCCD_S); others take what is free.
 * **Refresh**: all banks, at the end of a pass, postponed up to 4 tREFI and then issued together (JESD79-4 allows 8);
@@ -111,11 +112,23 @@ class RankSetup:
         return self.head_size * self.bus_bytes_per_s * self.passes / units
 
 
-def best_chips_per_head(queries_per_kv_head: int, macs_per_element: int = 8) -> int:
-    """The largest power of two up to half the bound: gives the paper's 8 (MHA) and 1 (GQA-8), and leaves the bus room
-    for queries, outputs and turning round."""
-    bound = RankSetup(queries_per_kv_head=queries_per_kv_head, macs_per_element=macs_per_element).chips_per_head_bound
-    return int(min(8, max(1, 2 ** int(math.log2(bound / 2)))))
+def best_mapping(queries_per_kv_head: int, kv_heads: int, macs_per_element: int = 8, chips: int = 8) -> tuple[int, int]:
+    """(N_hc, token_split) of a layer.
+
+    N_hc is the largest power of two up to half the bound: the paper's 8 for MHA and 1 for GQA-8; it leaves the bus room
+    for queries, outputs and turning round. Where the KV heads are then too few for the chips, N_hc goes up to the bound
+    before tokens are split: each split needs the queries and makes partial outputs of its own.
+    """
+    setup = RankSetup(chips=chips, queries_per_kv_head=queries_per_kv_head, macs_per_element=macs_per_element)
+    bound = setup.chips_per_head_bound
+
+    def power_of_two(most: float) -> int:
+        return int(min(chips, max(1, 2 ** math.floor(math.log2(most) + 1e-9))))
+
+    chips_per_head = power_of_two(bound / 2)
+    if kv_heads * chips_per_head < chips:
+        chips_per_head = min(power_of_two(bound), chips // power_of_two(kv_heads))
+    return chips_per_head, max(1, chips // (chips_per_head * power_of_two(kv_heads)))
 
 
 class Params(NamedTuple):
