@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from dram_rules import broken_rules
 
+from experiments.reproduce import ablation
 from l3env import specs
+from l3env.costs import pim as costs
+from l3env.dimm import fit
 from l3env.dimm.bus import Command
 from l3env.dimm.setup import RankSetup, best_mapping, ddr4, params
 from l3env.dimm.simulate import expand, host_relayout_s, job_transfer_bytes, simulate
+from l3env.dimm.stored import RankFit, load_fit, to_toml
 from l3env.errors import SpecError
+from l3env.tables import compile_tables
 
 DDR4 = ddr4()
 NS = 1e-9
@@ -289,3 +294,99 @@ def test_a_long_context_takes_seconds_at_most():
     """128k tokens of 64 requests in one rank: a hundred thousand tiles."""
     outcome = simulate(RankSetup(**CASES["gqa8"]), np.full(64, 131_072))
     assert outcome.seconds == pytest.approx(64 * 131_072 * 8 * 2.77e-9, rel=0.01)
+
+
+# --- the linear model
+
+STORED = {name: load_fit(name) for name in ("dimm-pim-ddr4-3200", "rank-pim-ddr4-3200")}
+SHORT_GRID = fit.equal_batches(lengths=(128, 300, 777, 2048, 10_000), batches=(1, 3, 16, 64))
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_fits_cover_the_whole_grid_within_2_and_5_percent(name):
+    stored = STORED[name]
+    assert {kind.name for kind in stored.kinds} == set(fit.QUERIES)
+    assert (min(fit.LENGTHS), max(fit.LENGTHS)) == (128, 128 * 1024)
+    assert (min(fit.BATCHES), max(fit.BATCHES)) == (1, 512)
+    for kind in stored.kinds:
+        assert kind.points_count == len(fit.LENGTHS) * len(fit.BATCHES)
+        assert kind.error_median_frac <= 0.02
+        assert kind.error_p99_frac <= 0.05
+        assert kind.unseen_error_median_frac <= 0.02
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("kind_name", fit.QUERIES)
+def test_stored_fits_predict_what_the_simulator_says_now(name, kind_name):
+    """A change of the simulator that moves its times shows here: run experiments/fit_pim.py --write."""
+    stored = STORED[name].find(fit.QUERIES[kind_name][0])
+    setup, _ = fit.rank_setup(kind_name, "rank" not in name, STORED[name].macs_per_element_count)
+    assert (setup.chips_per_head, setup.token_split) == (stored.chips_per_head_count, stored.token_split_count)
+    assert (setup.heads_per_job, setup.passes) == (stored.heads_per_job_count, stored.passes_count)
+    off = fit.errors(fit.run_grid(setup, SHORT_GRID), stored.token_s, stored.job_s, stored.batch_s)
+    assert np.median(off) <= 0.02
+    assert off.max() <= stored.error_worst_frac + 0.005
+
+
+def test_fitting_a_line_gives_the_line():
+    tokens, jobs = np.array([1e3, 5e3, 9e3, 9e3]), np.array([1.0, 2.0, 3.0, 8.0])
+    grid = fit.Grid(tokens, jobs, 3e-9 * tokens + 2e-7 * jobs + 1e-6)
+    assert fit.fit(grid) == pytest.approx((3e-9, 2e-7, 1e-6))
+    assert fit.errors(grid, 3e-9, 2e-7, 1e-6) == pytest.approx(np.zeros(4), abs=1e-12)
+
+
+def test_a_stored_fit_reads_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("l3env.dimm.stored.FIT_DIR", tmp_path)
+    whole = STORED["dimm-pim-ddr4-3200"]
+    mine = RankFit("mine", whole.rank_bytes_per_s, 8, whole.kinds[:2])
+    (tmp_path / "mine.toml").write_text(to_toml(mine, "a test"))
+    assert load_fit("mine") == mine
+    assert load_fit("no-such-fit") is None
+
+
+@pytest.mark.parametrize("model_name", ["gpt-175b", "qwen-72b", "llama-3-8b"])
+@pytest.mark.parametrize("system_name", ["l3-dgx-a100", "rank-pim-dgx-a100"])
+def test_the_engines_coefficients_are_the_simulated_attention_of_all_layers(system_name, model_name):
+    """What a lane of one replica takes for a mixed batch, against simulating one layer of it rank by rank."""
+    system, model = specs.load(f"system/{system_name}"), specs.load(f"model/{model_name}")
+    tables = compile_tables(system, model)
+    coef = tables.arrays.coef[0]
+    lengths = np.array([900, 4000, 2500, 12_000, 7000, 3100, 640, 5200] * 4)
+    predicted_s = coef["pim_token_s"] * lengths.sum() + coef["pim_request_s"] * len(lengths) + coef["pim_batch_s"]
+    queries = model.gqa_group_count
+    setup = RankSetup(queries_per_kv_head=queries, host_input=False, bank_level=system.pim.kind == "dimm-bank")
+    if setup.bank_level:
+        setup = dataclasses.replace(setup, chips_per_head=best_mapping(queries, model.kv_heads_count)[0])
+    jobs = np.repeat(lengths, model.kv_heads_count // setup.heads_per_job)
+    if queries == 1:  # a request's heads spread over the replica's ranks
+        ranks = 64 // tables.replicas_count
+        jobs = np.random.default_rng(1).permutation(jobs)
+        layer_s = np.mean([fit.mean_seconds(setup, jobs[rank::ranks]) for rank in range(ranks)])
+    else:
+        layer_s = fit.mean_seconds(setup, jobs)
+    assert predicted_s == pytest.approx(model.layers_count * layer_s, rel=0.02)
+
+
+def test_times_scale_with_the_rank_and_fall_back_to_the_closed_form():
+    device, model = specs.load("pim/dimm-pim-ddr4-3200"), specs.load("model/qwen-72b")
+    rate = costs.layout(device, model, 2).lane_bytes_per_s
+    twice = dataclasses.replace(device, internal_bytes_per_s=2 * device.internal_bytes_per_s)
+    for times in (costs.lane_token_s, costs.lane_request_s):
+        assert times(twice, model, 2 * rate) == pytest.approx(times(device, model, rate) / 2)
+    assert costs.batch_s(twice, model) == pytest.approx(costs.batch_s(device, model) / 2)
+    small = dataclasses.replace(model, head_size=64)
+    assert costs.lane_token_s(device, small, rate) == costs.stream_token_s(device, small, rate)
+    assert costs.lane_request_s(device, small, rate) == costs.batch_s(device, small) == 0
+    hbm = specs.load("pim/hbm-pim-a100")
+    assert costs.lane_token_s(hbm, model, 1e12) == model.kv_bytes_per_token / 1e12
+    assert costs.lane_request_s(hbm, model, 1e12) == 0
+
+
+def test_ablation_is_within_a_fifth_of_the_paper_or_says_why():
+    rows = ablation.rows()
+    assert len(rows) >= 9
+    for row in rows:
+        assert set(row) == {"figure", "case", "quantity", "paper", "ours", "ratio", "note"}
+        assert row["ratio"] == pytest.approx(row["ours"] / row["paper"])
+        limit = "at least" in row["quantity"]
+        assert row["note"] or row["ratio"] > 0.8 if limit else abs(row["ratio"] - 1) < 0.2

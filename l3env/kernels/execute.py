@@ -69,7 +69,7 @@ def execute(t, s, e, decode, interleaved):
     # decode of each sub-batch, the new tokens' KV included
     decodes_0, decodes_1 = 0, 0
     hbm_n_0, hbm_n_1, hbm_kv_0, hbm_kv_1 = 0.0, 0.0, 0.0, 0.0
-    slowest_0_s, slowest_1_s, slowest_both_s, lanes_s, pim_kv = 0.0, 0.0, 0.0, 0.0, 0.0
+    slowest_0_s, slowest_1_s, slowest_both_s, pim_kv = 0.0, 0.0, 0.0, 0.0
     lanes = coef["lanes_count"]
     if decode:
         decodes_0, decodes_1 = decoding_count(s, e, 0), decoding_count(s, e, 1)
@@ -82,7 +82,6 @@ def execute(t, s, e, decode, interleaved):
             slowest_0_s, slowest_1_s = max(slowest_0_s, lane_0_s), max(slowest_1_s, lane_1_s)
             slowest_both_s = max(slowest_both_s, lane_0_s + lane_1_s)
             pim_kv += kv_0 + kv_1
-            lanes_s += lane_0_s + lane_1_s
     pim_n_0, pim_n_1 = decodes_0 - hbm_n_0, decodes_1 - hbm_n_1
 
     # price
@@ -130,7 +129,7 @@ def execute(t, s, e, decode, interleaved):
     env["prefill_tokens"] += tokens
     env["decode_tokens"] += decodes
     if lanes > 1:
-        env["imbalance_s"] += slowest_s - lanes_s / (lanes - 1)
+        env["imbalance_s"] += slowest_s - lane_attention_s(t, table, pim_kv, pim_n_0 + pim_n_1) / (lanes - 1)
     env["last_iteration_s"] = duration_s
     env["last_gpu_0_s"], env["last_gpu_1_s"] = gpu_0_s, gpu_1_s
     env["last_attention_0_s"], env["last_attention_1_s"] = attention_0 + hbm_0_s, attention_1 + hbm_1_s
