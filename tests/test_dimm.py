@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -277,6 +280,16 @@ def test_more_tokens_and_more_jobs_take_longer(case):
     times = [simulate(setup, [n]).cycles for n in (1, 16, 64, 200, 512, 700, 1024, 4096)]
     assert times == sorted(times)
     assert simulate(setup, [700] * 3).cycles > simulate(setup, [700] * 2).cycles
+
+
+def test_compiled_and_interpreted_kernels_agree():
+    script = "from l3env.dimm.simulate import RankSetup, simulate; print([simulate(RankSetup(**k), [700, 16]).cycles "
+    script += "for k in ({}, {'pipelined': False}, {'queries_per_kv_head': 8, 'chips_per_head': 1}, "
+    script += "{'bank_level': False})])"
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    told = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    cases = ({}, CASES["mha-serial"], CASES["gqa8"], CASES["rank"])
+    assert told.stdout.strip() == str([simulate(RankSetup(**case), [700, 16]).cycles for case in cases])
 
 
 def test_bad_input_is_named():
