@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.reproduce import common
+from experiments.reproduce.common import Row
 from l3env import specs
 from l3env.costs.link import decode_request_bytes, transfer_bytes_per_s
 from l3env.dimm.setup import RankSetup, best_mapping
@@ -50,21 +52,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows() -> list[dict[str, Any]]:
+def rows() -> list[Row]:
     return [*pipelining_rows(), *relayout_rows(), *together_rows(), *rank_level_rows(), *overlap_rows()]
 
 
-def row(case: str, quantity: str, paper: float, ours: float, note: str = "") -> dict[str, Any]:
-    ratio = ours / paper
-    return {
-        "figure": FIGURE,
-        "case": case,
-        "quantity": quantity,
-        "paper": paper,
-        "ours": ours,
-        "ratio": ratio,
-        "note": note,
-    }
+def row(case: str, quantity: str, paper: float, ours: float, note: str = "") -> Row:
+    return common.row(FIGURE, case, quantity, paper, ours, note)
 
 
 def context_tokens(trace: str) -> int:
@@ -102,7 +95,7 @@ def reduction(kind: str, trace: str, variant: str, mapped: bool | None = None) -
     return 1 - latency_s(kind, trace, variant, mapped) / latency_s(kind, trace, "base", False)
 
 
-def pipelining_rows() -> list[dict[str, Any]]:
+def pipelining_rows() -> list[Row]:
     made = []
     for kind, paper in (("MHA", 0.279), ("GQA-8", 0.744)):
         each = [reduction(kind, trace, "pipelining") for trace in LONG]
@@ -117,7 +110,7 @@ def pipelining_rows() -> list[dict[str, Any]]:
     return made
 
 
-def relayout_rows() -> list[dict[str, Any]]:
+def relayout_rows() -> list[Row]:
     each = {(kind, trace): reduction(kind, trace, "re-layout") for kind in MODELS for trace in TRACES}
     (kind, trace), most = max(each.items(), key=lambda item: item[1])
     falls = ", ".join(f"{each[kind, t]:.1%} at {context_tokens(t):,}" for t in (SHORT, "Dolphin", "OpenR1"))
@@ -129,7 +122,7 @@ def speedup(kind: str, trace: str) -> float:
     return latency_s(kind, trace, "base", False) / latency_s(kind, trace, "all")
 
 
-def together_rows() -> list[dict[str, Any]]:
+def together_rows() -> list[Row]:
     least = min((speedup("MHA", trace), trace) for trace in LONG)
     most = max((speedup("GQA-8", trace), trace) for trace in LONG)
     short = speedup("MHA", SHORT), speedup("GQA-8", SHORT)
@@ -141,7 +134,7 @@ def together_rows() -> list[dict[str, Any]]:
     ]
 
 
-def rank_level_rows() -> list[dict[str, Any]]:
+def rank_level_rows() -> list[Row]:
     """The paper gives a lower limit: a ratio of 1 or more is agreement."""
     made = []
     for kind in MODELS:
@@ -163,7 +156,7 @@ def over_rank_level(kind: str, trace: str, variant: str) -> float:
     return latency_s(kind, trace, "rank-level") / latency_s(kind, trace, variant)
 
 
-def overlap_rows() -> list[dict[str, Any]]:
+def overlap_rows() -> list[Row]:
     """Transfers of a decoding sub-batch: the time they add to attention, with and without rankset overlap."""
     saved = {}
     system: SystemSpec = specs.load(SYSTEM)
