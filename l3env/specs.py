@@ -72,6 +72,41 @@ class LinkSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DramSpec:
+    """One DRAM die: its geometry, and timing constraints in clock cycles (names as in JESD79-4)."""
+
+    name: str
+    tck_s: float = positive(high=1e-6)
+    row_bytes: int = at_least(1)
+    column_bytes: int = at_least(1)  # what one column read delivers
+    bank_groups_count: int = at_least(1, high=8)
+    banks_per_group_count: int = at_least(1, high=8)
+    bl_cycles: int = at_least(1)  # data of one column on the pins
+    ccd_s_cycles: int = at_least(1)
+    ccd_l_cycles: int = at_least(1)
+    rrd_s_cycles: int = at_least(1)
+    rrd_l_cycles: int = at_least(1)
+    faw_cycles: int = at_least(1)
+    rcd_cycles: int = at_least(1)
+    ras_cycles: int = at_least(1)
+    rp_cycles: int = at_least(1)
+    rc_cycles: int = at_least(1)
+    cl_cycles: int = at_least(1)
+    wl_cycles: int = at_least(1)
+    wtr_s_cycles: int = at_least(1)
+    wtr_l_cycles: int = at_least(1)
+    wr_cycles: int = at_least(1)
+    rtp_cycles: int = at_least(1)
+    refi_cycles: int = at_least(1)
+    rfc_cycles: int = at_least(1)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def banks_count(self) -> int:
+        return self.bank_groups_count * self.banks_per_group_count
+
+
+@dataclass(frozen=True, kw_only=True)
 class PimSpec:
     """Memory that holds KV and computes decode attention beside it, for one host.
 
@@ -159,8 +194,15 @@ class SystemSpec:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
-Spec = TypeVar("Spec", GpuSpec, LinkSpec, PimSpec, ModelSpec, SystemSpec)
-KINDS: dict[str, type] = {"gpu": GpuSpec, "link": LinkSpec, "pim": PimSpec, "model": ModelSpec, "system": SystemSpec}
+Spec = TypeVar("Spec", GpuSpec, LinkSpec, DramSpec, PimSpec, ModelSpec, SystemSpec)
+KINDS: dict[str, type] = {
+    "gpu": GpuSpec,
+    "link": LinkSpec,
+    "dram": DramSpec,
+    "pim": PimSpec,
+    "model": ModelSpec,
+    "system": SystemSpec,
+}
 
 
 def names(kind: str) -> list[str]:

@@ -38,6 +38,8 @@ COEF_DTYPE = np.dtype(
         ("hbm_token_s", np.float64),  # decode attention on the GPU, per KV token
         ("hbm_request_s", np.float64),  # and per request
         ("pim_token_s", np.float64),  # decode attention in one lane, per KV token
+        ("pim_request_s", np.float64),  # per request
+        ("pim_batch_s", np.float64),  # and per sub-batch that decodes on the PIM side
         ("transfer_token_s", np.float64),  # KV of one prefilled token to the PIM side
         ("transfer_request_s", np.float64),  # Q, K, V and output of one decoding request
         ("transfer_latency_s", np.float64),  # per sub-batch that decodes on the PIM side: two transfers a layer
@@ -181,6 +183,8 @@ def _fill_pim(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: 
     assert system.pim is not None
     coef["has_pim"] = 1
     coef["pim_token_s"] = pim.lane_token_s(system.pim, model, plan.lane_bytes_per_s)
+    coef["pim_request_s"] = pim.lane_request_s(system.pim, model, plan.lane_bytes_per_s)
+    coef["pim_batch_s"] = pim.batch_s(system.pim, model)
     coef["pim_token_j"] = energy.pim_token_j(system, model)
     coef["transfer_exposed_frac"] = link.exposed_transfer_frac(system)
     if system.pim_link is None:

@@ -96,18 +96,24 @@ class Prices:
     def hbm_s(self, kv: int, requests: int) -> float:
         return self.coef["hbm_token_s"] * kv + self.coef["hbm_request_s"] * requests
 
-    def pim_s(self, slowest_kv: int, requests: int, pushed: float) -> float:
-        """T_PIM: the slowest lane, held up by a share of the transfers; never less than the transfers."""
+    def lane_s(self, kv: int, requests: int) -> float:
+        """Attention of one PIM lane: linear in tokens and requests."""
+        return self.coef["pim_token_s"] * kv + self.coef["pim_request_s"] * requests
+
+    def pim_s(self, slowest_s: float, requests: int, pushed: float) -> float:
+        """T_PIM: the slowest lane and the filling of its pipeline, held up by a share of the transfers; never less than
+        the transfers."""
         c = self.coef
         comm_s = c["transfer_request_s"] * requests + c["transfer_token_s"] * pushed
         latency_s = c["transfer_latency_s"] if requests else 0.0
-        return max(c["pim_token_s"] * slowest_kv + c["transfer_exposed_frac"] * comm_s, comm_s) + latency_s
+        attention_s = slowest_s + (c["pim_batch_s"] if requests else 0.0)
+        return max(attention_s + c["transfer_exposed_frac"] * comm_s, comm_s) + latency_s
 
     def alone_s(self, prompt: int) -> tuple[float, float]:
         """(TTFT, time between tokens) of a prompt on the empty system."""
         has_pim = self.coef["has_pim"]
         ttft = max(self.prefill_s(prompt, 0), self.pim_s(0, 0, prompt if has_pim else 0))
-        tbt = self.pim_s(prompt + 1, 1, 0) if has_pim else self.hbm_s(prompt + 1, 1)
+        tbt = self.pim_s(self.lane_s(prompt + 1, 1), 1, 0) if has_pim else self.hbm_s(prompt + 1, 1)
         return ttft + self.fc_s(prompt) + self.head_s(1), tbt + self.fc_s(1) + self.head_s(1)
 
 
@@ -357,7 +363,7 @@ class ReferenceSimulator:
         pushed = 0
         for sub in (0, 1):
             in_pim = [r for r in self.decoding(sub) if r.lane > 0]
-            goal_s = self.price.pim_s(self.slowest_kv(in_pim), len(in_pim), pushed)
+            goal_s = self.price.pim_s(self.slowest_lane_s(in_pim), len(in_pim), pushed)
             begun = [r for r in self.prefilling() if r.sub == sub]
             taken: list[Request] = []
             while not taken or self.gpu_phase_s(sub, [(r.chunk, r.prefilled) for r in taken]) < goal_s:
@@ -395,10 +401,10 @@ class ReferenceSimulator:
 
     # --- the iteration
 
-    def slowest_kv(self, decoding: list[Request]) -> int:
-        """KV tokens read by the busiest PIM lane, the new ones included."""
-        lanes = [sum(r.kv + 1 for r in decoding if r.lane == lane) for lane in range(1, len(self.lane_pool))]
-        return max(lanes, default=0)
+    def slowest_lane_s(self, decoding: list[Request]) -> float:
+        """Attention of the busiest PIM lane, the new tokens included."""
+        lanes = [[r.kv + 1 for r in decoding if r.lane == lane] for lane in range(1, len(self.lane_pool))]
+        return max((self.price.lane_s(sum(kv), len(kv)) for kv in lanes), default=0.0)
 
     def execute(self, decode: bool) -> None:
         price, coef = self.price, self.price.coef
@@ -419,7 +425,7 @@ class ReferenceSimulator:
             front_s = sum(price.prefill_s(r.chunk, r.prefilled) for r in mine)
             front_s += price.hbm_s(sum(r.kv + 1 for r in hbm), len(hbm))
             fc_s = price.fc_s(batch) + price.head_s(rows)
-            side_s = price.pim_s(self.slowest_kv(pim), len(pim), pushed)
+            side_s = price.pim_s(self.slowest_lane_s(pim), len(pim), pushed)
             if sub is None:  # one batch: attention on both sides, then FC
                 duration_s += max(front_s, side_s) + fc_s
             else:  # T_GPU_i beside T_PIM_i

@@ -116,7 +116,8 @@ def test_dimm_pim_streams_13_tb_per_s_through_lanes_of_equal_share():
     assert gqa.lane_bytes_per_s * 64 == pytest.approx(usable, rel=1e-12)
     assert sum(gqa.pool_bytes) * 2 == pytest.approx(2 * 1024**4, rel=1e-12)
     one_token = 4_718_592 / usable
-    assert pim.lane_token_s(L3.pim, GPT, mha.lane_bytes_per_s) == pytest.approx(one_token, rel=1e-12)
+    assert pim.stream_token_s(L3.pim, GPT, mha.lane_bytes_per_s) == pytest.approx(one_token, rel=1e-12)
+    assert pim.lane_token_s(L3.pim, GPT, mha.lane_bytes_per_s) == pytest.approx(one_token, rel=0.01)  # the fit's
 
 
 @pytest.mark.parametrize("system", [name for name in SYSTEMS if specs.load(f"system/{name}").pim])

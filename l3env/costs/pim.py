@@ -1,4 +1,4 @@
-"""Decode attention beside memory: DIMM-PIM, rank-PIM, HBM-PIM and the host CPU, in closed form.
+"""Decode attention beside memory: DIMM-PIM, rank-PIM, HBM-PIM and the host CPU.
 
 Placement (arXiv 2504.17584, sections 4-5).
 
@@ -8,7 +8,9 @@ Placement (arXiv 2504.17584, sections 4-5).
   requests staggered, so at every layer requests of equal stagger share a rank. Channels x R lanes, one pool a channel.
 * HBM-PIM and the host CPU spread every request evenly: one lane, one pool.
 
-A lane is what computes serially: an iteration waits for its slowest lane.
+A lane is what computes serially: an iteration waits for its slowest lane. In DIMM ranks its time is linear in tokens
+and requests, with coefficients fitted to the command-level simulator (``l3env/dimm``); elsewhere it is linear in
+tokens, in closed form.
 """
 
 from __future__ import annotations
@@ -16,8 +18,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from l3env.dimm.stored import load_fit
 from l3env.errors import SpecError
 from l3env.specs import ModelSpec, PimSpec
+from l3env.units import FP16_BYTES
+
+FITS = {"dimm-bank": "dimm-pim-ddr4-3200", "dimm-rank": "rank-pim-ddr4-3200"}
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,77 @@ def compute_passes(pim: PimSpec, model: ModelSpec) -> int:
     return math.ceil(model.gqa_group_count / pim.macs_per_element_count)
 
 
-def lane_token_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:
-    """Decode attention per KV token resident in a lane, all layers: its K and V streamed once per pass.
+def stream_token_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:
+    """Closed form, per KV token resident in a lane, all layers: its K and V streamed once per pass.
 
     Cross-chip movement of scores is hidden behind computing (bubble-free pipelining; T_comm <= T_comp holds for the
     N_hc the paper uses: 8 for MHA, 1 for GQA-8).
     """
     return model.kv_bytes_per_token * compute_passes(pim, model) / lane_bytes_per_s
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """The fitted kind of attention that a model has in a rank, at this PIM's speed.
+
+    Attributes:
+        streaming_frac: share of the rank's raw bandwidth that streams KV, for long contexts.
+        job_s, batch_s: per layer: each job, and filling and draining the pipeline once.
+        heads_per_job_count: KV heads of one request that a rank works on at once.
+    """
+
+    streaming_frac: float
+    job_s: float
+    batch_s: float
+    heads_per_job_count: int
+
+
+def rank_model(pim: PimSpec, model: ModelSpec) -> RankModel | None:
+    """Looks up the fit; None where there is none: not DIMM ranks of 8 x 16 banks, heads not 128 x 16 bit, or an N_gqa
+    that was not fitted. A rank of another speed or N_cmr scales all times alike."""
+    fit = load_fit(FITS[pim.kind]) if is_dimm(pim) else None
+    kind = fit.find(model.gqa_group_count) if fit else None
+    known = (pim.chips_per_rank_count, pim.banks_per_chip_count, model.head_size, model.bytes_per_kv_element)
+    if fit is None or kind is None or known != (8, 16, 128, FP16_BYTES):
+        return None
+    job_token_bytes = kind.heads_per_job_count * 2 * model.head_size * FP16_BYTES
+    slower = fit.rank_bytes_per_s / rank_bytes_per_s(pim) * compute_passes(pim, model) / kind.passes_count
+    return RankModel(
+        streaming_frac=job_token_bytes * kind.passes_count / (kind.token_s * fit.rank_bytes_per_s),
+        job_s=kind.job_s * slower,
+        batch_s=kind.batch_s * slower,
+        heads_per_job_count=kind.heads_per_job_count,
+    )
+
+
+def rank_bytes_per_s(pim: PimSpec) -> float:
+    """What one rank's PUs stream with rows open."""
+    return pim.internal_bytes_per_s / (pim.channels_count * pim.ranks_per_channel_count)
+
+
+def lane_token_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:
+    """Decode attention per KV token resident in a lane, all layers: the fit's slope, else the closed form."""
+    closed_s = stream_token_s(pim, model, lane_bytes_per_s)
+    fitted = rank_model(pim, model)
+    return closed_s if fitted is None else closed_s * pim.internal_utilisation_frac / fitted.streaming_frac
+
+
+def lane_request_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:
+    """Decode attention per request in a lane, all layers, whatever its length: query, output, rows half full.
+
+    With MHA a request's heads spread over the lane's ranks: each gets its share, on average over layers and requests.
+    """
+    fitted = rank_model(pim, model)
+    if fitted is None:
+        return 0.0
+    ranks = lane_bytes_per_s / (rank_bytes_per_s(pim) * pim.internal_utilisation_frac)
+    jobs = model.kv_heads_count / fitted.heads_per_job_count
+    if model.gqa_group_count > 1:
+        jobs = math.ceil(jobs)
+    return model.layers_count * jobs / ranks * fitted.job_s
+
+
+def batch_s(pim: PimSpec, model: ModelSpec) -> float:
+    """Filling and draining the pipeline of a rank, once per layer and sub-batch."""
+    fitted = rank_model(pim, model)
+    return 0.0 if fitted is None else model.layers_count * fitted.batch_s

@@ -11,6 +11,7 @@ from l3env.kernels.price import (
     fc_batch_s,
     hbm_attention_s,
     head_batch_s,
+    lane_attention_s,
     one_batch_s,
     pim_side_s,
     prefill_attention_s,
@@ -68,17 +69,18 @@ def execute(t, s, e, decode, interleaved):
     # decode of each sub-batch, the new tokens' KV included
     decodes_0, decodes_1 = 0, 0
     hbm_n_0, hbm_n_1, hbm_kv_0, hbm_kv_1 = 0.0, 0.0, 0.0, 0.0
-    slowest_0, slowest_1, slowest_both, pim_kv = 0.0, 0.0, 0.0, 0.0
+    slowest_0_s, slowest_1_s, slowest_both_s, pim_kv = 0.0, 0.0, 0.0, 0.0
     lanes = coef["lanes_count"]
     if decode:
         decodes_0, decodes_1 = decoding_count(s, e, 0), decoding_count(s, e, 1)
         hbm_n_0, hbm_n_1 = s.lane[e, 0, 0]["count"], s.lane[e, 1, 0]["count"]
         hbm_kv_0, hbm_kv_1 = s.lane[e, 0, 0]["kv"] + hbm_n_0, s.lane[e, 1, 0]["kv"] + hbm_n_1
         for lane in range(1, lanes):
-            kv_0 = s.lane[e, 0, lane]["kv"] + s.lane[e, 0, lane]["count"]
-            kv_1 = s.lane[e, 1, lane]["kv"] + s.lane[e, 1, lane]["count"]
-            slowest_0, slowest_1 = max(slowest_0, kv_0), max(slowest_1, kv_1)
-            slowest_both = max(slowest_both, kv_0 + kv_1)
+            n_0, n_1 = s.lane[e, 0, lane]["count"], s.lane[e, 1, lane]["count"]
+            kv_0, kv_1 = s.lane[e, 0, lane]["kv"] + n_0, s.lane[e, 1, lane]["kv"] + n_1
+            lane_0_s, lane_1_s = lane_attention_s(t, table, kv_0, n_0), lane_attention_s(t, table, kv_1, n_1)
+            slowest_0_s, slowest_1_s = max(slowest_0_s, lane_0_s), max(slowest_1_s, lane_1_s)
+            slowest_both_s = max(slowest_both_s, lane_0_s + lane_1_s)
             pim_kv += kv_0 + kv_1
     pim_n_0, pim_n_1 = decodes_0 - hbm_n_0, decodes_1 - hbm_n_1
 
@@ -90,9 +92,10 @@ def execute(t, s, e, decode, interleaved):
         gpu_0_s += head_batch_s(t, table, ends_0 + decodes_1)
         gpu_1_s = attention_1 + hbm_1_s + fc_batch_s(t, table, tokens_1 + decodes_0)
         gpu_1_s += head_batch_s(t, table, ends_1 + decodes_0)
-        pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0, pim_n_0, pushed_1)
-        pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1, pim_n_1, pushed_0)
-        slowest_s = read_0_s + read_1_s
+        pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0_s, pim_n_0, pushed_1)
+        pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1_s, pim_n_1, pushed_0)
+        read_s = read_0_s + read_1_s
+        slowest_s = slowest_0_s + slowest_1_s
         duration_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
         batches = (1 if tokens_0 + decodes_1 > 0 else 0) + (1 if tokens_1 + decodes_0 > 0 else 0)
     else:
@@ -100,10 +103,11 @@ def execute(t, s, e, decode, interleaved):
         batch = tokens_0 + tokens_1 + decodes_0 + decodes_1
         rows = ends_0 + ends_1 + decodes_0 + decodes_1
         pushed = pushed_0 + pushed_1
-        duration_s, gpu_0_s, pim_0_s, slowest_s, move_0_s = one_batch_s(
-            t, table, front_s, slowest_both, pim_n_0 + pim_n_1, pushed, batch, rows
+        duration_s, gpu_0_s, pim_0_s, read_s, move_0_s = one_batch_s(
+            t, table, front_s, slowest_both_s, pim_n_0 + pim_n_1, pushed, batch, rows
         )
         gpu_1_s, pim_1_s, move_1_s = 0.0, 0.0, 0.0
+        slowest_s = slowest_both_s
         batches = 1 if batch > 0 else 0
 
     # account
@@ -118,15 +122,14 @@ def execute(t, s, e, decode, interleaved):
     env["gpu_busy_s"] += gpu_0_s + gpu_1_s
     env["pim_busy_s"] += pim_0_s + pim_1_s
     env["transfer_s"] += move_0_s + move_1_s
-    env["transfer_exposed_s"] += pim_0_s + pim_1_s - slowest_s
+    env["transfer_exposed_s"] += pim_0_s + pim_1_s - read_s
     env["energy_j"] += energy_j
     env["queue_s"] += duration_s * env["waiting_count"]
     env["present_s"] += duration_s * (env["waiting_count"] + env["running_count"])
     env["prefill_tokens"] += tokens
     env["decode_tokens"] += decodes
     if lanes > 1:
-        mean_kv = pim_kv / (lanes - 1)
-        env["imbalance_s"] += slowest_s - mean_kv * coef["pim_token_s"]
+        env["imbalance_s"] += slowest_s - lane_attention_s(t, table, pim_kv, pim_n_0 + pim_n_1) / (lanes - 1)
     env["last_iteration_s"] = duration_s
     env["last_gpu_0_s"], env["last_gpu_1_s"] = gpu_0_s, gpu_1_s
     env["last_attention_0_s"], env["last_attention_1_s"] = attention_0 + hbm_0_s, attention_1 + hbm_1_s

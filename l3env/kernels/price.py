@@ -53,8 +53,14 @@ def hbm_attention_s(t, table, kv_tokens, requests):
 
 
 @inner
-def pim_side_s(t, table, slowest_kv, requests, kv_pushed):
-    """T_PIM = t_d + t_comm: the slowest lane's decode attention and the transfers.
+def lane_attention_s(t, table, kv_tokens, requests):
+    """Decode attention of one PIM lane; the slowest lane of a sub-batch decides."""
+    return t.coef[table]["pim_token_s"] * kv_tokens + t.coef[table]["pim_request_s"] * requests
+
+
+@inner
+def pim_side_s(t, table, slowest_s, requests, kv_pushed):
+    """T_PIM = t_d + t_comm: the slowest lane's decode attention (``slowest_s``) and the transfers.
 
     Transfers: Q, K, V and outputs of ``requests`` decoding ones, KV of ``kv_pushed`` prefilled tokens. A rank is
     blocked for the exposed share of them; the buses are busy for all of it (arXiv 2504.17584, sections 4 and 6).
@@ -62,7 +68,9 @@ def pim_side_s(t, table, slowest_kv, requests, kv_pushed):
     Returns (T_PIM, t_d, t_comm).
     """
     coef = t.coef[table]
-    attention_s = coef["pim_token_s"] * slowest_kv
+    attention_s = slowest_s
+    if requests > 0:
+        attention_s += coef["pim_batch_s"]
     moving_s = coef["transfer_request_s"] * requests + coef["transfer_token_s"] * kv_pushed
     side_s = max(attention_s + coef["transfer_exposed_frac"] * moving_s, moving_s)
     if requests > 0:
@@ -71,12 +79,12 @@ def pim_side_s(t, table, slowest_kv, requests, kv_pushed):
 
 
 @inner
-def one_batch_s(t, table, front_s, slowest_kv, requests, kv_pushed, tokens, rows):
+def one_batch_s(t, table, front_s, slowest_s, requests, kv_pushed, tokens, rows):
     """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head.
 
     Returns (T, GPU busy, PIM busy, t_d, t_comm).
     """
-    pim_s, attention_s, moving_s = pim_side_s(t, table, slowest_kv, requests, kv_pushed)
+    pim_s, attention_s, moving_s = pim_side_s(t, table, slowest_s, requests, kv_pushed)
     back_s = fc_batch_s(t, table, tokens) + head_batch_s(t, table, rows)
     return max(front_s, pim_s) + back_s, front_s + back_s, pim_s, attention_s, moving_s
 
@@ -93,5 +101,5 @@ def ttft_alone_s(t, table, prompt_tokens):
 def tbt_alone_s(t, table, kv_tokens):
     """Time of one decode step of one request at a context length, on the empty system."""
     if t.coef[table]["has_pim"]:
-        return one_batch_s(t, table, 0.0, float(kv_tokens), 1.0, 0, 1, 1)[0]
+        return one_batch_s(t, table, 0.0, lane_attention_s(t, table, float(kv_tokens), 1.0), 1.0, 0, 1, 1)[0]
     return one_batch_s(t, table, hbm_attention_s(t, table, float(kv_tokens), 1.0), 0.0, 0.0, 0, 1, 1)[0]

@@ -9,7 +9,14 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.memory import admit, blocks_of, lane_load, make_room_to_grow, move
-from l3env.kernels.price import fc_batch_s, hbm_attention_s, head_batch_s, pim_side_s, prefill_attention_s
+from l3env.kernels.price import (
+    fc_batch_s,
+    hbm_attention_s,
+    head_batch_s,
+    lane_attention_s,
+    pim_side_s,
+    prefill_attention_s,
+)
 from l3env.kernels.queue import next_waiting
 from l3env.state import FINISH_HEAP, NOWHERE, Budget, Status
 
@@ -23,12 +30,14 @@ def decoding_count(s, e, sub):
 
 
 @inner
-def slowest_lane_kv(t, s, e, sub):
-    """KV tokens that the slowest PIM lane reads in this sub-batch's next decode step, the new tokens included."""
-    slowest = 0.0
-    for lane in range(1, t.coef[s.env[e]["table_idx"]]["lanes_count"]):
-        slowest = max(slowest, s.lane[e, sub, lane]["kv"] + s.lane[e, sub, lane]["count"])
-    return slowest
+def slowest_lane_s(t, s, e, sub):
+    """The slowest PIM lane's attention in this sub-batch's next decode step, the new tokens included."""
+    table = s.env[e]["table_idx"]
+    slowest_s = 0.0
+    for lane in range(1, t.coef[table]["lanes_count"]):
+        count = s.lane[e, sub, lane]["count"]
+        slowest_s = max(slowest_s, lane_attention_s(t, table, s.lane[e, sub, lane]["kv"] + count, count))
+    return slowest_s
 
 
 @inner
@@ -215,7 +224,7 @@ def plan_aligned(t, s, k, e, only_when_full):
     pushed_before = 0.0
     for sub in range(2):
         decodes = float(decoding_count(s, e, sub)) - s.lane[e, sub, 0]["count"]
-        goal_s = pim_side_s(t, table, slowest_lane_kv(t, s, e, sub), decodes, pushed_before)[0]
+        goal_s = pim_side_s(t, table, slowest_lane_s(t, s, e, sub), decodes, pushed_before)[0]
         tokens, attention_s = 0, 0.0
         last, last_attention_s = NOWHERE, 0.0
         listed = env["prefill_count"]
