@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 COLUMNS = ("op", "model", "tp", "tokens", "batch", "kv_len", "k", "n", "backend", "ms", "ms_low", "ms_high")
 ROTATE_BYTES = 512 * 2**20  # several times the L2 cache of any GPU there is
@@ -224,7 +226,7 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> to
 
 def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
     """cuDNN's attention; causal from the upper left, so for whole prompts (or no mask) only."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=True
         ).transpose(1, 2)
@@ -240,7 +242,7 @@ def default(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> 
 def lower_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
     """torch's own causal mask from the lower right."""
     group = q.shape[2] // k.shape[2]
-    mask = torch.nn.attention.bias.causal_lower_right(q.shape[1], k.shape[1]) if causal else None
+    mask = causal_lower_right(q.shape[1], k.shape[1]) if causal else None
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
@@ -421,7 +423,7 @@ def measure_attention(
                 yield f"{shard.model} tp {shard.tp}: {op} {tokens} x {batch} on {kv_len}, {backend}"
                 try:
                     rows.add(time_calls(attention_calls(pool, shard, backend, tokens, batch, kv_len)), **row)
-                except RuntimeError as error:
+                except (RuntimeError, TypeError, ValueError) as error:
                     print(f"{row}: {str(error).splitlines()[0]}", file=sys.stderr)
                     torch.cuda.synchronize()
 
@@ -467,7 +469,7 @@ def measure_stack(rows: Rows, shard: Shard, layers: int, points: list[tuple[int,
                     call = stack.step(tokens, batch, kv_len, backend)
                     rows.add(time_calls([call]), **row)
                     del call
-                except RuntimeError as error:
+                except (RuntimeError, TypeError, ValueError) as error:
                     print(f"{row}: {str(error).splitlines()[0]}", file=sys.stderr)
                     torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -503,7 +505,7 @@ def steps(plan: dict[str, Any], rows: Rows) -> Iterator[str]:
     for part in plan["parts"]:
         try:
             yield from _part(part, rows, pool)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except Exception as error:
             print(f"{part['kind']} {part.get('shard')}: {error!r}", file=sys.stderr)
             traceback.print_exc()
 
