@@ -91,7 +91,6 @@ class LinkSpec:
     bytes_per_s: float = positive(high=1e13)
     utilisation_frac: float = fraction()
     latency_s: float = at_least(0.0, high=1.0)  # per transfer (PCIe) or per all-reduce (GPU interconnect)
-    peer_latency_s: float = at_least(0.0, default=0.0, high=1.0)  # per all-reduce and GPU beyond the second
     j_per_byte: float = at_least(0.0)
     sources: Mapping[str, str] = field(default_factory=dict)
 

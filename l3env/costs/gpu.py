@@ -142,12 +142,12 @@ def head_s(model: ModelSpec, gpu: GpuSpec, tp: int, rows: ArrayLike) -> Array:
 
 
 def all_reduce_s(link: LinkSpec, tp: int, message_bytes: ArrayLike) -> Array:
-    """Ring all-reduce: 2 (tp - 1) / tp of the message over each link, plus a latency (Patarasuk & Yuan, 2009)."""
+    """Ring all-reduce: 2 (tp - 1) / tp of the message over each link, plus one latency (Patarasuk & Yuan, 2009)."""
     message = np.asarray(message_bytes, dtype=float)
     if tp == 1:
         return np.zeros_like(message)
     wire = 2 * (tp - 1) / tp * message / (link.bytes_per_s * link.utilisation_frac)
-    return link.latency_s + (tp - 2) * link.peer_latency_s + wire
+    return link.latency_s + wire
 
 
 def pair_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0) -> float:
