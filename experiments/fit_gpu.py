@@ -31,7 +31,7 @@ from l3env.specs import PRESET_DIR, GpuSpec, ModelSpec
 LARGE_KV_BYTES = 8 * 2**20
 H200_FIT_MODELS = ("llama-3-8b", "llama-3-70b", "opt-66b")
 VIDUR = "operator times of microsoft/vidur (MIT, commit 7d47513, data/profiling)"
-MEASURED = "torch 2.11, CUDA 13.0, experiments/data/h200.csv.gz"
+MEASURED = "torch 2.11, CUDA 13.0, mean of runs on three machines, experiments/data/h200.csv.gz"
 VIDUR_LINEAR = {"attn_pre_proj": "qkv", "attn_post_proj": "o", "mlp_up_proj": "up", "mlp_down_proj": "down"}
 VIDUR_SMALL = {"input_layernorm": 1, "post_attention_layernorm": 1, "add": 2, "attn_rope": 1, "mlp_act": 1}
 REPORT = "experiments/data/gpu_fit.json"
@@ -58,7 +58,9 @@ class VidurLayers:
     def __init__(self, gpu_dir: str, file: str, name: str) -> None:
         table = pd.read_csv(profile_dir() / gpu_dir / f"{file}_layer_ops.csv.gz")
         self.name, self.model = name, vidur_models()[name]
-        self.table = table.groupby(["num_tensor_parallel_workers", "num_tokens"]).median(numeric_only=True).reset_index()
+        self.table = (
+            table.groupby(["num_tensor_parallel_workers", "num_tokens"]).median(numeric_only=True).reset_index()
+        )
 
     def _ms(self, rows: pd.DataFrame, op: str) -> np.ndarray:
         return rows[f"time_stats.{op}.median"].to_numpy(float)
@@ -99,9 +101,7 @@ def vidur_attention() -> list[Point]:
     prefill = table[table["is_prefill"]].groupby(["prefill_chunk_size", "kv_cache_size"])
     for (chunk, history), ms in prefill["time_stats.attn_prefill.median"].median().items():  # type: ignore[misc]
         if ms > 0:
-            out.append(
-                Point("prefill_attn", "llama-2-70b", 2, int(chunk), 1, int(chunk) + int(history), float(ms))
-            )
+            out.append(Point("prefill_attn", "llama-2-70b", 2, int(chunk), 1, int(chunk) + int(history), float(ms)))
     return out
 
 
@@ -150,7 +150,7 @@ def fit_h200() -> tuple[GpuSpec, dict[str, Any]]:
     device = gpu_fit.fit_decode(device, [p for p in inside if p.op == "decode_attn"])
     stacks = gpu_raw.stacks(table)
     report = {
-        "data": f"this project's measurements on one NVIDIA H200 ({MEASURED})",
+        "data": f"this project's measurements on NVIDIA H200s ({MEASURED})",
         "fitted_on": list(H200_FIT_MODELS),
         "held_out": sorted({p.model for p in outside}),
         "residuals_fit": errors(device, inside),
@@ -161,7 +161,9 @@ def fit_h200() -> tuple[GpuSpec, dict[str, Any]]:
     return device, report
 
 
-def fit_vidur(name: str, gpu_dir: str, fit_on: list[str], held: str, like: GpuSpec | None) -> tuple[GpuSpec, dict[str, Any]]:
+def fit_vidur(
+    name: str, gpu_dir: str, fit_on: list[str], held: str, like: GpuSpec | None
+) -> tuple[GpuSpec, dict[str, Any]]:
     """``like`` lends its attention parameters where none were measured."""
     files = {"llama-2-70b": "llama-2-70b", "llama-2-7b": "llama-2-7b", "qwen-1-72b": "qwen-72b"}
     layers = {key: VidurLayers(gpu_dir, files[key], key) for key in [*fit_on, held]}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -140,7 +141,7 @@ def time_calls(calls: list[Call]) -> tuple[float, float, float]:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) / 1e3 / nodes for a, b in zip(events, events[1:], strict=False)]
+    times = [a.elapsed_time(b) / 1e3 / nodes for a, b in itertools.pairwise(events)]
     graph.reset()
     return statistics.median(times), min(times), max(times)
 
@@ -343,8 +344,13 @@ def gate(x: torch.Tensor) -> torch.Tensor:
     return F.silu(a) * b
 
 
+def activation(shard: Shard) -> tuple[Callable[[torch.Tensor], torch.Tensor], str, int]:
+    """The activation, its name in the CSV and its input's size."""
+    return (gate, "gate", 2 * shard.ffn) if shard.gated else (F.gelu, "gelu", shard.ffn)
+
+
 class Stack:
-    """Layers with weights of their own, norms, RoPE, KV cache writes, residuals: what one decode or prefill step runs."""
+    """Layers with weights of their own, norms, RoPE, KV cache writes, residuals: all that one step runs."""
 
     def __init__(self, shard: Shard, layers: int) -> None:
         def randn(*shape: int) -> torch.Tensor:
@@ -353,7 +359,9 @@ class Stack:
         self.shard = shard
         self.weights = [{name: randn(n, k) for name, (k, n) in shard.linear().items()} for _ in range(layers)]
         self.norm = torch.ones(shard.hidden, device="cuda", dtype=torch.bfloat16)
-        self.add_norm, self.rope, self.gate = compiled(add_norm), compiled(rope_and_store), compiled(gate)
+        self.add_norm, self.rope, self.activation = (
+            compiled(function) for function in (add_norm, rope_and_store, activation(shard)[0])
+        )
 
     def step(self, tokens: int, batch: int, kv_len: int, backend: str) -> Call:
         """One iteration: ``tokens`` new tokens of each request at the end of ``kv_len``."""
@@ -375,7 +383,7 @@ class Stack:
                 out = attend(q, cache[0], cache[1], tokens > 1)
                 x = F.linear(out.reshape(batch * tokens, -1), weights["o"])
                 x, residual = self.add_norm(x, residual, self.norm)
-                x = F.linear(self.gate(F.linear(x, weights["up"])), weights["down"])
+                x = F.linear(self.activation(F.linear(x, weights["up"])), weights["down"])
             return x
 
         return run
@@ -451,7 +459,7 @@ def measure_stack(rows: Rows, shard: Shard, layers: int, points: list[tuple[int,
     """Times of the whole stack of ``layers`` layers; ``n`` holds their number."""
     stack = None
     for tokens, batch, kv_len in points:
-        for backend in ("flash", "split"):
+        for backend in ("flash", "split" if kv_len > tokens > 1 else "cudnn"):
             row = {
                 "op": "stack",
                 "model": shard.model,
@@ -478,18 +486,19 @@ def measure_stack(rows: Rows, shard: Shard, layers: int, points: list[tuple[int,
 def measure_elementwise(rows: Rows, shard: Shard, tokens_list: list[int]) -> Iterator[str]:
     """The stack's small operations one by one."""
     s = shard
+    function, name_of_activation, width = activation(shard)
     for tokens in tokens_list:
 
         def randn(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
-        x, up, norm = randn(tokens, s.hidden), randn(tokens, 2 * s.ffn), randn(s.hidden)
+        x, up, norm = randn(tokens, s.hidden), randn(tokens, width), randn(s.hidden)
         qkv = randn(tokens, 1, s.heads + 2 * s.kv_heads, s.head_size)
         kv = randn(2, tokens, 1, s.kv_heads, s.head_size)
         angle = torch.rand(1, 1, 1, s.head_size // 2, device="cuda")
         calls: dict[str, Call] = {
             "add_norm": lambda x=x, norm=norm: compiled(add_norm)(x, x, norm),  # type: ignore[misc]
-            "gate": lambda up=up: compiled(gate)(up),  # type: ignore[misc]
+            name_of_activation: lambda up=up: compiled(function)(up),  # type: ignore[misc]
             "rope": lambda q=qkv, a=angle, kv=kv: compiled(rope_and_store)(q, a, a, kv[0], kv[1], s.heads),  # type: ignore[misc]
         }
         for name, call in calls.items():

@@ -200,5 +200,7 @@ def default_profile(gpu_name: str) -> Path:
     path = DATA_DIR / f"{gpu_name.removesuffix('-ideal')}.csv.gz"
     if not path.is_file():
         there = ", ".join(sorted(p.name.removesuffix(".csv.gz") for p in DATA_DIR.glob("*.csv.gz")))
-        raise ProfileError(f"no measurements of {gpu_name!r} in the repository (there are: {there}); give --profile CSV")
+        raise ProfileError(
+            f"no measurements of {gpu_name!r} in the repository (there are: {there}); give --profile CSV"
+        )
     return path

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.gpu_fit import Linear, Small
-from experiments.gpu_profile import NEEDS, Point, ProfileError, load_model, plain
+from experiments.gpu_profile import NEEDS, Point, ProfileError, load_model, plain, statistics
 from l3env import specs
 from l3env.kernels import price
 from l3env.specs import GpuSpec
@@ -21,7 +21,7 @@ from l3env.tables import compile_tables
 
 SINGLE_CALLS = ("flash", "cudnn", "default")
 LINEAR_OPS = ("linear_qkv", "linear_o", "linear_up", "linear_down")
-SMALL_OPS = {"small_add_norm": 2, "small_rope": 1, "small_gate": 1}  # how often a layer runs each
+SMALL_OPS = {"small_add_norm": 2, "small_rope": 1, "small_gate": 1, "small_gelu": 1}  # how often a layer runs each
 KEYS = ["model", "tp", "tokens", "batch", "kv_len"]
 
 
@@ -46,15 +46,16 @@ def linear(table: pd.DataFrame) -> Linear:
 
 
 def small(table: pd.DataFrame) -> list[Small]:
-    """Gated models only: the measured activation is SwiGLU's."""
-    out = []
-    for (name, tp), rows in table[table["op"].isin(SMALL_OPS)].groupby(["model", "tp"]):
-        model = load_model(name)
-        if not model.gated_ffn:
-            continue
-        seconds = (rows["ms"] * rows["op"].map(SMALL_OPS)).groupby(rows["tokens"]).sum() / 1e3
-        out.append(Small(model, tp, seconds.index.to_numpy(float), seconds.to_numpy(float)))
-    return out
+    rows = table[table["op"].isin(SMALL_OPS)]
+    seconds = (rows["ms"] * rows["op"].map(SMALL_OPS) / 1e3).rename("seconds")
+    layers = (
+        rows.assign(seconds=seconds).groupby(["model", "tp", "tokens"])["seconds"].agg(["sum", "size"]).reset_index()
+    )
+    whole = layers[layers["size"] == 3]  # norm, RoPE and activation
+    return [
+        Small(load_model(name), int(tp), part["tokens"].to_numpy(float), part["sum"].to_numpy(float))
+        for (name, tp), part in whole.groupby(["model", "tp"])
+    ]
 
 
 def points(table: pd.DataFrame) -> list[Point]:
@@ -91,6 +92,12 @@ def predict_stacks_ms(device: GpuSpec, rows: pd.DataFrame) -> np.ndarray:
             time_s += decode(arrays, 0, r.batch * float(r.kv_len), float(r.batch))
         out.append(time_s * 1e3)
     return np.array(out)
+
+
+def validate_stacks(device: GpuSpec, table: pd.DataFrame) -> dict[str, dict[str, float | int]]:
+    """Errors of whole iterations, where there are any measured."""
+    rows = stacks(table)
+    return {"stack": statistics(predict_stacks_ms(device, rows), rows["ms"].to_numpy(float))} if len(rows) else {}
 
 
 def _rows(table: pd.DataFrame) -> list:  # type: ignore[type-arg]

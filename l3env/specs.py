@@ -62,9 +62,15 @@ class GpuSpec:
     cache_j_per_byte: float = at_least(0.0)  # L2 + L1 + register file, per byte streamed through
     # linear operations
     sm_count: int = at_least(0, default=0, high=1e4)  # multiprocessors that tiles go over in waves; 0: no tiles
-    tile_wave_frac: float = at_least(0.0, default=0.0, high=1.0)  # share of a last, partly filled wave that is waited for
-    tile_ramp_frac: float = at_least(0.0, default=0.0, high=10.0)  # what a 128 x 128 tile takes longer for loading operands
-    roofline_exponent: float = at_least(0.0, default=0.0, high=100.0)  # p-norm of compute and memory time; 0: the larger
+    tile_wave_frac: float = at_least(
+        0.0, default=0.0, high=1.0
+    )  # share of a last, partly filled wave that is waited for
+    tile_ramp_frac: float = at_least(
+        0.0, default=0.0, high=10.0
+    )  # what a 128 x 128 tile takes longer for loading operands
+    roofline_exponent: float = at_least(
+        0.0, default=0.0, high=100.0
+    )  # p-norm of compute and memory time; 0: the larger
     linear_launch_s: float = at_least(0.0, default=0.0, high=1.0)  # per linear operation
     elementwise_launch_s: float = at_least(0.0, default=0.0, high=1.0)  # norms, RoPE, KV write, activation of a layer
     elementwise_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the bandwidth; 0: free

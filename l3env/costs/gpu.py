@@ -160,7 +160,7 @@ def pair_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.
 
 
 def prefill_pair_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
-    """Compute time per pair of prefill attention. A chunk of c on a history of f has c f + c (c + 1) / 2 causal pairs."""
+    """Compute time per pair of prefill attention; c new tokens on a history of f have c f + c (c + 1) / 2 pairs."""
     return pair_s(model, gpu, tp, gpu.prefill_utilisation_frac)
 
 
