@@ -69,7 +69,7 @@ class VidurLayers:
         out = []
         for tp, rows in self.table.groupby("num_tensor_parallel_workers"):
             tokens = rows["num_tokens"].to_numpy(float)
-            for op, (k, n) in zip(VIDUR_LINEAR, costs.linear_shapes(self.model, int(tp)), strict=True):
+            for op, (k, n) in zip(VIDUR_LINEAR, costs.linear_shapes(self.model, int(str(tp))), strict=True):
                 same = np.ones_like(tokens)
                 out.append(Linear(tokens, k * same, n * same, self._ms(rows, op) / 1e3))
         return out
@@ -78,7 +78,7 @@ class VidurLayers:
         out = []
         for tp, rows in self.table.groupby("num_tensor_parallel_workers"):
             total = sum(times * self._ms(rows, op) for op, times in VIDUR_SMALL.items())
-            out.append(Small(self.model, int(tp), rows["num_tokens"].to_numpy(float), np.asarray(total) / 1e3))
+            out.append(Small(self.model, int(str(tp)), rows["num_tokens"].to_numpy(float), np.asarray(total) / 1e3))
         return out
 
     def points(self) -> list[Point]:
@@ -86,22 +86,22 @@ class VidurLayers:
         for tp, rows in self.table.groupby("num_tensor_parallel_workers"):
             total = sum(self._ms(rows, op) for op in VIDUR_LINEAR)
             for tokens, ms in zip(rows["num_tokens"], np.asarray(total), strict=True):
-                out.append(Point("fc_layer", self.name, int(tp), int(tokens), 1, 1, float(ms)))
+                out.append(Point("fc_layer", self.name, int(str(tp)), int(tokens), 1, 1, float(ms)))
         return out
 
 
 def vidur_attention() -> list[Point]:
     """A100, Llama-2-70B at tp 2, FlashAttention: decode and prefill."""
     table = pd.read_csv(profile_dir() / "a100" / "attention_llama-2-70b_tp2.csv.gz")
+    keys = ["is_prefill", "batch_size", "prefill_chunk_size", "kv_cache_size"]
+    times = ["time_stats.attn_decode.median", "time_stats.attn_prefill.median"]
+    rows = table.groupby(keys)[times].median().reset_index()
     out = []
-    decode = table[~table["is_prefill"]].groupby(["batch_size", "kv_cache_size"])["time_stats.attn_decode.median"]
-    for (batch, kv_len), ms in decode.median().items():  # type: ignore[misc]
-        if ms > 0 and kv_len > 0:
-            out.append(Point("decode_attn", "llama-2-70b", 2, 1, int(batch), int(kv_len), float(ms)))
-    prefill = table[table["is_prefill"]].groupby(["prefill_chunk_size", "kv_cache_size"])
-    for (chunk, history), ms in prefill["time_stats.attn_prefill.median"].median().items():  # type: ignore[misc]
-        if ms > 0:
-            out.append(Point("prefill_attn", "llama-2-70b", 2, int(chunk), 1, int(chunk) + int(history), float(ms)))
+    for is_prefill, batch, chunk, kv, decode_ms, prefill_ms in rows.itertuples(index=False, name=None):
+        if is_prefill and prefill_ms > 0:
+            out.append(Point("prefill_attn", "llama-2-70b", 2, int(chunk), 1, int(chunk + kv), float(prefill_ms)))
+        elif not is_prefill and decode_ms > 0 and kv > 0:
+            out.append(Point("decode_attn", "llama-2-70b", 2, 1, int(batch), int(kv), float(decode_ms)))
     return out
 
 
@@ -213,7 +213,7 @@ def fit_all_reduce(file: str, link_name: str) -> dict[str, Any]:
     def predicted(x: np.ndarray) -> np.ndarray:
         trial = replace(link, latency_s=x[0], utilisation_frac=x[1])
         rows = zip(fastest["num_workers"], fastest["size"], strict=True)
-        return np.array([float(costs.all_reduce_s(trial, int(tp), float(size))) for tp, size in rows])
+        return np.array([float(costs.all_reduce_s(trial, int(str(tp)), float(size))) for tp, size in rows])
 
     found = least_squares(
         lambda x: np.log(predicted(x) / seconds) * weight,
@@ -268,7 +268,8 @@ def main() -> None:
     a100, report["gpus"]["a100-80"] = fit_vidur("a100-80", "a100", ["llama-2-70b", "llama-2-7b"], "qwen-1-72b", None)
     h100, report["gpus"]["h100"] = fit_vidur("h100", "h100", ["llama-2-70b"], "qwen-1-72b", h200)
     by_fit = "fitted by experiments/fit_gpu.py to {}; residuals in " + REPORT
-    lent = f"carried over from gpu/h200 (no H100 attention profile; the same multiprocessors), there {by_fit.format(MEASURED)}"
+    lent = "carried over from gpu/h200 (no H100 attention profile; the same multiprocessors), there "
+    lent += by_fit.format(MEASURED)
     for device, text, attention in (
         (h200, by_fit.format(f"this project's measurements on an H200: {MEASURED}"), ""),
         (a100, by_fit.format(VIDUR), ""),

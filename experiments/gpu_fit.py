@@ -82,7 +82,8 @@ def _least_squares(device: GpuSpec, bounds: Mapping[str, tuple[float, float, flo
     found = least_squares(
         residual, start, bounds=(low, high), x_scale=start, loss="soft_l1", f_scale=SOFT_ERROR, max_nfev=200
     ).x
-    return replace(device, **{name: float(f"{value:.4g}") for name, value in zip(names, found, strict=True)})
+    rounded: dict[str, Any] = {name: float(f"{value:.4g}") for name, value in zip(names, found, strict=True)}
+    return replace(device, **rounded)
 
 
 def fit_linear(device: GpuSpec, model: ModelSpec, data: Linear) -> GpuSpec:

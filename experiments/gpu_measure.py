@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
@@ -228,14 +228,14 @@ def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> to
 def cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
     """cuDNN's attention; causal from the upper left, so for whole prompts (or no mask) only."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return F.scaled_dot_product_attention(
+        return functional.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=True
         ).transpose(1, 2)
 
 
 def default(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
     """Whatever torch takes by itself."""
-    return F.scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=causal, enable_gqa=True
     ).transpose(1, 2)
 
@@ -246,7 +246,9 @@ def lower_right(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool)
     mask = causal_lower_right(q.shape[1], k.shape[1]) if causal else None
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return functional.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
+    )
 
 
 def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
@@ -255,7 +257,7 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> t
     if key not in MASKS:
         MASKS.clear()
         MASKS[key] = torch.ones(key, dtype=torch.bool, device="cuda").tril(key[1] - key[0])
-    return F.scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=MASKS[key], enable_gqa=True
     )
 
@@ -341,12 +343,12 @@ def rope_and_store(
 def gate(x: torch.Tensor) -> torch.Tensor:
     """SwiGLU's activation."""
     a, b = x.chunk(2, dim=-1)
-    return F.silu(a) * b
+    return functional.silu(a) * b
 
 
 def activation(shard: Shard) -> tuple[Callable[[torch.Tensor], torch.Tensor], str, int]:
     """The activation, its name in the CSV and its input's size."""
-    return (gate, "gate", 2 * shard.ffn) if shard.gated else (F.gelu, "gelu", shard.ffn)
+    return (gate, "gate", 2 * shard.ffn) if shard.gated else (functional.gelu, "gelu", shard.ffn)
 
 
 class Stack:
@@ -377,13 +379,13 @@ class Stack:
             x, residual = x0, x0
             for weights, cache in zip(self.weights, caches, strict=True):
                 x, residual = self.add_norm(x, residual, self.norm)
-                qkv = F.linear(x, weights["qkv"]).view(batch, tokens, -1, s.head_size)
+                qkv = functional.linear(x, weights["qkv"]).view(batch, tokens, -1, s.head_size)
                 new = cache[:, :, kv_len - tokens :]
                 q = self.rope(qkv, cos, sin, new[0], new[1], s.heads)
                 out = attend(q, cache[0], cache[1], tokens > 1)
-                x = F.linear(out.reshape(batch * tokens, -1), weights["o"])
+                x = functional.linear(out.reshape(batch * tokens, -1), weights["o"])
                 x, residual = self.add_norm(x, residual, self.norm)
-                x = F.linear(self.activation(F.linear(x, weights["up"])), weights["down"])
+                x = functional.linear(self.activation(functional.linear(x, weights["up"])), weights["down"])
             return x
 
         return run

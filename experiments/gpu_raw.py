@@ -53,7 +53,7 @@ def small(table: pd.DataFrame) -> list[Small]:
     )
     whole = layers[layers["size"] == 3]  # norm, RoPE and activation
     return [
-        Small(load_model(name), int(tp), part["tokens"].to_numpy(float), part["sum"].to_numpy(float))
+        Small(load_model(str(name)), int(str(tp)), part["tokens"].to_numpy(float), part["sum"].to_numpy(float))
         for (name, tp), part in whole.groupby(["model", "tp"])
     ]
 
