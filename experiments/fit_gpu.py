@@ -31,7 +31,7 @@ from l3env.specs import PRESET_DIR, GpuSpec, ModelSpec
 LARGE_KV_BYTES = 8 * 2**20
 H200_FIT_MODELS = ("llama-3-8b", "llama-3-70b", "opt-66b")
 VIDUR = "operator times of microsoft/vidur (MIT, commit 7d47513, data/profiling)"
-MEASURED = "torch 2.11, CUDA 13.0, mean of runs on three machines, experiments/data/h200.csv.gz"
+MEASURED = "torch 2.11, CUDA 13.0, mean of two to three runs, experiments/data/h200.csv.gz"
 VIDUR_LINEAR = {"attn_pre_proj": "qkv", "attn_post_proj": "o", "mlp_up_proj": "up", "mlp_down_proj": "down"}
 VIDUR_SMALL = {"input_layernorm": 1, "post_attention_layernorm": 1, "add": 2, "attn_rope": 1, "mlp_act": 1}
 REPORT = "experiments/data/gpu_fit.json"
