@@ -37,7 +37,7 @@ PREFILL = {
     "prefill_launch_s": (7e-6, 0.0, 1e-4),
     "prefill_utilisation_frac": (0.6, 0.05, 1.0),
     "prefill_query_s": (1e-8, 0.0, 1e-6),
-    "prefill_key_s": (1e-9, 0.0, 1e-7),
+    "prefill_history_launch_s": (3e-6, 0.0, 1e-4),
     "prefill_tile_tokens": (64.0, 1.0, 256.0),
     "prefill_chunk_ratio": (1.2, 1.0, 4.0),
     "prefill_history_ratio": (1.2, 0.2, 4.0),

@@ -326,7 +326,7 @@ def calibrate(
     with progress_bar("measuring") as progress:
         figures = calibration.calibrate(model, tp, out, base, lambda done, what: progress(done, 0, what))
     _print_errors(figures, as_json)
-    err.print(f"written: {out}; try: l3env validate gpu --gpu gpu:{out}", highlight=False)
+    err.print(f"written: {out}; try: l3env validate gpu --gpu {out}", highlight=False, soft_wrap=True)
 
 
 @validate_app.command("gpu")

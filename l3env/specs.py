@@ -78,7 +78,7 @@ class GpuSpec:
     prefill_launch_s: float = at_least(0.0, default=0.0, high=1.0)
     prefill_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the FLOP/s; 0: as linear operations
     prefill_query_s: float = at_least(0.0, default=0.0, high=1.0)  # per new token: the longest tile runs on alone
-    prefill_key_s: float = at_least(0.0, default=0.0, high=1.0)  # per token of history
+    prefill_history_launch_s: float = at_least(0.0, default=0.0, high=1.0)  # more where there is a history
     prefill_tile_tokens: float = at_least(1.0, default=1.0, high=4096)  # fewer new tokens cost as much on a history
     prefill_chunk_ratio: float = at_least(0.0, default=1.0, high=100.0)  # new tokens' pairs cost this on a history
     prefill_history_ratio: float = at_least(0.0, default=1.0, high=100.0)  # pairs of a new token with history cost this

@@ -38,7 +38,7 @@ COEF_DTYPE = np.dtype(
         ("prefill_query_s", np.float64),  # memory, per query token
         ("prefill_fixed_s", np.float64),  # per request and chunk
         ("prefill_new_s", np.float64),  # compute, per new token
-        ("prefill_history_s", np.float64),  # compute, per token of history
+        ("prefill_history_fixed_s", np.float64),  # more per request and chunk on a history
         ("prefill_tile_tokens", np.float64),  # fewer new tokens cost as much on a history
         ("prefill_chunk_ratio", np.float64),  # cost of new tokens among themselves when there is a history
         ("prefill_history_ratio", np.float64),  # cost of a pair with history over that of a pair without
@@ -191,7 +191,7 @@ def fill_attention(coef: NDArray[np.void], device: GpuSpec, model: ModelSpec, tp
     coef["prefill_query_s"] = gpu.query_move_s(model, device, tp)
     coef["prefill_fixed_s"] = model.layers_count * device.prefill_launch_s
     coef["prefill_new_s"] = model.layers_count * device.prefill_query_s
-    coef["prefill_history_s"] = model.layers_count * device.prefill_key_s
+    coef["prefill_history_fixed_s"] = model.layers_count * device.prefill_history_launch_s
     coef["prefill_tile_tokens"] = device.prefill_tile_tokens
     coef["prefill_chunk_ratio"] = device.prefill_chunk_ratio
     coef["prefill_history_ratio"] = device.prefill_history_ratio

@@ -31,18 +31,18 @@ def causal_pairs(chunk, history):
 def prefill_attention_s(t, table, chunk, history):
     """t_p: attention of one prefilling request's chunk; the larger of computing and reading, and a launch.
 
-    A history costs what its kernel takes: pairs with history and pairs within the chunk have ratios of their own, and a
-    chunk of less than a tile reads the history as a whole tile.
+    A history costs what its kernel takes: another launch (split keys are joined), ratios of their own for pairs with
+    the history and within the chunk, and a whole tile's pairs for a chunk of less than a tile.
     """
     coef = t.coef[table]
     within = coef["prefill_chunk_ratio"] if history > 0 else 1.0
     rows = max(float(chunk), coef["prefill_tile_tokens"]) if chunk > 0 else 0.0
     pairs = rows * float(history) * coef["prefill_history_ratio"]
     pairs += within * (chunk * (chunk + 1.0) / 2)
-    compute_s = coef["prefill_pair_s"] * pairs + coef["prefill_history_s"] * float(history)
-    compute_s += within * coef["prefill_new_s"] * chunk
+    compute_s = coef["prefill_pair_s"] * pairs + within * coef["prefill_new_s"] * chunk
     memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
-    return max(compute_s, memory_s) + coef["prefill_fixed_s"]
+    fixed_s = coef["prefill_fixed_s"] + (coef["prefill_history_fixed_s"] if history > 0 else 0.0)
+    return max(compute_s, memory_s) + fixed_s
 
 
 @inner
