@@ -30,9 +30,9 @@ def positive(**extra: Any) -> Any:
     return field(metadata={"low": 0.0, "low_open": True, **extra})
 
 
-def at_least(low: float, **extra: Any) -> Any:
-    """A required number >= low."""
-    return field(metadata={"low": low, **extra})
+def at_least(low: float, *, default: Any = dataclasses.MISSING, **extra: Any) -> Any:
+    """A number >= low; required unless it has a default."""
+    return field(default=default, metadata={"low": low, **extra})
 
 
 def fraction() -> Any:
@@ -42,7 +42,11 @@ def fraction() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSpec:
-    """One GPU. Data-sheet peaks; the share of them that is reached is in the utilisation fields."""
+    """One GPU. Data-sheet peaks; the share of them that is reached is in the utilisation fields.
+
+    Without the fields that have defaults it is a plain roofline, the larger of compute and memory time. They are what a
+    measured GPU adds, see ``costs/gpu.py``; ``l3env calibrate`` and ``experiments/fit_gpu.py`` fit them.
+    """
 
     name: str
     fp16_flop_per_s: float = positive(high=1e17)
@@ -56,6 +60,32 @@ class GpuSpec:
     mac_j: float = at_least(0.0)  # one multiply-accumulate
     hbm_j_per_byte: float = at_least(0.0)
     cache_j_per_byte: float = at_least(0.0)  # L2 + L1 + register file, per byte streamed through
+    # linear operations
+    sm_count: int = at_least(0, default=0, high=1e4)  # multiprocessors that tiles go over in waves; 0: no tiles
+    tile_wave_frac: float = at_least(
+        0.0, default=0.0, high=1.0
+    )  # share of a last, partly filled wave that is waited for
+    tile_ramp_frac: float = at_least(
+        0.0, default=0.0, high=10.0
+    )  # what a 128 x 128 tile takes longer for loading operands
+    roofline_exponent: float = at_least(
+        0.0, default=0.0, high=100.0
+    )  # p-norm of compute and memory time; 0: the larger
+    linear_launch_s: float = at_least(0.0, default=0.0, high=1.0)  # per linear operation
+    elementwise_launch_s: float = at_least(0.0, default=0.0, high=1.0)  # norms, RoPE, KV write, activation of a layer
+    elementwise_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the bandwidth; 0: free
+    # prefill attention of one request in one layer
+    prefill_launch_s: float = at_least(0.0, default=0.0, high=1.0)
+    prefill_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the FLOP/s; 0: as linear operations
+    prefill_query_s: float = at_least(0.0, default=0.0, high=1.0)  # per new token: the longest tile runs on alone
+    prefill_history_launch_s: float = at_least(0.0, default=0.0, high=1.0)  # more where there is a history
+    prefill_tile_tokens: float = at_least(1.0, default=1.0, high=4096)  # fewer new tokens cost as much on a history
+    prefill_chunk_ratio: float = at_least(0.0, default=1.0, high=100.0)  # new tokens' pairs cost this on a history
+    prefill_history_ratio: float = at_least(0.0, default=1.0, high=100.0)  # pairs of a new token with history cost this
+    # decode attention of a batch in one layer
+    decode_launch_s: float = at_least(0.0, default=0.0, high=1.0)
+    decode_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the bandwidth; 0: as linear operations
+    decode_tail_frac: float = at_least(0.0, default=0.0, high=1.0)  # least share of a wave that a started one takes
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -356,6 +386,10 @@ def _checked(value: Any, hint: Any, spec_field: dataclasses.Field[Any], key: str
 
 def _cross_checks(spec: Any) -> list[str]:
     problems = []
+    if isinstance(spec, GpuSpec) and 0 < spec.roofline_exponent < 1:
+        problems.append(f"roofline_exponent = {spec.roofline_exponent}: expected 0 or >= 1")
+    if isinstance(spec, GpuSpec) and spec.decode_tail_frac > 0 and spec.sm_count == 0:
+        problems.append("decode_tail_frac > 0: needs sm_count")
     if isinstance(spec, ModelSpec) and spec.heads_count % spec.kv_heads_count:
         problems.append(
             f"heads_count = {spec.heads_count}: expected a multiple of kv_heads_count = {spec.kv_heads_count}"

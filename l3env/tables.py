@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from l3env.costs import energy, gpu, link, memory, pim
 from l3env.errors import SpecError
-from l3env.specs import ModelSpec, SystemSpec
+from l3env.specs import GpuSpec, ModelSpec, SystemSpec
 
-DENSE_TOKENS = 2048  # FC times are tabulated for every count up to here,
+DENSE_TOKENS = 8192  # FC times are tabulated for every count up to here,
 STRIDE_TOKENS = 64  # then every 64 tokens, linear in between,
 TABLE_TOKENS = 32768  # up to here; beyond, the last slope goes on (compute-bound: exact)
+SLOPE_STEPS = 256  # strides behind that slope where times rise in steps (waves of tiles)
 DEFAULT_BLOCK_TOKENS = 16
 
 COEF_DTYPE = np.dtype(
@@ -35,8 +36,17 @@ COEF_DTYPE = np.dtype(
         ("prefill_pair_s", np.float64),  # compute, per causal (query, key) pair
         ("prefill_kv_s", np.float64),  # memory, per KV token read
         ("prefill_query_s", np.float64),  # memory, per query token
+        ("prefill_fixed_s", np.float64),  # per request and chunk
+        ("prefill_new_s", np.float64),  # compute, per new token
+        ("prefill_history_fixed_s", np.float64),  # more per request and chunk on a history
+        ("prefill_tile_tokens", np.float64),  # fewer new tokens cost as much on a history
+        ("prefill_chunk_ratio", np.float64),  # cost of new tokens among themselves when there is a history
+        ("prefill_history_ratio", np.float64),  # cost of a pair with history over that of a pair without
         ("hbm_token_s", np.float64),  # decode attention on the GPU, per KV token
         ("hbm_request_s", np.float64),  # and per request
+        ("hbm_fixed_s", np.float64),  # and per batch
+        ("hbm_waves_per_request", np.float64),  # share of the multiprocessors that a request occupies
+        ("hbm_tail_frac", np.float64),  # least share of a wave that a started one takes; 0: no waves
         ("pim_token_s", np.float64),  # decode attention in one lane, per KV token
         ("pim_request_s", np.float64),  # per request
         ("pim_batch_s", np.float64),  # and per sub-batch that decodes on the PIM side
@@ -157,19 +167,16 @@ def compile_tables(
     grid = fc_grid_tokens()
     fc = gpu.fc_s(model, system.gpu, system.gpu_link, degree, grid)
     head = gpu.head_s(model, system.gpu, degree, grid)
-    coef["fc_slope_s"] = (fc[-1] - fc[-2]) / STRIDE_TOKENS
-    coef["head_slope_s"] = (head[-1] - head[-2]) / STRIDE_TOKENS
+    back = SLOPE_STEPS if system.gpu.sm_count else 1
+    coef["fc_slope_s"] = (fc[-1] - fc[-1 - back]) / (back * STRIDE_TOKENS)
+    coef["head_slope_s"] = (head[-1] - head[-1 - back]) / (back * STRIDE_TOKENS)
     arrays = TableArrays(coef, fc[None, :], head[None, :], np.array([lane_pool], dtype=np.int64), pool_blocks[None, :])
     return Tables(system, model, degree, replicas, arrays)
 
 
 def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int) -> None:
     device = system.gpu
-    coef["prefill_pair_s"] = gpu.prefill_pair_s(model, device, tp)
-    coef["prefill_kv_s"] = gpu.kv_read_s(model, device, tp)
-    coef["prefill_query_s"] = gpu.query_move_s(model, device, tp)
-    coef["hbm_token_s"] = gpu.decode_token_s(model, device, tp)
-    coef["hbm_request_s"] = gpu.query_move_s(model, device, tp)
+    fill_attention(coef, device, model, tp)
     batch_j, token_j = energy.fc_j(model, device, tp)
     coef["fc_batch_j"] = batch_j
     coef["fc_token_j"] = token_j + energy.all_reduce_token_j(system, model, tp)
@@ -177,6 +184,24 @@ def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: 
     coef["prefill_kv_j"] = model.kv_bytes_per_token * energy.gpu_byte_j(device)
     coef["hbm_token_j"] = energy.hbm_token_j(model, device)
     coef["static_w"] = energy.static_power_w(system, tp)
+
+
+def fill_attention(coef: NDArray[np.void], device: GpuSpec, model: ModelSpec, tp: int) -> None:
+    """Coefficients of the GPU's attention, all layers of a model on one of ``tp`` GPUs."""
+    coef["prefill_pair_s"] = gpu.prefill_pair_s(model, device, tp)
+    coef["prefill_kv_s"] = gpu.kv_read_s(model, device, tp)
+    coef["prefill_query_s"] = gpu.query_move_s(model, device, tp)
+    coef["prefill_fixed_s"] = model.layers_count * device.prefill_launch_s
+    coef["prefill_new_s"] = model.layers_count * device.prefill_query_s
+    coef["prefill_history_fixed_s"] = model.layers_count * device.prefill_history_launch_s
+    coef["prefill_tile_tokens"] = device.prefill_tile_tokens
+    coef["prefill_chunk_ratio"] = device.prefill_chunk_ratio
+    coef["prefill_history_ratio"] = device.prefill_history_ratio
+    coef["hbm_token_s"] = gpu.decode_token_s(model, device, tp)
+    coef["hbm_request_s"] = gpu.query_move_s(model, device, tp)
+    coef["hbm_fixed_s"] = model.layers_count * device.decode_launch_s
+    coef["hbm_waves_per_request"] = gpu.decode_waves_per_request(model, device, tp)
+    coef["hbm_tail_frac"] = device.decode_tail_frac
 
 
 def _fill_pim(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int, plan: pim.Layout) -> None:

@@ -76,25 +76,37 @@ class Prices:
         self.grid = fc_grid_tokens()
         self.fc_row, self.head_row = tables.arrays.fc_s[0], tables.arrays.head_s[0]
 
-    def _along(self, row: np.ndarray, tokens: int) -> float:
+    def _along(self, row: np.ndarray, tokens: int, slope: float) -> float:
         beyond = max(tokens - self.grid[-1], 0.0)
-        slope = (row[-1] - row[-2]) / (self.grid[-1] - self.grid[-2])
         return float(np.interp(tokens, self.grid, row) + beyond * slope)
 
     def fc_s(self, tokens: int) -> float:
-        return self._along(self.fc_row, tokens)
+        return self._along(self.fc_row, tokens, self.coef["fc_slope_s"])
 
     def head_s(self, rows: int) -> float:
-        return self._along(self.head_row, rows)
+        return self._along(self.head_row, rows, self.coef["head_slope_s"])
 
     def prefill_s(self, chunk: int, done: int) -> float:
-        """t_p: every query sees the history and the part of its chunk up to itself."""
+        """t_p: every query sees the history and the part of its chunk up to itself; with a history the kernel's rates
+        differ, and fewer rows than a tile cost a tile."""
         c = self.coef
+        triangle = chunk * (chunk + 1) / 2 * c["prefill_pair_s"] + chunk * c["prefill_new_s"]
+        if done:
+            square = max(chunk, c["prefill_tile_tokens"]) * done if chunk else 0.0
+            triangle *= c["prefill_chunk_ratio"]
+            triangle += square * c["prefill_history_ratio"] * c["prefill_pair_s"]
         reading_s = c["prefill_kv_s"] * (done + chunk) + c["prefill_query_s"] * chunk
-        return max(c["prefill_pair_s"] * (chunk * done + chunk * (chunk + 1) / 2), reading_s)
+        return max(triangle, reading_s) + c["prefill_fixed_s"] + (c["prefill_history_fixed_s"] if done else 0.0)
 
     def hbm_s(self, kv: int, requests: int) -> float:
-        return self.coef["hbm_token_s"] * kv + self.coef["hbm_request_s"] * requests
+        """Reading, a launch, and what the last wave of (request, KV head) blocks wastes."""
+        c = self.coef
+        if requests == 0:
+            return 0.0
+        waves = c["hbm_waves_per_request"] * requests
+        whole, part = divmod(waves, 1.0)
+        wasted = (whole + max(part, c["hbm_tail_frac"])) / waves if c["hbm_tail_frac"] and waves > 1 and part else 1.0
+        return c["hbm_token_s"] * kv * wasted + c["hbm_request_s"] * requests + c["hbm_fixed_s"]
 
     def lane_s(self, kv: int, requests: int) -> float:
         """Attention of one PIM lane: linear in tokens and requests."""

@@ -12,9 +12,10 @@ from l3env.jit import kernel
 from l3env.kernels import price
 from l3env.tables import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS, compile_tables, fc_grid_tokens, stack
 
-A100 = specs.load("gpu/a100-80")
-NVLINK = specs.load("link/nvlink3")
-L3 = specs.load("system/l3-dgx-a100")
+A100 = specs.load("gpu/a100-80-ideal")  # plain data-sheet rooflines: closed forms
+NVLINK = specs.load("link/nvlink3-ideal")
+IDEAL = {"gpu": "gpu/a100-80-ideal", "gpu_link": "link/nvlink3-ideal"}
+L3 = specs.load("system/l3-dgx-a100", **IDEAL)
 GPT = specs.load("model/gpt-175b")
 QWEN = specs.load("model/qwen-72b")
 LLAMA = specs.load("model/llama-2-7b")
@@ -24,11 +25,16 @@ SYSTEMS = specs.names("system")
 MODELS = specs.names("model")
 
 
+def roofline_s(flop: float, moved_bytes: float) -> float:
+    """One operation of the plain roofline."""
+    return float(gpu.overlap_s(A100, gpu.compute_s(A100, flop), gpu.memory_s(A100, moved_bytes)))
+
+
 def test_roofline_is_the_larger_of_compute_and_memory_and_both_are_equal_at_the_balance_point():
     balance = FLOP_PER_S / BYTES_PER_S  # FLOP per byte
-    assert float(gpu.roofline_s(A100, FLOP_PER_S, 0.0)) == pytest.approx(1.0, rel=1e-12)
-    assert float(gpu.roofline_s(A100, 0.0, BYTES_PER_S)) == pytest.approx(1.0, rel=1e-12)
-    at = [float(gpu.roofline_s(A100, balance * share * 1e9, 1e9)) for share in (0.5, 1.0, 2.0)]
+    assert (roofline_s(FLOP_PER_S, 0.0)) == pytest.approx(1.0, rel=1e-12)
+    assert (roofline_s(0.0, BYTES_PER_S)) == pytest.approx(1.0, rel=1e-12)
+    at = [(roofline_s(balance * share * 1e9, 1e9)) for share in (0.5, 1.0, 2.0)]
     assert at[0] == at[1] == pytest.approx(1e9 / BYTES_PER_S, rel=1e-12)
     assert at[2] == pytest.approx(2 * at[1], rel=1e-12)
 
@@ -158,7 +164,7 @@ def test_transfers_move_q_k_v_and_outputs_over_the_links_but_no_faster_than_the_
     links = 8 * 31.5e9 * 0.7937
     assert link.transfer_bytes_per_s(L3, 8) == pytest.approx(links, rel=1e-12)  # 200 GB/s < 406 GB/s of channels
     assert link.transfer_bytes_per_s(L3, 4) == pytest.approx(links / 2, rel=1e-12)
-    fast = specs.load("system/l3-dgx-a100", pim_link__bytes_per_s=1e12)
+    fast = specs.load("system/l3-dgx-a100", pim_link__bytes_per_s=1e12, **IDEAL)
     channels = 16 * 25.39682540e9
     assert link.transfer_bytes_per_s(fast, 8) == pytest.approx(channels, rel=1e-12)
     assert link.transfer_bytes_per_s(fast, 4) == pytest.approx(channels / 2, rel=1e-12)
@@ -177,7 +183,7 @@ def test_kv_capacity_of_gpt_175b_by_hand():
     free = 8 * (80 * 1024**3 - 1024**3 - activations) - weights
     assert tables.hbm_tokens == int(free // (16 * 4_718_592)) * 16
     assert 60_000 < tables.hbm_tokens < 75_000
-    assert compile_tables(specs.load("system/gpu-dgx-a100"), GPT).hbm_tokens == tables.hbm_tokens
+    assert compile_tables(specs.load("system/gpu-dgx-a100", **IDEAL), GPT).hbm_tokens == tables.hbm_tokens
 
 
 def test_replicas_share_the_pim_memory_and_gqa_has_a_pool_a_channel():
@@ -188,13 +194,13 @@ def test_replicas_share_the_pim_memory_and_gqa_has_a_pool_a_channel():
 
 
 def test_memory_that_holds_the_weights_offers_only_what_they_leave():
-    tables = compile_tables(specs.load("system/hbm-pim-dgx-a100"), GPT)
-    gpu_only = compile_tables(specs.load("system/gpu-dgx-a100"), GPT)
+    tables = compile_tables(specs.load("system/hbm-pim-dgx-a100", **IDEAL), GPT)
+    gpu_only = compile_tables(specs.load("system/gpu-dgx-a100", **IDEAL), GPT)
     assert tables.arrays.pool_blocks[0].tolist() == [0, int(gpu_only.arrays.pool_blocks[0, 0])]
 
 
 def test_a_model_that_does_not_fit_is_an_error():
-    with pytest.raises(SpecError, match="gpt-175b does not fit on 2 x a100-80"):
+    with pytest.raises(SpecError, match="gpt-175b does not fit on 2 x a100-80-ideal"):
         compile_tables(L3, GPT, tp=2)
     with pytest.raises(SpecError, match="tp = 3 does not divide 8 GPUs"):
         compile_tables(L3, GPT, tp=3)
@@ -233,7 +239,11 @@ def prefill_lookup(t, table, chunk, history):
     return price.prefill_attention_s(t, table, chunk, history)
 
 
-PAIRS = [(L3, GPT), (L3, QWEN), (specs.load("system/gpu-dgx-h100"), LLAMA)]
+PAIRS = [
+    (L3, GPT),
+    (L3, QWEN),
+    (specs.load("system/gpu-dgx-h100", gpu="gpu/h100-ideal", gpu_link="link/nvlink4-ideal"), LLAMA),
+]
 COMPILED = [compile_tables(system, model) for system, model in PAIRS]
 TOGETHER = stack(COMPILED)  # tables of different machines side by side
 
@@ -252,7 +262,8 @@ def test_a_lookup_is_exact_where_tabulated_and_within_a_permille_elsewhere(pair,
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("model", ["gpt-175b", "qwen-72b", "llama-2-7b"])
-def test_between_and_beyond_the_tabulated_counts_every_preset_is_within_a_permille(system, model):
+def test_lookups_of_every_preset_are_exact_where_dense_and_within_two_percent_beyond(system, model):
+    """Beyond, fitted presets rise in steps (waves of tiles) that the table's strides cut through."""
     machine, spec = specs.load(f"system/{system}"), specs.load(f"model/{model}")
     tables = compile_tables(machine, spec)
     grid = fc_grid_tokens()
@@ -262,7 +273,10 @@ def test_between_and_beyond_the_tabulated_counts_every_preset_is_within_a_permil
         (tables.arrays.head_s[0], "head_slope_s", gpu.head_s(spec, machine.gpu, tables.tp, tokens)),
     ):
         beyond = np.maximum(tokens - TABLE_TOKENS, 0) * tables.arrays.coef[slope][0]
-        np.testing.assert_allclose(np.interp(tokens, grid, row) + beyond, direct, rtol=1e-3)
+        looked_up = np.interp(tokens, grid, row) + beyond
+        dense = tokens <= DENSE_TOKENS
+        np.testing.assert_allclose(looked_up[dense], direct[dense], rtol=1e-12)
+        np.testing.assert_allclose(looked_up[~dense], direct[~dense], rtol=0.02)
 
 
 @pytest.mark.parametrize(("chunk", "history"), [(1, 0), (1, 5000), (512, 0), (512, 4096), (30_000, 0)])

@@ -162,7 +162,11 @@ def test_in_overload_the_queue_order_decides(l3_tables: Tables) -> None:
 
 @pytest.mark.parametrize("rate_per_s", [1.0, 3.0])
 def test_oracle_is_not_beaten_by_its_blind_twin(l3_tables: Tables, rate_per_s: float) -> None:
-    """Over several workloads; the bound leaves room for noise (a true length is not always the better order)."""
+    """Over several workloads, on mean latency, which shortest-remaining-first is for.
+
+    SLO attainment has room for a systematic loss of a point at low load: there a long answer to a short prompt waits
+    for nothing, and ordering by prompts alone meets more TTFT deadlines.
+    """
     training = poisson(500, rate_per_s, seed=99, output=(5, 1500))
     blind, oracle = [], []
     for seed in range(5):
@@ -173,8 +177,8 @@ def test_oracle_is_not_beaten_by_its_blind_twin(l3_tables: Tables, rate_per_s: f
     def mean(rows: list[dict[str, float]], name: str) -> float:
         return float(np.mean([row[name] for row in rows]))
 
-    assert mean(oracle, "slo_attainment_frac") >= mean(blind, "slo_attainment_frac") - 0.01
-    assert mean(oracle, "e2e_mean_s") <= 1.02 * mean(blind, "e2e_mean_s")
+    assert mean(oracle, "slo_attainment_frac") >= mean(blind, "slo_attainment_frac") - 0.015
+    assert mean(oracle, "e2e_mean_s") <= 1.005 * mean(blind, "e2e_mean_s")
 
 
 def test_hybrid_greedy_uses_hbm_only_where_the_pim_side_is_slower(l3_tables: Tables) -> None:

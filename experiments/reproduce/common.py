@@ -17,7 +17,8 @@ from l3env.units import GIB
 MODELS = ("opt-66b", "qwen-72b", "gpt-175b")
 TRACES = ("openr1", "dolphin-r1", "openthoughts", "dolphin-short")
 RIVALS = ("gpu", "hbm-pim", "hbm-pim-ext", "rank-pim", "cpu-offload")
-GPU = "gpu/a100-80"  # data-sheet peaks and AttAcc's utilisation, as the paper uses
+GPU = "gpu/a100-80-ideal"  # data-sheet peaks and AttAcc's utilisation, as the paper uses
+LINK = "link/nvlink3-ideal"
 OUT_OF_MEMORY_FRAC = 0.03
 
 Row = dict[str, Any]
@@ -66,6 +67,7 @@ def machine(name: str, model: str, assumptions: Assumptions = DEFAULT, **overrid
     system = load(
         f"system/{name}-dgx-a100",
         gpu=GPU,
+        gpu_link=LINK,
         gpu__fp16_flop_per_s=assumptions.fp16_flop_per_s,
         gpu__hbm_bytes=assumptions.hbm_bytes,
         gpu__reserved_bytes=0.0,

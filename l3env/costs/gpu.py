@@ -1,8 +1,12 @@
-"""GPU operation times: a roofline per operation with constant utilisation factors.
+"""GPU operation times: one roofline per operation, rounded off as far as the GPU's spec says.
 
 Every function is pure and takes arrays of token counts. ``tp`` is the tensor-parallel degree: weights and heads are
-divided by it. Utilisation (0.80 compute, 0.85 memory) and the two-sided roofline are AttAcc's (ASPLOS 2024, simulator
-defaults). Valid for large operations; launch overhead and wave quantisation are not modelled here.
+divided by it.
+
+With a spec's neutral defaults an operation takes the larger of its compute and its memory time at constant shares of
+the data sheet's peaks (AttAcc, ASPLOS 2024: 0.80 and 0.85). A measured spec adds launches, a smooth corner instead of
+the sharp one, waves of tiles over multiprocessors, and attention kernels with rates of their own; the parameters are
+fitted to measurements, see ``experiments/fit_gpu.py`` and ``docs/gpu-validation.md``.
 """
 
 from __future__ import annotations
@@ -16,11 +20,48 @@ from l3env.units import FP16_BYTES
 Array = NDArray[np.float64]
 
 
-def roofline_s(gpu: GpuSpec, flop: ArrayLike, moved_bytes: ArrayLike) -> Array:
-    """Time of one operation: the larger of its compute and its memory time (Williams et al., CACM 2009)."""
-    compute = np.asarray(flop, dtype=float) / (gpu.fp16_flop_per_s * gpu.compute_utilisation_frac)
-    memory = np.asarray(moved_bytes, dtype=float) / (gpu.hbm_bytes_per_s * gpu.memory_utilisation_frac)
-    return np.maximum(compute, memory)
+TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
+"""Output tiles (tokens x outputs) that libraries choose from for 16-bit matrix products (CUTLASS's common shapes)."""
+
+
+def memory_s(gpu: GpuSpec, moved_bytes: ArrayLike) -> Array:
+    """Streaming at the share of the bandwidth that large operations reach."""
+    return np.asarray(moved_bytes, dtype=float) / (gpu.hbm_bytes_per_s * gpu.memory_utilisation_frac)
+
+
+def compute_s(gpu: GpuSpec, flop: ArrayLike) -> Array:
+    """Computing at the share of the FLOP/s that large operations reach."""
+    return np.asarray(flop, dtype=float) / (gpu.fp16_flop_per_s * gpu.compute_utilisation_frac)
+
+
+def overlap_s(gpu: GpuSpec, a_s: Array, b_s: Array) -> Array:
+    """Two times that overlap: the larger (Williams et al., CACM 2009), or a p-norm that rounds the corner off.
+
+    Near the corner neither resource is busy all the time: the pipeline fills and drains.
+    """
+    if gpu.roofline_exponent == 0:
+        return np.maximum(a_s, b_s)
+    large, small = np.maximum(a_s, b_s), np.minimum(a_s, b_s)
+    ratio = np.divide(small, large, out=np.zeros_like(large), where=large > 0)
+    return large * (1 + ratio**gpu.roofline_exponent) ** (1 / gpu.roofline_exponent)
+
+
+def matmul_compute_s(gpu: GpuSpec, tokens: Array, k: float, n: float) -> Array:
+    """Compute time of a (tokens, k) x (k, n) product: the best tile's waves over the multiprocessors.
+
+    A partly filled last wave is waited for in part (split-K and stream-K schedules fill some of it); small tiles reuse
+    their operands less. Without ``sm_count`` the plain FLOP over FLOP/s. Never falls with ``tokens``.
+    """
+    if gpu.sm_count == 0:
+        return compute_s(gpu, 2 * tokens * k * n)
+    best = np.full_like(tokens, np.inf)
+    for rows, columns in TILES:
+        waves = np.ceil(tokens / rows) * np.ceil(n / columns) / gpu.sm_count
+        waited = (1 - gpu.tile_wave_frac) * np.maximum(waves, 1) + gpu.tile_wave_frac * np.ceil(waves)
+        loading = 1 + gpu.tile_ramp_frac * 64 * (1 / rows + 1 / columns)
+        wave_s = compute_s(gpu, 2 * rows * columns * k * gpu.sm_count) * loading
+        best = np.minimum(best, waited * wave_s)
+    return np.where(tokens > 0, best, 0.0)
 
 
 def linear_shapes(model: ModelSpec, tp: int) -> list[tuple[float, float]]:
@@ -46,15 +87,50 @@ def linear_flop_and_bytes(model: ModelSpec, tokens: Array, k: float, n: float) -
     return flop, moved
 
 
+def linear_s(model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float, n: float) -> Array:
+    """One linear operation of one GPU."""
+    _, moved = linear_flop_and_bytes(model, tokens, k, n)
+    return gpu.linear_launch_s + overlap_s(gpu, matmul_compute_s(gpu, tokens, k, n), memory_s(gpu, moved))
+
+
+def linear_layer_s(model: ModelSpec, gpu: GpuSpec, tp: int, tokens: ArrayLike) -> Array:
+    """The four linear operations of one layer on one GPU."""
+    count = np.asarray(tokens, dtype=float)
+    layer = np.zeros_like(count)
+    for k, n in linear_shapes(model, tp):
+        layer = layer + linear_s(model, gpu, count, k, n)
+    return layer
+
+
+def elementwise_bytes(model: ModelSpec, tp: int) -> float:
+    """Bytes per token of a layer's small operations on one GPU, each a kernel of its own that streams.
+
+    Two residual additions with norm (two inputs, two outputs of the hidden size), RoPE with the KV write (Q, K, V in
+    and out), the activation (the up projection in, the down projection's input out).
+    """
+    norms = 2 * 4 * model.hidden_size
+    heads = model.heads_count / tp + 2 * max(model.kv_heads_count / tp, 1)
+    activation = (3 if model.gated_ffn else 2) * model.ffn_size / tp
+    return (norms + 2 * heads * model.head_size + activation) * FP16_BYTES
+
+
+def elementwise_layer_s(model: ModelSpec, gpu: GpuSpec, tp: int, tokens: ArrayLike) -> Array:
+    """Norms, residuals, RoPE, KV write and activation of one layer on one GPU; free in a plain roofline."""
+    count = np.asarray(tokens, dtype=float)
+    launch = np.full_like(count, gpu.elementwise_launch_s)
+    if gpu.elementwise_utilisation_frac == 0:
+        return launch
+    rate = gpu.hbm_bytes_per_s * gpu.elementwise_utilisation_frac
+    return overlap_s(gpu, launch, count * elementwise_bytes(model, tp) / rate)
+
+
 def fc_s(model: ModelSpec, gpu: GpuSpec, link: LinkSpec, tp: int, tokens: ArrayLike) -> Array:
-    """Fully connected work of all layers for a batch of ``tokens``, all-reduces included; 0 for 0 tokens.
+    """Work of all layers outside attention for a batch of ``tokens``, all-reduces included; 0 for 0 tokens.
 
     Two all-reduces a layer (after the output projection and after the FFN) of tokens x hidden elements.
     """
     count = np.asarray(tokens, dtype=float)
-    layer = np.zeros_like(count)
-    for k, n in linear_shapes(model, tp):
-        layer = layer + roofline_s(gpu, *linear_flop_and_bytes(model, count, k, n))
+    layer = linear_layer_s(model, gpu, tp, count) + elementwise_layer_s(model, gpu, tp, count)
     layer = layer + 2 * all_reduce_s(link, tp, count * model.hidden_size * FP16_BYTES)
     return np.where(count > 0, model.layers_count * layer, 0.0)
 
@@ -62,8 +138,7 @@ def fc_s(model: ModelSpec, gpu: GpuSpec, link: LinkSpec, tp: int, tokens: ArrayL
 def head_s(model: ModelSpec, gpu: GpuSpec, tp: int, rows: ArrayLike) -> Array:
     """Language-model head for ``rows`` tokens that need logits; 0 for none."""
     count = np.asarray(rows, dtype=float)
-    time = roofline_s(gpu, *linear_flop_and_bytes(model, count, model.hidden_size, model.vocab_size / tp))
-    return np.where(count > 0, time, 0.0)
+    return np.where(count > 0, linear_s(model, gpu, count, model.hidden_size, model.vocab_size / tp), 0.0)
 
 
 def all_reduce_s(link: LinkSpec, tp: int, message_bytes: ArrayLike) -> Array:
@@ -75,19 +150,24 @@ def all_reduce_s(link: LinkSpec, tp: int, message_bytes: ArrayLike) -> Array:
     return link.latency_s + wire
 
 
-def prefill_pair_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
-    """Compute time per (query, key) pair of prefill attention, all layers: 4 FLOP x heads x head size.
+def pair_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0) -> float:
+    """Compute time per (query, key) pair of attention, all layers: 4 FLOP x heads x head size.
 
-    A chunk of c tokens on a history of f has c f + c (c + 1) / 2 causal pairs.
+    ``utilisation_frac`` is the share of the peak that is reached, by default that of linear operations.
     """
     flop = 4 * model.heads_count * model.head_size / tp
-    return model.layers_count * flop / (gpu.fp16_flop_per_s * gpu.compute_utilisation_frac)
+    return model.layers_count * flop / (gpu.fp16_flop_per_s * (utilisation_frac or gpu.compute_utilisation_frac))
 
 
-def kv_read_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
+def prefill_pair_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
+    """Compute time per pair of prefill attention; c new tokens on a history of f have c f + c (c + 1) / 2 pairs."""
+    return pair_s(model, gpu, tp, gpu.prefill_utilisation_frac)
+
+
+def kv_read_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0) -> float:
     """Time to read one token's K and V of all layers from HBM, heads divided over ``tp`` GPUs."""
     shard = model.kv_bytes_per_token * max(1 / tp, 1 / model.kv_heads_count)
-    return shard / (gpu.hbm_bytes_per_s * gpu.memory_utilisation_frac)
+    return shard / (gpu.hbm_bytes_per_s * (utilisation_frac or gpu.memory_utilisation_frac))
 
 
 def query_move_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
@@ -98,4 +178,9 @@ def query_move_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
 
 def decode_token_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
     """Decode attention in HBM per KV token: the larger of reading it and computing with it (one pair)."""
-    return max(kv_read_s(model, gpu, tp), prefill_pair_s(model, gpu, tp))
+    return max(kv_read_s(model, gpu, tp, gpu.decode_utilisation_frac), pair_s(model, gpu, tp))
+
+
+def decode_waves_per_request(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
+    """Share of the multiprocessors that one request's KV heads occupy, one block a head; 0 without waves."""
+    return max(model.kv_heads_count / tp, 1) / gpu.sm_count if gpu.sm_count else 0.0

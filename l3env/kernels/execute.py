@@ -85,9 +85,9 @@ def execute(t, s, e, decode, interleaved):
     pim_n_0, pim_n_1 = decodes_0 - hbm_n_0, decodes_1 - hbm_n_1
 
     # price
-    hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0)
-    hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1)
     if interleaved:
+        hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0)
+        hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1)
         gpu_0_s = attention_0 + hbm_0_s + fc_batch_s(t, table, tokens_0 + decodes_1)
         gpu_0_s += head_batch_s(t, table, ends_0 + decodes_1)
         gpu_1_s = attention_1 + hbm_1_s + fc_batch_s(t, table, tokens_1 + decodes_0)
@@ -99,7 +99,8 @@ def execute(t, s, e, decode, interleaved):
         duration_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
         batches = (1 if tokens_0 + decodes_1 > 0 else 0) + (1 if tokens_1 + decodes_0 > 0 else 0)
     else:
-        front_s = attention_0 + attention_1 + hbm_0_s + hbm_1_s
+        hbm_0_s, hbm_1_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1), 0.0
+        front_s = attention_0 + attention_1 + hbm_0_s
         batch = tokens_0 + tokens_1 + decodes_0 + decodes_1
         rows = ends_0 + ends_1 + decodes_0 + decodes_1
         pushed = pushed_0 + pushed_1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from l3env.jit import inner
 from l3env.tables import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS
 
@@ -27,11 +29,20 @@ def causal_pairs(chunk, history):
 
 @inner
 def prefill_attention_s(t, table, chunk, history):
-    """t_p: attention of one prefilling request's chunk; the larger of computing and reading."""
+    """t_p: attention of one prefilling request's chunk; the larger of computing and reading, and a launch.
+
+    A history costs what its kernel takes: another launch (split keys are joined), ratios of their own for pairs with
+    the history and within the chunk, and a whole tile's pairs for a chunk of less than a tile.
+    """
     coef = t.coef[table]
-    compute_s = coef["prefill_pair_s"] * causal_pairs(chunk, history)
+    within = coef["prefill_chunk_ratio"] if history > 0 else 1.0
+    rows = max(float(chunk), coef["prefill_tile_tokens"]) if chunk > 0 else 0.0
+    pairs = rows * float(history) * coef["prefill_history_ratio"]
+    pairs += within * (chunk * (chunk + 1.0) / 2)
+    compute_s = coef["prefill_pair_s"] * pairs + within * coef["prefill_new_s"] * chunk
     memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
-    return max(compute_s, memory_s)
+    fixed_s = coef["prefill_fixed_s"] + (coef["prefill_history_fixed_s"] if history > 0 else 0.0)
+    return max(compute_s, memory_s) + fixed_s
 
 
 @inner
@@ -48,8 +59,20 @@ def head_batch_s(t, table, rows):
 
 @inner
 def hbm_attention_s(t, table, kv_tokens, requests):
-    """Decode attention of HBM residents, on the GPU."""
-    return t.coef[table]["hbm_token_s"] * kv_tokens + t.coef[table]["hbm_request_s"] * requests
+    """Decode attention of HBM residents, on the GPU.
+
+    Past one wave of (request, KV head) blocks over the multiprocessors, a started wave takes at least a share of a full
+    one; before, the kernel splits requests so that all multiprocessors work.
+    """
+    coef = t.coef[table]
+    read_s = coef["hbm_token_s"] * kv_tokens
+    if coef["hbm_tail_frac"] > 0:
+        waves = coef["hbm_waves_per_request"] * requests
+        rest = waves - np.floor(waves)
+        if waves > 1 and rest > 0:
+            read_s *= (waves - rest + max(rest, coef["hbm_tail_frac"])) / waves
+    fixed_s = coef["hbm_fixed_s"] if requests > 0 else 0.0
+    return read_s + coef["hbm_request_s"] * requests + fixed_s
 
 
 @inner
