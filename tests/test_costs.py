@@ -262,7 +262,7 @@ def test_a_lookup_is_exact_where_tabulated_and_within_a_permille_elsewhere(pair,
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("model", ["gpt-175b", "qwen-72b", "llama-2-7b"])
-def test_lookups_of_every_preset_are_exact_where_dense_and_within_two_percent_beyond(system, model):
+def test_lookups_of_every_preset_are_exact_where_dense_and_within_three_percent_beyond(system, model):
     """Beyond, fitted presets rise in steps (waves of tiles) that the table's strides cut through."""
     machine, spec = specs.load(f"system/{system}"), specs.load(f"model/{model}")
     tables = compile_tables(machine, spec)
@@ -276,7 +276,7 @@ def test_lookups_of_every_preset_are_exact_where_dense_and_within_two_percent_be
         looked_up = np.interp(tokens, grid, row) + beyond
         dense = tokens <= DENSE_TOKENS
         np.testing.assert_allclose(looked_up[dense], direct[dense], rtol=1e-12)
-        np.testing.assert_allclose(looked_up[~dense], direct[~dense], rtol=0.02)
+        np.testing.assert_allclose(looked_up[~dense], direct[~dense], rtol=0.03)
 
 
 @pytest.mark.parametrize(("chunk", "history"), [(1, 0), (1, 5000), (512, 0), (512, 4096), (30_000, 0)])
