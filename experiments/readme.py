@@ -1,4 +1,4 @@
-"""Fills in the README's figures by running its commands: ``python -m experiments.readme``.
+"""Fills in the figures of README and docs by running their commands: ``python -m experiments.readme``.
 
 Each block between ``<!-- name -->`` and ``<!-- /name -->`` is replaced by what its command prints; pictures go to
 ``docs/images``.
@@ -6,6 +6,7 @@ Each block between ``<!-- name -->`` and ``<!-- /name -->`` is replaced by what 
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -35,8 +36,25 @@ def fill(text: str, name: str, content: str) -> str:
     return f"{head}{start}\n```\n{content}\n```\n{end}{tail}"
 
 
+def reproduction_table() -> str:
+    """The paper's rows as a Markdown table, sensitivities left out."""
+    done = subprocess.run(
+        [sys.executable, "-m", "l3env.cli", "reproduce", "all", "--json"], cwd=ROOT, check=True, stdout=subprocess.PIPE
+    )
+    lines = ["| figure | what | paper | here | ratio |", "|---|---|---:|---:|---:|"]
+    for row in json.loads(done.stdout):
+        if "sensitivity" not in row["case"]:
+            paper, ours, ratio = ("-" if row[key] is None else f"{row[key]:.3g}" for key in ("paper", "ours", "ratio"))
+            lines.append(f"| {row['figure']} | {row['case']}: {row['quantity']} | {paper} | {ours} | {ratio} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Runs the commands and rewrites README.md."""
+    """Runs the commands and rewrites README.md and docs/reproduction.md."""
+    page = ROOT / "docs" / "reproduction.md"
+    start, end = "<!-- reproduce -->", "<!-- /reproduce -->"
+    head, _, rest = page.read_text(encoding="utf-8").partition(start)
+    page.write_text(f"{head}{start}\n{reproduction_table()}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
     shutil.rmtree(ROOT / "runs" / "first", ignore_errors=True)
     path = ROOT / "README.md"
     text = fill(path.read_text(encoding="utf-8"), "first comparison", printed(FIRST))

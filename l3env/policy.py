@@ -26,7 +26,7 @@ from l3env.engine import Engine
 from l3env.errors import PlanError, PolicyError
 from l3env.kernels import look
 from l3env.kernels.plan import ANY_PIM, AUTO, Op
-from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Order, Status, Victim
+from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Order, Status, SubBatching, Victim
 from l3env.tables import Tables
 from l3env.workload import Workload
 
@@ -48,7 +48,7 @@ class Knobs:
         order: queue order.
         headroom_frac: share of each pool that new requests must leave free.
         reserve_predicted: admit only what fits together with the predicted growth of all residents.
-        sub_batching: two interleaved sub-batches (systems with PIM).
+        sub_batching: two interleaved sub-batches (systems with PIM): off, on, or adaptive (whichever is shorter).
         victim: who is preempted when a pool runs over.
     """
 
@@ -60,7 +60,7 @@ class Knobs:
     order: Order = Order.FCFS
     headroom_frac: float = 0.01
     reserve_predicted: bool = False
-    sub_batching: bool = True
+    sub_batching: SubBatching | bool = SubBatching.ON
     victim: Victim = Victim.NEWEST_ADMITTED
 
     def __post_init__(self) -> None:
@@ -73,6 +73,8 @@ class Knobs:
                 raise PlanError(f"knobs: {name} = {getattr(self, name)}; expected 0 to 1")
         if self.order not in list(Order):
             raise PlanError(f"knobs: order = {self.order}; expected one of {', '.join(o.name for o in Order)}")
+        if self.sub_batching not in list(SubBatching):
+            raise PlanError(f"knobs: sub_batching = {self.sub_batching}; expected off (0), on (1) or adaptive (2)")
         if self.victim not in list(Victim):
             raise PlanError(f"knobs: victim = {self.victim}; expected one of {', '.join(v.name for v in Victim)}")
 

@@ -185,7 +185,7 @@ KNOB_DTYPE = np.dtype(
         ("order", np.int64),
         ("headroom_frac", np.float64),  # of each pool, kept free of new requests
         ("reserve_predicted", np.int64),  # admit only what fits with all predicted growth
-        ("sub_batching", np.int64),  # two interleaved sub-batches
+        ("sub_batching", np.int64),  # SubBatching
         ("victim", np.int64),
     ],
     align=True,
@@ -261,6 +261,14 @@ LISTS_DTYPE = np.dtype(
     ],
     align=True,
 )
+
+
+class SubBatching(IntEnum):
+    """Two interleaved sub-batches on systems with PIM."""
+
+    OFF = 0
+    ON = 1
+    ADAPTIVE = 2  # in each iteration, interleaved or as one batch, whichever is shorter
 
 
 class State(NamedTuple):

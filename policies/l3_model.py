@@ -1,13 +1,14 @@
 """The L3 scheduler with the performance model's own predictions, decoded in the engine: fast, never wrong about time.
 
 As ``l3``, but nothing is learned: each iteration is planned inside the compiled engine from the same tables that price
-it. It is what ``utilization`` refers to on systems with PIM. Without PIM it schedules as Sarathi-Serve does.
+it, and sub-batches interleave where that is shorter than one batch. It is what ``utilization`` refers to on systems with
+PIM. Without PIM it schedules as Sarathi-Serve does.
 """
 
 from __future__ import annotations
 
 from l3env.policy import BasePolicy, Knobs, View
-from l3env.state import Budget
+from l3env.state import Budget, SubBatching
 from policies.sarathi import TOKEN_BUDGET
 
 
@@ -19,5 +20,5 @@ class L3Model(BasePolicy):
 
     def decide(self, view: View) -> Knobs:
         if view.system.has_pim:
-            return Knobs(prefill_budget_tokens=Budget.ALIGN_WHEN_FULL)
+            return Knobs(prefill_budget_tokens=Budget.ALIGN_WHEN_FULL, sub_batching=SubBatching.ADAPTIVE)
         return Knobs(prefill_budget_tokens=TOKEN_BUDGET, budget_counts_decodes=True)

@@ -32,7 +32,7 @@ from l3env.dimm.simulate import simulate
 from l3env.specs import ModelSpec, SystemSpec
 from l3env.tables import compile_tables
 
-FIGURE = "ablation"
+FIGURE = "fig15"
 SYSTEM = "system/l3-dgx-a100"
 MODELS = {"MHA": "gpt-175b", "GQA-8": "qwen-72b"}
 # mean in, mean out, sd out (arXiv 2504.17584, workloads)
@@ -177,7 +177,7 @@ def overlap_rows() -> list[Row]:
     share = max(share for share, _ in saved.values())
     fixed = max(fixed for _, fixed in saved.values())
     note = f"by construction: one of 4 ranksets waits at a time; {fixed:.1%} with each transfer's fixed latency"
-    return [row("all", "PCIe overhead saved by rankset overlap, most", 0.7508, share, note)]
+    return [common.row("fig16", "all", "PCIe overhead saved by rankset overlap, most", 0.7508, share, note)]
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from l3env import Budget, FixedKnobs, Knobs, Workload, load, load_trace
+from l3env import Budget, FixedKnobs, Knobs, SubBatching, Workload, load, load_trace
 from l3env.errors import SpecError
 from l3env.policy import Policy
 from l3env.runner import run_policy
@@ -33,6 +33,8 @@ class Assumptions:
             block with recompute preemption; "watermark" likewise, with a tenth of memory kept free of new requests.
         fp16_flop_per_s: peak of one GPU; the text's "156 TFLOPs" against AttAcc's 312.
         hbm_bytes: usable HBM of one GPU.
+        interleave: L3 runs two sub-batches "where shorter" than one batch by its predictions, or "always". The rivals
+            with PIM always do, as NeuPIMs does.
         ext_uses_hbm: HBM-PIM-EXT extends the GPUs' memory: KV in both, in proportion to what they hold. Otherwise its
             320 GB are all it has for KV.
     """
@@ -40,6 +42,7 @@ class Assumptions:
     admission: str = "reserve"
     fp16_flop_per_s: float = 312e12
     hbm_bytes: float = 80 * GIB
+    interleave: str = "where shorter"
     ext_uses_hbm: bool = True
 
     def text(self) -> str:
@@ -47,7 +50,8 @@ class Assumptions:
         ext = "its own memory and in the HBM beside the weights" if self.ext_uses_hbm else "its own memory only"
         return (
             f"admission {self.admission}; FP16 peak {self.fp16_flop_per_s / 1e12:.0f} TFLOPS x 0.80, HBM bandwidth "
-            f"x 0.85, {self.hbm_bytes / GIB:.0f} GiB of HBM a GPU, 20 us an all-reduce; HBM-PIM-EXT holds KV in {ext}; "
+            f"x 0.85, {self.hbm_bytes / GIB:.0f} GiB of HBM a GPU, 20 us an all-reduce; "
+            f"L3 interleaves two sub-batches {self.interleave}; HBM-PIM-EXT holds KV in {ext}; "
             "1,000 requests present at once, lengths from lognormals with the published moments; a cell is out of "
             f"memory when more than {OUT_OF_MEMORY_FRAC:.0%} of its requests could never fit"
         )
@@ -83,7 +87,10 @@ def scheduler(tables: Tables, assumptions: Assumptions = DEFAULT) -> Policy:
     budget = Budget.ALIGN_WHEN_FULL if tables.has_pim else Budget.UNLIMITED
     headroom_frac = 0.1 if assumptions.admission == "watermark" else 0.0
     share = tables.hbm_tokens / max(tables.hbm_tokens + tables.pim_tokens, 1) if tables.has_pim else 0.0
-    knobs = Knobs(prefill_budget_tokens=budget, headroom_frac=headroom_frac, hbm_share_frac=share)
+    kind = tables.system.pim.kind if tables.system.pim is not None else ""
+    adaptive = kind == "dimm-bank" and assumptions.interleave == "where shorter"
+    mode = SubBatching.ADAPTIVE if adaptive else SubBatching.ON
+    knobs = Knobs(prefill_budget_tokens=budget, headroom_frac=headroom_frac, hbm_share_frac=share, sub_batching=mode)
     if assumptions.admission == "reserve":
         return ReserveWholeLength("oracle-reserve", replace(knobs, reserve_predicted=True))
     return FixedKnobs(assumptions.admission, knobs)

@@ -74,6 +74,10 @@ def sensitivity_rows() -> list[Row]:
                 each = best_case(rival, assumptions)
                 each["case"] += f" (sensitivity: {admission}, {peak / 1e12:.0f} TFLOPS)"
                 out.append(each)
+    for rival in ("rank-pim", "hbm-pim", "hbm-pim-ext", "gpu"):
+        each = best_case(rival, dataclasses.replace(DEFAULT, interleave="always"))
+        each["case"] += " (sensitivity: L3 always interleaves)"
+        out.append(each)
     each = best_case("hbm-pim-ext", dataclasses.replace(DEFAULT, ext_uses_hbm=False))
     each["case"] += " (sensitivity: KV in its own 320 GB only)"
     return [*out, each]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from experiments.reproduce.common import Row
 from l3env.errors import L3EnvError
 
-FIGURES = ("fig11", "fig12", "fig13", "fig14", "ablation", "energy")
+FIGURES = ("fig11", "fig12", "fig13", "fig14", "fig15", "fig16", "energy")
 
 
 def rows_of(name: str, progress: Callable[[int, int, str], None]) -> list[Row]:

@@ -17,18 +17,18 @@ from l3env.kernels.price import (
     prefill_attention_s,
 )
 from l3env.kernels.schedule import decoding_count
-from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, Status
+from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, Status, SubBatching
 
 LOG_GAP_RATIO = np.log(GAP_RATIO)
 
 
 @helper
-def execute(t, s, e, decode, interleaved):
+def execute(t, s, e, decode, mode):
     """One iteration of the plan that stands in the requests.
 
     With two sub-batches T = max(T_GPU_0, T_PIM_0) + max(T_GPU_1, T_PIM_1), where the GPU's phase i holds prefill
     attention of sub-batch i and the FC batch of its chunks with the decodes of the other (arXiv 2504.17584, section 6).
-    With one batch T = max(prefill and HBM attention, PIM side) + FC.
+    With one batch T = max(prefill and HBM attention, PIM side) + FC. ``mode`` is a SubBatching.
     """
     env, req = s.env[e], s.req
     table = env["table_idx"]
@@ -85,7 +85,9 @@ def execute(t, s, e, decode, interleaved):
     pim_n_0, pim_n_1 = decodes_0 - hbm_n_0, decodes_1 - hbm_n_1
 
     # price
-    if interleaved:
+    gpu_0_s, gpu_1_s, pim_0_s, pim_1_s, move_0_s, move_1_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    hbm_0_s, hbm_1_s, read_s, slowest_s, duration_s, batches = 0.0, 0.0, 0.0, 0.0, np.inf, 0
+    if mode != SubBatching.OFF:
         hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0)
         hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1)
         gpu_0_s = attention_0 + hbm_0_s + fc_batch_s(t, table, tokens_0 + decodes_1)
@@ -98,18 +100,21 @@ def execute(t, s, e, decode, interleaved):
         slowest_s = slowest_0_s + slowest_1_s
         duration_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
         batches = (1 if tokens_0 + decodes_1 > 0 else 0) + (1 if tokens_1 + decodes_0 > 0 else 0)
-    else:
-        hbm_0_s, hbm_1_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1), 0.0
-        front_s = attention_0 + attention_1 + hbm_0_s
+    if mode != SubBatching.ON:
+        hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1)
+        front_s = attention_0 + attention_1 + hbm_s
         batch = tokens_0 + tokens_1 + decodes_0 + decodes_1
         rows = ends_0 + ends_1 + decodes_0 + decodes_1
         pushed = pushed_0 + pushed_1
-        duration_s, gpu_0_s, pim_0_s, read_s, move_0_s = one_batch_s(
+        one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s = one_batch_s(
             t, table, front_s, slowest_both_s, pim_n_0 + pim_n_1, pushed, batch, rows
         )
-        gpu_1_s, pim_1_s, move_1_s = 0.0, 0.0, 0.0
-        slowest_s = slowest_both_s
-        batches = 1 if batch > 0 else 0
+        if one_s < duration_s:
+            duration_s, gpu_0_s, pim_0_s, read_s, move_0_s = one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s
+            gpu_1_s, pim_1_s, move_1_s = 0.0, 0.0, 0.0
+            hbm_0_s, hbm_1_s = hbm_s, 0.0
+            slowest_s = slowest_both_s
+            batches = 1 if batch > 0 else 0
 
     # account
     tokens, decodes = tokens_0 + tokens_1, decodes_0 + decodes_1

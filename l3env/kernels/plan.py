@@ -21,7 +21,7 @@ from l3env.kernels.memory import (
 )
 from l3env.kernels.run import Stop, ready, skip_idle
 from l3env.kernels.schedule import decoding_count, lighter_sub
-from l3env.state import NOWHERE, SUB_BATCHES, Status, Victim
+from l3env.state import NOWHERE, SUB_BATCHES, Status, SubBatching, Victim
 
 AUTO = -1  # sub-batch or place left to the engine
 ANY_PIM = -2  # any PIM pool
@@ -158,8 +158,8 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved):
     decode = decode_wanted and decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
     env["stop"] = Stop.RUNNING
     if decode or planned > 0:
-        two = interleaved and t.coef[env["table_idx"]]["has_pim"] != 0
-        execute(t, s, e, decode, two)
+        mode = np.int64(SubBatching.ON if interleaved and t.coef[env["table_idx"]]["has_pim"] else SubBatching.OFF)
+        execute(t, s, e, decode, mode)
     elif not skip_idle(t, s, e):
         return Fault.NONE
     ready(t, s, e)

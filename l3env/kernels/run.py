@@ -10,7 +10,7 @@ from l3env.jit import inner, kernel
 from l3env.kernels.execute import execute
 from l3env.kernels.queue import absorb_arrivals, advance_root, next_arrival_s
 from l3env.kernels.schedule import schedule
-from l3env.state import NOWHERE
+from l3env.state import NOWHERE, SubBatching
 
 
 class Stop(IntEnum):
@@ -78,8 +78,8 @@ def run_one(t, s, k, e, until, limit):
     while ready(t, s, e):
         decode, planned = schedule(t, s, k, e)
         if decode or planned > 0:
-            interleaved = k[e]["sub_batching"] != 0 and t.coef[env["table_idx"]]["has_pim"] != 0
-            execute(t, s, e, decode, interleaved)
+            mode = k[e]["sub_batching"] if t.coef[env["table_idx"]]["has_pim"] else np.int64(SubBatching.OFF)
+            execute(t, s, e, decode, mode)
             done += 1
         elif not skip_idle(t, s, e):
             return
