@@ -10,8 +10,8 @@ linear model for the PIM side. An iteration is put together as the paper says:
 3. once memory is full and the PIM side would wait, the last prefill of each sub-batch is chunked so that T_GPU comes
    as close as possible to T_PIM.
 
-Until the predictors have seen enough, one whole prefill a sub-batch. Without PIM there is nothing to align, and it
-schedules as Sarathi-Serve does.
+Sub-batches interleave unless one batch is predicted to be shorter. Until the predictors have seen enough, there is one
+whole prefill a sub-batch. Without PIM there is nothing to align, and it schedules as Sarathi-Serve does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ MHA_ROUND_COUNT, GQA_ROUND_COUNT = 1, 16
 MIN_CHUNK_TOKENS = 128  # a prefill that has begun always goes on by this much
 KEEP_FREE_FRAC = 0.01
 PEEK_COUNT = 64
+LOOK_AGAIN_COUNT = 32  # decode-only iterations between looks at whether to interleave
 BUS_BOUND_RATIO = 2.0  # T_PIM below this many times the transfers: at first taken for bus-bound
 
 
@@ -48,6 +49,43 @@ class Phase:
         return sum(chunk for chunk, _ in self.chunks.values())
 
 
+@dataclass(frozen=True)
+class Load:
+    """What both devices have to do in one phase, or in the whole of an iteration that runs as one batch."""
+
+    chunks: list[tuple[int, int]]  # (tokens, history) of each prefill
+    fc_tokens: int
+    slowest_kv_tokens: float
+    decodes_count: int
+    pushed_tokens: int  # prefilled tokens whose KV goes to the PIM side
+
+    @property
+    def pim_features(self) -> tuple[float, ...]:
+        return self.slowest_kv_tokens, self.decodes_count, self.pushed_tokens, self.decodes_count > 0
+
+
+def loads(phases: list[Phase], interleave: bool, slowest_both_kv_tokens: float = 0.0) -> list[Load]:
+    """The phases of an iteration: with two sub-batches the FC batch of each holds the other's decodes.
+
+    One batch waits for the rank that is slowest in both together (``slowest_both_kv_tokens``).
+    """
+    if not interleave:
+        chunks = [chunk for phase in phases for chunk in phase.chunks.values()]
+        decodes = sum(phase.decodes_count for phase in phases)
+        prefill = sum(phase.prefill_tokens for phase in phases)
+        return [Load(chunks, prefill + decodes, slowest_both_kv_tokens, decodes, prefill)]
+    return [
+        Load(
+            list(mine.chunks.values()),
+            mine.prefill_tokens + other.decodes_count,
+            mine.slowest_kv_tokens,
+            mine.decodes_count,
+            other.prefill_tokens,
+        )
+        for mine, other in (phases, reversed(phases))
+    ]
+
+
 class L3(BasePolicy):
     """Alignment-predicting, with predictors learned from the run."""
 
@@ -59,7 +97,10 @@ class L3(BasePolicy):
         self._ranks = OnlineLinear(4)  # (KV tokens of the slowest rank, requests, pushed tokens, 1)
         self._buses = OnlineLinear(4)  # the same, where transfers take the time
         self._pim_errors = Errors()
-        self._planned: list[Phase] | None = None
+        self._planned: list[Load] | None = None
+        self._interleave = True
+        self._quiet_count = 0
+        self._slowest_both_kv_tokens = 0.0
         self._round_count = MHA_ROUND_COUNT if system.model.gqa_group_count == 1 else GQA_ROUND_COUNT
 
     def decide(self, view: View) -> Knobs | Plan:
@@ -67,16 +108,26 @@ class L3(BasePolicy):
             return Knobs(prefill_budget_tokens=TOKEN_BUDGET, budget_counts_decodes=True)
         self._learn(view.last_iteration)
         if view.waiting_count == 0 and view.prefilling.size == 0:
-            self._planned = None
-            return Plan()
+            return self._go_on(view)
+        self._quiet_count = 0
         phases = self._phases(view)
         admitted, full = self._admit(view, phases)
         if full:
             for i in range(SUB_BATCHES):
                 self._align(phases, i)
-        self._planned = phases
+        self._choose_mode(phases)
         prefill = {r: chunk for phase in phases for r, (chunk, _) in phase.chunks.items()}
-        return Plan(admit=dict.fromkeys(admitted, "pim"), prefill=prefill, sub_batch=admitted)
+        return Plan(
+            admit=dict.fromkeys(admitted, "pim"), prefill=prefill, sub_batch=admitted, interleave=self._interleave
+        )
+
+    def _go_on(self, view: View) -> Plan:
+        """Nothing but decoding: the mode is looked at again every so often."""
+        self._planned = None
+        if self._quiet_count % LOOK_AGAIN_COUNT == 0:
+            self._choose_mode(self._phases(view))
+        self._quiet_count += 1
+        return Plan(interleave=self._interleave)
 
     def figures(self) -> dict[str, float]:
         """Median relative errors on iterations not yet learned from."""
@@ -85,48 +136,53 @@ class L3(BasePolicy):
 
     # --- predictions
 
-    def _gpu_s(self, phases: list[Phase], i: int) -> float:
-        attention_s = sum(self._attention.predict_s(*chunk) for chunk in phases[i].chunks.values() if chunk[0])
-        tokens = phases[i].prefill_tokens + phases[1 - i].decodes_count
-        return attention_s + (self._fc.predict_s(tokens) if tokens else 0.0)
+    def _attention_s(self, load: Load) -> float:
+        return sum(self._attention.predict_s(*chunk) for chunk in load.chunks if chunk[0])
 
-    def _pim_s(self, phases: list[Phase], i: int) -> float:
-        phase, pushed = phases[i], phases[1 - i].prefill_tokens
-        if phase.decodes_count == 0 and pushed == 0:
+    def _fc_s(self, load: Load) -> float:
+        return self._fc.predict_s(load.fc_tokens) if load.fc_tokens else 0.0
+
+    def _pim_s(self, load: Load) -> float:
+        """Ranks and buses work at once: T_PIM is the larger of two linear models."""
+        if load.decodes_count == 0 and load.pushed_tokens == 0:
             return 0.0
-        decodes = phase.decodes_count
-        models = [model for model in (self._ranks, self._buses) if model.ready]
-        return max(model.predict_s(phase.slowest_kv_tokens, decodes, pushed, decodes > 0) for model in models)
+        return max(model.predict_s(*load.pim_features) for model in (self._ranks, self._buses) if model.ready)
+
+    def _gpu_s(self, load: Load) -> float:
+        return self._attention_s(load) + self._fc_s(load)
 
     @property
     def _ready(self) -> bool:
         return self._attention.ready and self._fc.ready and (self._ranks.ready or self._buses.ready)
 
+    def _choose_mode(self, phases: list[Phase]) -> None:
+        """Two sub-batches, or one batch where that is predicted to be shorter: weights are then read once."""
+        self._interleave = True
+        if self._ready:
+            one = loads(phases, False, self._slowest_both_kv_tokens)[0]
+            one_s = max(self._attention_s(one), self._pim_s(one)) + self._fc_s(one)
+            two_s = sum(max(self._gpu_s(load), self._pim_s(load)) for load in loads(phases, interleave=True))
+            self._interleave = two_s <= one_s
+        self._planned = loads(phases, self._interleave, self._slowest_both_kv_tokens)
+
     def _learn(self, measured: dict[str, float]) -> None:
         """What the last planned iteration took."""
-        if self._planned is None:
-            return
-        for i, phase in enumerate(self._planned):
-            other = self._planned[1 - i]
+        for i, load in enumerate(self._planned or ()):
             attention_s = measured[f"attention_{i}_s"]
-            if len(phase.chunks) == 1:
-                self._attention.learn(attention_s, *next(iter(phase.chunks.values())))
-            self._fc.learn(measured[f"gpu_{i}_s"] - attention_s, phase.prefill_tokens + other.decodes_count)
-            self._learn_pim(i, measured[f"pim_{i}_s"], measured[f"transfer_{i}_s"])
+            if len(load.chunks) == 1:
+                self._attention.learn(attention_s, *load.chunks[0])
+            self._fc.learn(measured[f"gpu_{i}_s"] - attention_s, load.fc_tokens)
+            self._learn_pim(load, measured[f"pim_{i}_s"], measured[f"transfer_{i}_s"])
 
-    def _learn_pim(self, i: int, pim_s: float, transfer_s: float) -> None:
-        """Ranks and buses work at once: T_PIM is the larger of two linear models, and teaches the one that it is."""
-        assert self._planned is not None
-        phase, pushed = self._planned[i], self._planned[1 - i].prefill_tokens
-        decodes = phase.decodes_count
+    def _learn_pim(self, load: Load, pim_s: float, transfer_s: float) -> None:
+        """A measurement teaches the one of the two linear models that it comes from."""
         if self._ready:
-            self._pim_errors.add(self._pim_s(self._planned, i), pim_s)
-        x = (phase.slowest_kv_tokens, decodes, pushed, decodes > 0)
+            self._pim_errors.add(self._pim_s(load), pim_s)
         if self._ranks.ready and self._buses.ready:
-            by_buses = self._buses.predict_s(*x) > self._ranks.predict_s(*x)
+            by_buses = self._buses.predict_s(*load.pim_features) > self._ranks.predict_s(*load.pim_features)
         else:
             by_buses = pim_s < BUS_BOUND_RATIO * transfer_s
-        (self._buses if by_buses else self._ranks).learn(pim_s, *x)
+        (self._buses if by_buses else self._ranks).learn(pim_s, *load.pim_features)
 
     # --- planning
 
@@ -135,11 +191,11 @@ class L3(BasePolicy):
         rows = view.running
         decoding = rows[rows["status"] == Status.DECODE]
         phases = [Phase(), Phase()]
+        self._slowest_both_kv_tokens = slowest_lane(decoding)
         for i, phase in enumerate(phases):
             mine = decoding[decoding["sub_batch"] == i]
             phase.decodes_count = int(mine.size)
-            if mine.size:
-                phase.slowest_kv_tokens = float(np.bincount(mine["lane"], weights=mine["kv_tokens"] + 1).max())
+            phase.slowest_kv_tokens = slowest_lane(mine)
         for row in view.prefilling:
             history = int(row["kv_tokens"])
             phases[int(row["sub_batch"])].chunks[int(row["idx"])] = (int(row["prefill_left_tokens"]), history)
@@ -178,10 +234,8 @@ class L3(BasePolicy):
             return True
         if not self._ready:
             return False
-        return self._pim_s(phases, i) < self._gpu_s(phases, i) and self._within_round(phases, i)
-
-    def _within_round(self, phases: list[Phase], i: int) -> bool:
-        return len(phases[i].chunks) < self._round_count
+        load = loads(phases, interleave=True)[i]
+        return len(phases[i].chunks) < self._round_count and self._pim_s(load) < self._gpu_s(load)
 
     def _align(self, phases: list[Phase], i: int) -> None:
         """Chunks the last prefill of a sub-batch so that T_GPU does not exceed T_PIM."""
@@ -190,16 +244,21 @@ class L3(BasePolicy):
             return
         last = next(reversed(phase.chunks))
         whole, history = phase.chunks[last]
-        goal_s = self._pim_s(phases, i)
+        goal_s = self._pim_s(loads(phases, interleave=True)[i])
         low, high = min(whole, MIN_CHUNK_TOKENS), whole
         while low < high:
             middle = (low + high + 1) // 2
             phase.chunks[last] = (middle, history)
-            if self._gpu_s(phases, i) <= goal_s:
+            if self._gpu_s(loads(phases, interleave=True)[i]) <= goal_s:
                 low = middle
             else:
                 high = middle - 1
         phase.chunks[last] = (low, history)
+
+
+def slowest_lane(decoding: NDArray[np.void]) -> float:
+    """KV tokens that the fullest rank reads in the next step."""
+    return float(np.bincount(decoding["lane"], weights=decoding["kv_tokens"] + 1).max()) if decoding.size else 0.0
 
 
 def room(view: View) -> tuple[NDArray[np.int64], float]:

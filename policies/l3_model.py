@@ -1,8 +1,8 @@
 """The L3 scheduler with the performance model's own predictions, decoded in the engine: fast, never wrong about time.
 
 As ``l3``, but nothing is learned: each iteration is planned inside the compiled engine from the same tables that price
-it, and sub-batches interleave where that is shorter than one batch. It is what ``utilization`` refers to on systems with
-PIM. Without PIM it schedules as Sarathi-Serve does.
+it, and sub-batches interleave where that is shorter than one batch. It is what ``utilization`` refers to on systems
+with PIM. Without PIM it schedules as Sarathi-Serve does.
 """
 
 from __future__ import annotations
