@@ -95,7 +95,7 @@ def admit(t, s, e, r, lane, sub):
     env["prefill_count"] += 1
 
 
-@inner
+@helper
 def join_decode(t, s, e, r, sub):
     """A request with its KV in place starts (or goes on) decoding in a sub-batch."""
     req, env = s.req, s.env[e]

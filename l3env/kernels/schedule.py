@@ -91,7 +91,7 @@ def find_pim_lane(t, s, k, e, r, sub):
     return best
 
 
-@inner
+@helper
 def find_lane(t, s, k, e, r, sub):
     """Where a waiting request would live now, or -1: PIM where there is one, HBM up to its share of the KV."""
     table = s.env[e]["table_idx"]
@@ -183,7 +183,7 @@ def plan_by_budget(t, s, k, e):
     return planned
 
 
-@inner
+@helper
 def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
     """T_GPU of a phase with the given prefill: attention of ``sub``, FC with the other sub-batch's decodes."""
     table = s.env[e]["table_idx"]
@@ -193,7 +193,7 @@ def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
     return prefill_s + fc_s + hbm_attention_s(t, table, s.lane[e, sub, 0]["kv"] + hbm_n, hbm_n)
 
 
-@inner
+@helper
 def aligned_chunk(t, s, e, sub, goal_s, prefill_s, tokens, history, most):
     """Largest chunk (up to ``most``) with T_GPU <= goal, given the sub-batch's other prefill; by bisection."""
     table = s.env[e]["table_idx"]
