@@ -12,7 +12,7 @@ from l3env.errors import L3EnvError
 from l3env.kernels.run import Until
 from l3env.policy import Policy, make_policy
 from l3env.reward import Reward, get_reward
-from l3env.runner import TRAINING_FRAC, compile_pair, load_at_capacity, predictions
+from l3env.runner import compile_pair, load_at_capacity, predictions, training_window
 from l3env.tables import Tables
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -73,7 +73,7 @@ class Episodes:
             load = utilization * load_at_capacity(tables, workload)
         policy = None if predictor is None else make_policy(predictor)
         if policy is not None:
-            policy.prepare(tables, workload.head(max(int(TRAINING_FRAC * len(workload)), 1)))
+            policy.prepare(tables, training_window(workload))
         share = -(-len(workload) // tables.replicas_count)
         return cls(
             tables=tables,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,10 +69,3 @@ def _compile(function: F, **options: bool) -> F:
 def is_compiled() -> bool:
     """Has this version of the sources been compiled and cached here before?"""
     return bool(numba.config.DISABLE_JIT) or any(CACHE_DIR.glob("**/*.nbi"))
-
-
-def forget_old_kernels(keep: int = 3) -> None:
-    """Removes cache folders of older sources, the newest few left."""
-    folders = sorted(CACHE_DIR.parent.glob("*"), key=lambda p: p.stat().st_mtime, reverse=True)
-    for folder in folders[keep:]:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -73,6 +73,11 @@ def replica_shares(workload: Workload, replicas_count: int) -> list[NDArray[np.i
     return [rows[replica == r] for r in range(replicas_count)]
 
 
+def training_window(workload: Workload) -> Workload:
+    """The earlier requests that predictors are fitted on."""
+    return workload.head(max(int(TRAINING_FRAC * len(workload)), 1))
+
+
 def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
     """Predicted output tokens by the policy's own predictor; the truth only for oracles."""
     if policy.wants_truth:
@@ -265,7 +270,7 @@ def run_comparison(
         make_policy(ref)
     store = None if out is None else CellStore(Path(out), config)
     base = load_trace(config.trace, seed=0)
-    training = base.head(max(int(TRAINING_FRAC * len(base)), 1))
+    training = training_window(base)
     rows, requests, timelines = [], {}, {}
     cells = list(_cells(config, tables, base))
     workloads: dict[int, Workload] = {0: base}

@@ -115,10 +115,6 @@ class Tables:
         """KV tokens that fit in the PIM pools of one replica."""
         return int(self.arrays.pool_blocks[0, 1:].sum()) * self.block_tokens
 
-    @property
-    def largest_pool_tokens(self) -> int:
-        return int(self.arrays.pool_blocks[0].max()) * self.block_tokens
-
 
 def fc_grid_tokens() -> NDArray[np.float64]:
     """Token counts at which FC and head times are tabulated."""
