@@ -1,13 +1,16 @@
-"""The one way kernels are compiled: numba, cached on disk under a hash of this package's sources.
+"""The one way kernels are compiled: numba, cached on disk under a hash of their sources.
 
 numba's own cache looks only at the file of the function it caches, so an edit in a callee elsewhere would leave stale
-machine code behind; a cache folder named after all sources cannot. ``NUMBA_DISABLE_JIT=1`` runs kernels as Python.
+machine code behind; a cache folder named after all that kernels are made of cannot: the modules that use this one, and
+the modules of the package that those import (their constants and array layouts). ``NUMBA_DISABLE_JIT=1`` runs kernels
+as Python.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +22,8 @@ F = TypeVar("F", bound=Callable[..., object])
 
 # no wrappers for being called from Python: they would cost more compile time than the functions
 CALLED_FROM_KERNELS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-SOURCES = sorted(Path(__file__).parent.glob("**/*.py"))
+PACKAGE = Path(__file__).parent
+IMPORT = re.compile(r"^from l3env\.([a-z0-9_.]+) import", re.MULTILINE)
 
 
 def cache_root() -> Path:
@@ -30,9 +34,17 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l3env"
 
 
+def _sources() -> list[Path]:
+    """The files that compiled code is made of: those that import this module, and what they import from the package."""
+    imports = {path: set(IMPORT.findall(path.read_text("utf-8"))) for path in PACKAGE.glob("**/*.py")}
+    compiled = {path: names for path, names in imports.items() if "jit" in names}
+    used = {PACKAGE.joinpath(*name.split(".")).with_suffix(".py") for names in compiled.values() for name in names}
+    return sorted(path for path in compiled.keys() | used if path.exists())
+
+
 def _source_hash() -> str:
     digest = hashlib.sha256(f"{numba.__version__} {sys.version}".encode())
-    for path in SOURCES:
+    for path in _sources():
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
