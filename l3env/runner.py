@@ -22,7 +22,7 @@ from l3env.engine import Engine, Slo
 from l3env.errors import L3EnvError, PolicyError
 from l3env.kernels.run import Stop, Until
 from l3env.metrics import Outcome, collect
-from l3env.policy import Knobs, Policy, View, make_policy
+from l3env.policy import FixedKnobs, Knobs, Policy, View, make_policy
 from l3env.tables import DEFAULT_BLOCK_TOKENS, Tables, compile_tables
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -61,6 +61,12 @@ def run_policy(
     outcome = collect(engine, range(len(shares)), shares)
     outcome.metrics.update({name: float(np.mean([each[name] for each in own])) for name in own[0]})
     return outcome
+
+
+def warm_up() -> None:
+    """Compiles what a run needs, by one."""
+    tables = compile_pair("l3-dgx-a100", "llama-3-8b")
+    run_policy(tables, Workload.build("warm-up", [0.0], [16], [2]), FixedKnobs("warm-up", Knobs()))
 
 
 def replica_shares(workload: Workload, replicas_count: int) -> list[NDArray[np.int64]]:
@@ -353,10 +359,7 @@ class CellStore:
     def write(self, cell: Cell, row: dict[str, Any], requests: pd.DataFrame, timeline: pd.DataFrame) -> None:
         """The row comes last: a cell with a row is whole."""
         for kind, frame in (("requests", requests), ("timelines", timeline)):
-            path = self.folder / kind / f"{cell.key}.parquet"
-            part = path.with_suffix(".part")
-            frame.to_parquet(part)
-            part.replace(path)
+            write_frame(self.folder / kind / f"{cell.key}.parquet", frame)
         write_text(self.folder / "cells" / f"{cell.key}.json", json.dumps(row) + "\n")
 
 
@@ -364,4 +367,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Writes a whole Parquet file or nothing."""
+    part = path.with_name(path.name + ".part")
+    frame.to_parquet(part)
     part.replace(path)

@@ -39,12 +39,20 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def announce_compilation() -> None:
-    """Says so before the first use compiles the kernels, which takes half a minute."""
+def announce_compilation(*, compile_now: bool = False) -> None:
+    """Says so before the first use compiles the kernels, which takes half a minute.
+
+    ``compile_now`` does it here and now, so that several processes do not do it side by side.
+    """
     from l3env.jit import is_compiled
 
-    if not is_compiled():
-        err.print("compiling the simulator for this machine: first use only, about half a minute ...")
+    if is_compiled():
+        return
+    err.print("compiling the simulator for this machine: first use only, about half a minute ...")
+    if compile_now:
+        from l3env.runner import warm_up
+
+        warm_up()
 
 
 @contextlib.contextmanager
