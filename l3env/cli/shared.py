@@ -83,6 +83,11 @@ def numbers(text: str, option: str) -> list[float]:
     return values
 
 
+def names(text: str) -> list[str]:
+    """Comma-separated names of an option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def plain_table(*columns: str) -> Table:
     """A plain table: the first column and texts to the left, numbers to the right and never broken."""
     table = Table(box=None, header_style="bold", pad_edge=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, app, err, finite, plain_table, print_json, progress_bar
+from l3env.cli.shared import Json, announce_compilation, app, err, finite, print_json, progress_bar
 from l3env.errors import L3EnvError
 
 SHOWN_FAILURES = 5
@@ -26,6 +26,7 @@ def sweep(
 ) -> None:
     """Runs policies x systems x models x traces x loads x seeds; resumes; failed cells do not stop the others."""
     announce_compilation(compile_now=True)
+    from l3env.runner import write_text
     from l3env.study import StudyConfig, run_study
     from l3env.study.store import read_config
 
@@ -38,6 +39,7 @@ def sweep(
             config, folder, backend=backend, workers_count=jobs, retry_failed=retry_failed, progress=progress
         )
     results = store.results()
+    write_text(folder / "results.csv", results.to_csv(index=False))
     if as_json:
         print_json({"config": config.to_json(), "results": plain_rows(results)})
     failed = results[results["error"].notna()]

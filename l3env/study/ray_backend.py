@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import ray
 from joblib import register_parallel_backend
 from ray.util.joblib.ray_backend import RayBackend
@@ -21,7 +23,7 @@ def connect(address: str | None, workers_count: int) -> None:
     """Joins the cluster at ``address`` (``auto``: the one this machine belongs to), or starts one on this machine."""
     if address is None:
         cpus = workers_count if workers_count > 0 else None
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="warning")
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     else:
         ray.init(address=address, log_to_driver=False)
     register_parallel_backend("ray", StreamingRayBackend)
