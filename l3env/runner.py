@@ -99,8 +99,11 @@ def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
     return np.maximum(np.rint(predicted), 1).astype(np.int64)
 
 
-def drive(engine: Engine, e: int, policy: Policy) -> None:
-    """Runs environment ``e`` to its end, asking the policy at its decision points."""
+def drive(engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
+    """Runs environment ``e`` to its end, asking the policy at its decision points.
+
+    ``watch`` is called after every iteration (and every wait for an arrival); it changes nothing but the speed.
+    """
     engine.await_work(e, e + 1)
     stop = engine.stop(e)
     frozen = 0
@@ -112,11 +115,11 @@ def drive(engine: Engine, e: int, policy: Policy) -> None:
             decision.write(engine.knobs, e)
             interval_s = policy.decision_interval_s
             if interval_s == 0:
-                stop = engine.run(e, Until.ITERATIONS, 1)
+                stop = run_watched(engine, e, Until.ITERATIONS, 1, watch)
             elif math.isinf(interval_s):
-                stop = engine.run(e)
+                stop = run_watched(engine, e, Until.END, 0.0, watch)
             else:
-                stop = engine.run(e, Until.TIME, before_s + interval_s)
+                stop = run_watched(engine, e, Until.TIME, before_s + interval_s, watch)
         else:
             stop = engine.step_plan(
                 e,
@@ -125,12 +128,28 @@ def drive(engine: Engine, e: int, policy: Policy) -> None:
                 decode=decision.decode,
                 interleaved=decision.interleave,
             )
+            if watch is not None:
+                watch()
         frozen = frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
         if stop == Stop.STALLED or frozen > STALL_ITERATIONS:
             raise PolicyError(
                 f"policy {policy.name!r} is stuck at {before_s:.3f} s: {view.waiting_count} requests wait, "
                 f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
             )
+
+
+def run_watched(engine: Engine, e: int, until: Until, limit: float, watch: Callable[[], None] | None) -> Stop:
+    """``Engine.run``; with ``watch`` one iteration at a time, with the same result."""
+    if watch is None:
+        return engine.run(e, until, limit)
+    env = engine.state.env[e]
+    last_count = int(env["iterations_count"]) + (limit if until == Until.ITERATIONS else math.inf)
+    last_s = limit if until == Until.TIME else math.inf
+    while True:
+        stop = engine.run(e, Until.TIME, 0.0)  # a limit in the past: one iteration, or one wait
+        watch()
+        if stop != Stop.RUNNING or env["iterations_count"] >= last_count or env["clock_s"] >= last_s:
+            return stop
 
 
 def reference_policy(tables: Tables) -> str:

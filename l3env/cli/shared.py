@@ -72,14 +72,16 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """Comma-separated positive numbers of an option."""
+def numbers(text: str, option: str, count: int | None = None) -> list[float]:
+    """Comma-separated positive numbers of an option, ``count`` of them where that is given."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise L3EnvError(f"{option} {text!r}; expected a number, or several with commas between") from None
     if not all(0 < value < float("inf") for value in values):
         raise L3EnvError(f"{option} {text!r}; expected numbers > 0")
+    if count is not None and len(values) != count:
+        raise L3EnvError(f"{option} {text!r}; expected {count} number{'s' if count > 1 else ''}")
     return values
 
 
