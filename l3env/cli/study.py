@@ -26,6 +26,7 @@ def sweep(
 ) -> None:
     """Runs policies x systems x models x traces x loads x seeds; resumes; failed cells do not stop the others."""
     announce_compilation(compile_now=True)
+    from l3env.report.html import of_study, write_html
     from l3env.runner import write_text
     from l3env.study import StudyConfig, run_study
     from l3env.study.store import read_config
@@ -46,7 +47,21 @@ def sweep(
     err.print(f"{len(results) - len(failed):,} runs done, {len(failed):,} failed", highlight=False)
     for row in failed.head(SHOWN_FAILURES).to_dict("records"):
         err.print(f"  {row['key']}: {row['error']}", highlight=False, soft_wrap=True)
-    err.print(f"written: {folder}", highlight=False, soft_wrap=True)
+    with err.status("drawing ..."):
+        write_html(of_study(store, f"Study {folder.name}"), folder / "report.html")
+    err.print(
+        f"written: {folder}/results.csv, report.html, config.json and the datasets", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
+    """Draws the page of a study again, finished or not."""
+    from l3env.report.html import of_study, write_html
+    from l3env.study import StudyStore
+
+    path = write_html(of_study(StudyStore.open(folder), f"Study {folder.name}"), folder / "report.html")
+    err.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
 def start_backend(backend: str, address: str | None, jobs: int) -> None:
