@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from l3env.engine import Engine
 from l3env.episodes import Episodes
-from l3env.errors import PlanError
+from l3env.errors import L3EnvError, PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import collect
 from l3env.observe import FEATURES, LEVELS, action_space, knobs_of, mask_heads, observation_space, observe
+from l3env.render import Renderer
 from l3env.state import MARK_DTYPE
 
 
@@ -38,12 +39,18 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies.
         predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
         seed: of the trace, where it is generated.
+        render_mode: "human" (a live panel in the terminal) or "rgb_array" (``render`` returns (H, W, 3) pixels).
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium declares it so
+    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012  # Gymnasium's
 
     def __init__(self, *args: Any, render_mode: str | None = None, **kwargs: Any) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise L3EnvError(
+                f"render_mode = {render_mode!r}; expected {', '.join(self.metadata['render_modes'])} or None"
+            )
         self.render_mode = render_mode
+        self.renderer = None if render_mode is None else Renderer()
         self.observation_space: gymnasium.spaces.Space[NDArray[np.float32]] = observation_space()
         self.action_space = action_space()
         self.episodes = Episodes.build(*args, **kwargs)
@@ -60,6 +67,9 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
             self.engine = Engine(self.episodes.tables, 1, len(part), record=True)
         self.episodes.open(self.engine, 0, part)
         self.marks[:] = np.zeros((), MARK_DTYPE)
+        if self.renderer is not None:
+            self.renderer.reset()
+            self._show()
         return observe(self.engine, self.marks)[0], self._info(0.0)
 
     def step(self, action: NDArray[np.int64]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
@@ -76,7 +86,29 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         reward = float(self.episodes.reward(before, after)[0])
         elapsed_s = float(after["clock_s"][0] - before["clock_s"][0])
         terminated = self.engine.stop(0) == Stop.DONE
+        self._show()
         return observe(self.engine, self.marks)[0], reward, terminated, False, self._info(elapsed_s, terminated)
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self.render()
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """The queue, the pools and the devices now: pixels, or (render_mode "human") in the terminal. None without."""
+        if self.renderer is None:
+            return None
+        if self.engine is None:
+            raise PlanError("render before reset")
+        shot = self.renderer.observe(self.engine, 0)
+        if self.render_mode == "rgb_array":
+            return self.renderer.pixels(shot)
+        self.renderer.show(shot)
+        return None
+
+    def close(self) -> None:
+        """Ends the live panel."""
+        if self.renderer is not None:
+            self.renderer.close()
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which levels are legal now, the knobs' heads one after the other (sb3-contrib's convention)."""
