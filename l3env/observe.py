@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from l3env.engine import Engine
 from l3env.errors import PlanError
 from l3env.kernels.features import write_features
-from l3env.policy import UNLIMITED, Knobs
-from l3env.state import Budget, Order
+from l3env.policy import UNLIMITED, Knobs, View
+from l3env.state import MARK_DTYPE, Budget, Order
 from l3env.tables import Tables
 
 LEVELS: dict[str, tuple[Any, ...]] = {
@@ -77,6 +77,22 @@ def observe(engine: Engine, marks: NDArray[np.void], first: int = 0, last: int |
     out = np.empty((engine.num_envs, FEATURES_COUNT), np.float32)
     write_features(engine.tables, engine.state, marks, first, end, out)
     return out[first:end]
+
+
+class Observer:
+    """What an agent would see, for a policy in the offline runner: one for each replica's run."""
+
+    def __init__(self, *, has_predictor: bool = False) -> None:
+        self._has_predictor = has_predictor
+        self._marks: NDArray[np.void] | None = None
+
+    def look(self, view: View) -> tuple[NDArray[np.float32], list[NDArray[np.bool_]]]:
+        """((FEATURES_COUNT,) features, legal levels of each knob) now; "since the last step" is since the last look."""
+        engine, e = view._engine, view._e
+        if self._marks is None:
+            self._marks = np.zeros(engine.num_envs, MARK_DTYPE)
+        features = observe(engine, self._marks, e, e + 1)[0]
+        return features, mask_heads(engine, e, has_predictor=self._has_predictor)
 
 
 def observation_space() -> gymnasium.spaces.Space[NDArray[np.float32]]:
