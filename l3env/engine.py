@@ -152,6 +152,10 @@ class Engine:
         req["ttft_alone_s"][e, :count] = ttft_s
         req["ttft_slo_s"][e, :count] = slo.ttft_scale * ttft_s if slo.ttft_s is None else slo.ttft_s
         req["tbt_slo_s"][e, :count] = slo.tbt_scale * tbt_s if slo.tbt_s is None else slo.tbt_s
+        ttft_s, tbt_s = self.alone_latencies(np.array([st.NOMINAL_PROMPT_TOKENS]), table_idx)
+        env = self.state.env
+        env["ttft_slo_s"][e] = slo.ttft_scale * ttft_s[0] if slo.ttft_s is None else slo.ttft_s
+        env["tbt_slo_s"][e] = slo.tbt_scale * tbt_s[0] if slo.tbt_s is None else slo.tbt_s
 
     def alone_latencies(
         self, prompt_tokens: NDArray[np.int64], table_idx: int = 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from l3env.errors import PolicyError
-from l3env.observe import FEATURES, LEVELS, Observer, knobs_of
+from l3env.observe import FEATURES, LEVELS, ViewObserver, knobs_of
 from l3env.policy import BasePolicy, Knobs, LengthPredictor, View, make_policy
 from l3env.tables import Tables
 from l3env.workload import Workload
@@ -34,14 +34,14 @@ class Learned(BasePolicy):
     def prepare(self, system: Tables, training: Workload | None) -> None:
         if self._predictor_policy is not None:
             self._predictor_policy.prepare(system, training)
-        self._observer = Observer(has_predictor=self._predictor_policy is not None)
+        self._observer = ViewObserver(has_predictor=self._predictor_policy is not None)
 
     def predictor(self) -> LengthPredictor | None:
         return None if self._predictor_policy is None else self._predictor_policy.predictor()
 
     def decide(self, view: View) -> Knobs:
-        features, heads_mask = self._observer.look(view)
-        return knobs_of(self.network.act(features, heads_mask))
+        features, mask = self._observer.look(view)
+        return knobs_of(self.network.act(features, mask))
 
 
 class LearnedPpo(Learned):

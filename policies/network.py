@@ -41,15 +41,15 @@ class Network:
         weight, bias = self.layers[-1]
         return x @ weight.T + bias
 
-    def act(self, features: Array, heads_mask: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:
+    def act(self, features: Array, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
         """(F,) features -> (knobs,) most likely level of each knob; of the legal ones if it was trained with masks."""
         logits = self.logits(features)
         settings = self.config.get("settings")
         if settings is not None:
             return np.array(settings[int(np.argmax(logits))], dtype=np.int64)
         if self.config["masked"]:
-            logits = np.where(np.concatenate(heads_mask), logits, ILLEGAL)
-        ends = np.cumsum([mask.size for mask in heads_mask])
+            logits = np.where(mask, logits, ILLEGAL)
+        ends = np.cumsum([len(levels) for levels in self.config["levels"].values()])
         return np.array([int(np.argmax(head)) for head in np.split(logits, ends[:-1])], dtype=np.int64)
 
     def save(self, path: Path) -> None:
