@@ -41,7 +41,7 @@ def config(algo: str, **changes: object) -> TrainConfig:
     base = TrainConfig(
         algo=algo,
         traces=(TRACE,),
-        utilizations=(0.8,),
+        utilization=(0.8,),
         env={"episode_requests": 20, "interval_s": 2.0},
         total_steps=512,
         checkpoint_steps=128,
@@ -251,7 +251,7 @@ def test_training_improves_goodput(tmp_path: Path) -> None:
     """Some thousand steps of GRPO under overload, where random settings lose much, beat the untrained network."""
     wanted = config(
         "grpo",
-        utilizations=(1.0,),
+        utilization=(1.0,),
         env={"episode_requests": 100, "interval_s": 5.0},
         total_steps=12_000,
         eval_steps=12_000,

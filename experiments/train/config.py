@@ -21,7 +21,8 @@ class TrainConfig:
 
     Attributes:
         algo: one of ALGORITHMS.
-        systems, models, traces, utilizations: what episodes are drawn from.
+        systems, models, traces: what episodes are drawn from.
+        utilization: arrival rate as a multiple of what the reference policy sustains: a number, or a range.
         train_window, validation_window: parts of each trace, in its span, for learning and for choosing the best model.
         env: further keyword arguments of the environment.
         total_steps: environment steps, all environments together.
@@ -36,7 +37,7 @@ class TrainConfig:
     systems: tuple[str, ...] = ("l3-dgx-a100",)
     models: tuple[str, ...] = ("gpt-175b",)
     traces: tuple[str, ...] = ("azure-conv-2023",)
-    utilizations: tuple[float, ...] = (0.9,)
+    utilization: tuple[float, ...] = (0.9,)
     train_window: str = "0%:50%"
     validation_window: str = "50%:60%"
     env: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.algo not in ALGORITHMS:
             raise L3EnvError(f"--algo {self.algo!r}; expected one of {', '.join(ALGORITHMS)}")
-        for name in ("systems", "models", "traces", "utilizations"):
+        for name in ("systems", "models", "traces"):
             if not getattr(self, name):
                 raise L3EnvError(f"training: {name} is empty; expected at least one")
         for name in ("total_steps", "checkpoint_steps", "eval_steps", "eval_episodes"):
@@ -61,15 +62,11 @@ class TrainConfig:
 
     def env_kwargs(self, window: str) -> dict[str, Any]:
         """Keyword arguments of the environment over one part of the traces."""
-
-        def one_or_all(values: tuple[Any, ...]) -> Any:
-            return values[0] if len(values) == 1 else list(values)
-
         return {
-            "system": one_or_all(self.systems),
-            "model": one_or_all(self.models),
-            "trace": one_or_all(tuple(in_window(trace, window) for trace in self.traces)),
-            "utilization": one_or_all(self.utilizations),
+            "system": list(self.systems),
+            "model": list(self.models),
+            "trace": [in_window(trace, window) for trace in self.traces],
+            "utilization": list(self.utilization),
             **self.env,
         }
 
@@ -81,7 +78,7 @@ class TrainConfig:
         """The inverse of ``to_yaml``. Raises L3EnvError naming the file."""
         raw = read_yaml(path)
         try:
-            tuples = {name: tuple(raw[name]) for name in ("systems", "models", "traces", "utilizations") if name in raw}
+            tuples = {name: tuple(raw[name]) for name in ("systems", "models", "traces", "utilization") if name in raw}
             return cls(**{**raw, **tuples})
         except TypeError as error:
             raise L3EnvError(f"{path}: {error}") from None
