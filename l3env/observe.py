@@ -26,6 +26,7 @@ from l3env.tables import Tables
 LEVELS: dict[str, tuple[Any, ...]] = {
     "admit_max_count": (0, 1, 2, 4, 8, 16, 64, UNLIMITED),
     "prefill_budget_tokens": (256, 512, 1024, 2048, 4096, 8192, *Budget),
+    "budget_counts_decodes": (False, True),
     "hbm_share_frac": (0.0, 0.05, 0.1, 0.25, 0.5, 1.0),
     "order": tuple(Order),
     "headroom_frac": (0.0, 0.01, 0.05, 0.1, 0.2, 0.4),

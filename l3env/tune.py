@@ -42,9 +42,6 @@ ACTIONS: Grid = LEVELS | {
 
 GRID: Grid = {
     **ACTIONS,
-    "prefill_budget_tokens": tuple(dict.fromkeys([*ACTIONS["prefill_budget_tokens"], Budget.ALIGN_WHEN_FULL])),
-    "sub_batching": tuple(SubBatching),
-    "budget_counts_decodes": (False, True),
     "prefill_first": (False, True),
     "victim": _known(tuple(Victim), Victim.MOST_PREDICTED_LEFT),
 }

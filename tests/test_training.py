@@ -15,10 +15,11 @@ import torch as th
 from scipy.stats import norm
 
 from experiments.train import algorithms
-from experiments.train.config import ALGORITHMS, TrainConfig, hyperparams, in_window
+from experiments.train.config import ALGORITHMS, TrainConfig, hyperparams
 from experiments.train.export import actor_layers, load_weights
 from experiments.train.grpo import GRPO, group_advantages, kl_estimate
 from experiments.train.run import evaluate, train
+from experiments.train.windows import in_window
 from l3env.env import ServingEnv
 from l3env.errors import L3EnvError, PolicyError
 from l3env.observe import FEATURES, LEVELS

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from experiments.train.windows import in_window
 from l3env.errors import L3EnvError
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
@@ -82,13 +83,6 @@ class TrainConfig:
             return cls(**{**raw, **tuples})
         except TypeError as error:
             raise L3EnvError(f"{path}: {error}") from None
-
-
-def in_window(trace: str, window: str) -> str:
-    """A trace spec cut to a part of its span. Raises L3EnvError where it is cut already."""
-    if "window=" in trace:
-        raise L3EnvError(f"trace {trace!r}: training and evaluation cut the window themselves; leave window= out")
-    return f"{trace}{'&' if '?' in trace else '?'}window={window}"
 
 
 def hyperparams(algo: str, path: Path | None = None) -> dict[str, Any]:
