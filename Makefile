@@ -57,5 +57,5 @@ $(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo "Installing what the checks and training need, torch among it (a few minutes) ..."
-	@$(INSTALL) '.[dev,train]'
+	@$(INSTALL) '.[dev,docs,train]'
 	@touch $@
