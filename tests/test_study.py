@@ -178,6 +178,38 @@ def test_study_files_are_checked(tmp_path: Path, change: tuple[str, str], messag
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("fcfs", "fcsf"), "unknown policy 'fcsf' (did you mean 'fcfs'?)"),
+        (("llama-3-8b", "llama-4"), "unknown model 'llama-4'"),
+        (("profile:azure", "profile:azur"), "azur-conv-2023"),
+    ],
+)
+def test_names_are_checked_before_anything_runs(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    config = StudyConfig.from_yaml(study_file(tmp_path, TEXT.replace(*change)))
+    with pytest.raises(L3EnvError) as caught:
+        run_study(config, tmp_path / "out", backend="sequential")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_sweep_says_so_and_goes_on(tmp_path: Path) -> None:
+    path = study_file(tmp_path, TEXT.replace("n=60", "n=2000"))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "l3env.cli", "sweep", str(path), "-j", "2", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("cells/*.parquet"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; what was finished is kept" in shown
+    assert "Traceback" not in shown
+    assert 3 <= len(list(out.glob("cells/*.parquet"))) < 16
+
+
 # capacity
 
 
@@ -296,6 +328,10 @@ def test_cli_capacity_and_cost(tmp_path: Path) -> None:
     out = tmp_path / "out"
     printed = json.loads(run_cli("sweep", str(study), "--out", str(out), "-j", "1", "--json").stdout)
     assert [row["error"] for row in printed["results"]] == [None] * 4
+    table = pd.read_csv(out / "results.csv")
+    for row, line in zip(printed["results"], table.to_dict("records"), strict=True):
+        assert all(line[name] == value for name, value in row.items() if value is not None)
+    assert (out / "report.html").stat().st_size > 1e6
     rows = json.loads(run_cli("cost", str(out), "--prices", str(prices), "--json").stdout)
     by_hand = cost_figures(printed["results"][0], load("system/l3-dgx-a100"), Prices.from_toml(prices))
     assert rows[0]["tokens_per_dollar"] == pytest.approx(by_hand["tokens_per_dollar"])

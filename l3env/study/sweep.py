@@ -62,10 +62,10 @@ def run_study(
         progress: called with (cells done, cells in all, what has just ended).
 
     Raises:
-        L3EnvError: a policy cannot be made, or ``out`` belongs to another study. What goes wrong within a cell is
-            recorded there and does not stop the others.
+        L3EnvError: a policy, system, model or trace cannot be loaded, or ``out`` belongs to another study. What goes
+            wrong within a cell is recorded there and does not stop the others.
     """
-    config.check_policies()
+    config.check()
     store = StudyStore(out, config)
     jobs = store.missing(retry_failed=retry_failed)
     total = sum(1 for _ in config.cells())
