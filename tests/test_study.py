@@ -79,6 +79,8 @@ def test_a_study_gives_what_compare_gives(tmp_path: Path) -> None:
     columns = [name for name in wanted.results if name != "wall_s"]
     assert found["error"].isna().all()
     pd.testing.assert_frame_equal(found[columns], wanted.results[columns], check_exact=True)
+    assert found.groupby("seed")["requests_sha256"].nunique().tolist() == [1, 1]  # the same for every policy
+    assert found["requests_sha256"].nunique() == 2
     first = found.iloc[0]
     key = f"fcfs.load{first['load']:.6g}.seed0"
     pd.testing.assert_frame_equal(store.requests(first["key"]), wanted.requests[key])

@@ -6,9 +6,11 @@ a bit of the dataset.
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -34,8 +36,16 @@ compiled = lru_cache(maxsize=32)(compile_pair)  # a worker meets the same machin
 
 @lru_cache(maxsize=4)
 def loaded(trace: str, seed: int) -> Workload:
-    """A trace; see ``load_trace``."""
-    return load_trace(trace, seed=seed)
+    """A trace; see ``load_trace``. Its notes have been shown once, by whoever planned the runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_trace(trace, seed=seed)
+
+
+def fingerprint(workload: Workload) -> str:
+    """Tells whether two runs served the same requests, on whatever machine and with whichever file of that name."""
+    columns = (workload.arrival_s, workload.prompt_tokens, workload.output_tokens, workload.parent_idx)
+    return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()[:16]
 
 
 @lru_cache(maxsize=256)
@@ -101,6 +111,7 @@ def run_cell(job: tuple[StudyCell, Slo, int | None, int]) -> tuple[StudyCell, Ce
         tables = compiled(cell.system, cell.model, tp, block_tokens)
         if cell.utilization is not None:
             row["load"] = cell.utilization * full_load(cell.system, cell.model, tp, block_tokens, cell.trace)
+        row["requests_sha256"] = fingerprint(loaded(cell.trace, cell.seed))
         outcome = _serve(cell, tables, row["load"], slo)
         row |= outcome.metrics
         requests, timeline = outcome.requests, outcome.timeline
