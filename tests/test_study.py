@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -116,6 +117,39 @@ def test_a_failed_cell_is_recorded_and_stops_nothing(tmp_path: Path) -> None:
     register_policy("broken", lambda: FixedKnobs("broken", Knobs()))  # mended
     again = run_study(config, tmp_path / "out", backend="sequential", retry_failed=True).results()
     assert again["error"].isna().sum() == 2
+    assert list((tmp_path / "out" / "errors").iterdir()) == []
+
+
+def test_a_run_that_takes_its_process_down_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\n\nfrom l3env import BasePolicy\n\n\nclass Deadly(BasePolicy):\n"
+        "    name = 'deadly'\n\n    def decide(self, view):\n        os._exit(1)\n",
+        encoding="utf-8",
+    )
+    deadly = f"{tmp_path}/mine.py:Deadly"
+    config = StudyConfig(("fcfs", deadly, "edf"), ("gpu-dgx-a100",), ("llama-3-8b",), (TRACE,), (1.0,))
+    results = run_study(config, tmp_path / "out", backend="loky", workers_count=2).results()
+    assert len(results) == 3
+    failed = results["error"].notna()
+    assert (failed == (results["policy"] == deadly)).all()
+    assert results.loc[failed, "error"].str.startswith("WorkerDied").all()
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is ``pid``; none where the system does not say."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Is it there, and not only waiting to be collected?"""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_a_killed_sweep_resumes_to_the_same_dataset(tmp_path: Path) -> None:
@@ -127,8 +161,13 @@ def test_a_killed_sweep_resumes_to_the_same_dataset(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while len(list(killed.glob("cells/*.parquet"))) < 8 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)  # nothing is left behind
     half = len(list(killed.glob("cells/*.parquet")))
     assert 8 <= half < 16
     (killed / "requests" / "torn.parquet.part").write_bytes(b"half a file")
