@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env import state as st
-from l3env.errors import PlanError, WorkloadError
+from l3env.errors import L3EnvError, PlanError, WorkloadError
 from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
@@ -34,7 +34,15 @@ FAULT_TEXT = {
 }
 
 
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads() -> int:
+    own = os.environ.get("L3ENV_THREADS", "")
+    if own and (not own.isdecimal() or int(own) < 1):
+        raise L3EnvError(f"L3ENV_THREADS = {own!r}; expected a whole number >= 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(own) if own else cores
+
+
+THREADS = _threads()  # ``L3ENV_THREADS``, or the cores there are
 
 
 @cache
@@ -194,6 +202,14 @@ class Engine:
             share(0, self.num_envs)
         else:
             list(_pool().map(share, edges[:-1], edges[1:]))
+
+    def run_to_end(self) -> None:
+        """Runs every environment under its knobs until nothing is left to do, each handed to the next free core."""
+        if THREADS == 1:
+            for e in range(self.num_envs):
+                self.run(e)
+        else:
+            list(_pool().map(self.run, range(self.num_envs)))
 
     def await_work(self, first: int, last: int) -> None:
         """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from l3env.engine import Engine
 from l3env.errors import PlanError
 from l3env.kernels.features import FEATURES_END, MACHINE, write_features
-from l3env.policy import UNLIMITED, Knobs
+from l3env.policy import UNLIMITED, Knobs, View
 from l3env.state import MARK_DTYPE, Budget, Order, SubBatching
 from l3env.tables import Tables
 
 LEVELS: dict[str, tuple[Any, ...]] = {
     "admit_max_count": (0, 1, 2, 4, 8, 16, 64, UNLIMITED),
     "prefill_budget_tokens": (256, 512, 1024, 2048, 4096, 8192, *Budget),
+    "budget_counts_decodes": (False, True),
     "hbm_share_frac": (0.0, 0.05, 0.1, 0.25, 0.5, 1.0),
     "order": tuple(Order),
     "headroom_frac": (0.0, 0.01, 0.05, 0.1, 0.2, 0.4),
@@ -140,6 +141,24 @@ class Observer:
         out = np.empty((self.engine.num_envs, FEATURES_COUNT), np.float32)
         write_features(self.engine.tables, self.engine.state, self.marks, self.machine, first, end, out)
         return out[first:end]
+
+
+class ViewObserver:
+    """What an agent in an environment would see, for a policy in the offline runner: one for each replica's run."""
+
+    def __init__(self, *, has_predictor: bool = False) -> None:
+        self._has_predictor = has_predictor
+        self._observer: Observer | None = None
+
+    def look(self, view: View) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """((FEATURES_COUNT,) features, (sum of levels,) mask) now; "since the last step" is since the last look."""
+        engine, e = view._engine, view._e
+        if self._observer is None:
+            self._observer = Observer(engine)
+            self._static = static_masks(engine, has_predictor=self._has_predictor)
+        mask = self._static[engine.state.env["table_idx"][e]].copy()
+        mask[ADMIT_NONE] = engine.state.env["running_count"][e] > 0
+        return self._observer.look(e, e + 1)[0], mask
 
 
 def observation_space() -> gymnasium.spaces.Space[NDArray[np.float32]]:

@@ -371,3 +371,9 @@ def allocate(
 def copy(state: State) -> State:
     """An independent copy, for snapshots and planning; as bytes, since NumPy copies padded records field by field."""
     return State._make(array.view(np.uint8).copy().view(array.dtype) for array in state)
+
+
+def row_bytes() -> int:
+    """Bytes that an environment takes for each request it can hold."""
+    per_request = REQUEST_DTYPE.itemsize + LISTS_DTYPE.itemsize + np.dtype(np.int32).itemsize
+    return int(per_request + HEAPS_COUNT * HEAP_DTYPE.itemsize)
