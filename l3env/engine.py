@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from l3env import state as st
-from l3env.errors import L3EnvError, PlanError, WorkloadError
+from l3env.errors import PlanError, WorkloadError
 from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
 from l3env.state import SloForm
 from l3env.tables import TableArrays, Tables, stack
+from l3env.threads import share_out
 from l3env.workload import Workload
 
 FAULT_TEXT = {
@@ -32,23 +30,6 @@ FAULT_TEXT = {
     Fault.NO_ROOM: "no room: its prompt's blocks do not fit there after this step's growth",
     Fault.TOO_MANY_TOKENS: "prefill tokens out of range; expected 0 to what is left of its prompt",
 }
-
-
-def _threads() -> int:
-    own = os.environ.get("L3ENV_THREADS", "")
-    if own and (not own.isdecimal() or int(own) < 1):
-        raise L3EnvError(f"L3ENV_THREADS = {own!r}; expected a whole number >= 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(own) if own else cores
-
-
-THREADS = _threads()  # ``L3ENV_THREADS``, or the cores there are
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    """Kernels run without the interpreter's lock, so threads are enough."""
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="l3env")
 
 
 SLO_FORMS = {"mean-tbt": SloForm.MEAN_TBT, "p99-gap": SloForm.P99_GAP, "token-deadlines": SloForm.TOKEN_DEADLINES}
@@ -138,7 +119,7 @@ class Engine:
         if count > capacity:
             raise WorkloadError(f"{workload.name}: {count} requests; this engine was made for at most {capacity}")
         for array in self.state:
-            array[e] = np.zeros((), array.dtype)
+            array[e : e + 1].view(np.uint8)[...] = 0  # as bytes: records would be set field by field
         self.state.heap["pos"][e] = st.NOWHERE
         req = self.state.req
         req["arrival_s"][e, :count] = workload.arrival_s
@@ -158,20 +139,19 @@ class Engine:
         run.open_environment(self.tables, self.state, e)
 
     def _set_slo(self, e: int, table_idx: int, workload: Workload, slo: Slo) -> None:
-        ttft_s, tbt_s = self.alone_latencies(workload.prompt_tokens, table_idx)
-        req, count = self.state.req, len(workload)
-        req["ttft_alone_s"][e, :count] = ttft_s
-        req["ttft_slo_s"][e, :count] = slo.ttft_scale * ttft_s if slo.ttft_s is None else slo.ttft_s
-        req["tbt_slo_s"][e, :count] = slo.tbt_scale * tbt_s if slo.tbt_s is None else slo.tbt_s
-        limits_s = req["tbt_slo_s"][e, :count]
-        ranked = np.argsort(limits_s, kind="stable")
-        self.state.lists["slo_s"][e, :count] = limits_s[ranked]
-        req["slo_rank"][e, ranked] = np.arange(count)
-        ttft_s, tbt_s = self.alone_latencies(np.array([st.NOMINAL_PROMPT_TOKENS]), table_idx)
-        env = self.state.env
+        req, env, count = self.state.req, self.state.env, len(workload)
+        prompts = np.append(workload.prompt_tokens, st.NOMINAL_PROMPT_TOKENS)
+        ttft_alone_s, tbt_alone_s = self.alone_latencies(prompts, table_idx)
+        ttft_slo_s = np.full(count + 1, slo.ttft_s) if slo.ttft_s is not None else slo.ttft_scale * ttft_alone_s
+        tbt_slo_s = np.full(count + 1, slo.tbt_s) if slo.tbt_s is not None else slo.tbt_scale * tbt_alone_s
+        req["ttft_alone_s"][e, :count] = ttft_alone_s[:-1]
+        req["ttft_slo_s"][e, :count], env["ttft_slo_s"][e] = ttft_slo_s[:-1], ttft_slo_s[-1]
+        req["tbt_slo_s"][e, :count], env["tbt_slo_s"][e] = tbt_slo_s[:-1], tbt_slo_s[-1]
         env["slo_form"][e] = SLO_FORMS[slo.form]
-        env["ttft_slo_s"][e] = slo.ttft_scale * ttft_s[0] if slo.ttft_s is None else slo.ttft_s
-        env["tbt_slo_s"][e] = slo.tbt_scale * tbt_s[0] if slo.tbt_s is None else slo.tbt_s
+        if slo.form == "p99-gap":
+            ranked = np.argsort(tbt_slo_s[:-1], kind="stable")
+            self.state.lists["slo_s"][e, :count] = tbt_slo_s[ranked]
+            req["slo_rank"][e, ranked] = np.arange(count)
 
     def alone_latencies(
         self, prompt_tokens: NDArray[np.int64], table_idx: int = 0
@@ -197,19 +177,16 @@ class Engine:
             run.run(self.tables, self.state, self.knobs, first, last, int(until), limits)
             plan.await_work(self.tables, self.state, first, last)
 
-        edges = np.linspace(0, self.num_envs, min(THREADS, self.num_envs) + 1).astype(int).tolist()
-        if len(edges) == 2:
-            share(0, self.num_envs)
-        else:
-            list(_pool().map(share, edges[:-1], edges[1:]))
+        share_out(share, self.num_envs)
 
     def run_to_end(self) -> None:
         """Runs every environment under its knobs until nothing is left to do, each handed to the next free core."""
-        if THREADS == 1:
-            for e in range(self.num_envs):
-                self.run(e)
-        else:
-            list(_pool().map(self.run, range(self.num_envs)))
+        limits = np.zeros(self.num_envs)
+
+        def share(first: int, last: int) -> None:
+            run.run(self.tables, self.state, self.knobs, first, last, int(Until.END), limits)
+
+        share_out(share, self.num_envs, pieces=self.num_envs)
 
     def await_work(self, first: int, last: int) -> None:
         """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""

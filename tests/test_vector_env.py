@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-import l3env.engine
+import l3env.threads
 from l3env.env import ServingEnv
 from l3env.errors import L3EnvError, PlanError
 from l3env.observe import LEVELS
@@ -71,7 +71,7 @@ def test_episodes_go_on_as_a_single_environment_that_is_reset(monkeypatch: pytes
     """After an end the next episode is what ``reset()`` of the single environment draws; threads change nothing."""
     seen = []
     for threads in (1, 2):
-        monkeypatch.setattr(l3env.engine, "THREADS", threads)
+        monkeypatch.setattr(l3env.threads, "THREADS", threads)
         envs, single = make(2), ServingEnv(**OPTIONS)  # type: ignore[arg-type]
         envs.reset(seed=3)
         single.reset(seed=3)
