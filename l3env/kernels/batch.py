@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import helper, kernel
+from l3env.jit import inner, kernel
 from l3env.kernels.features import write_row
 from l3env.kernels.run import ready, run_one
 
@@ -19,7 +19,7 @@ ACTION = (  # which knob each entry of an action sets
 )
 
 
-@helper
+@inner
 def set_knobs(k, e, actions, levels):
     """The levels that an action names; the other knobs stay."""
     k[e]["admit_max_count"] = np.int64(levels[0, actions[e, 0]])

@@ -286,7 +286,7 @@ def write_machine(t, s, e, mark, row, i):
     row[i + 14] = squash(coef["transfer_token_s"] * PACE_TOKENS, fc_head_s(t, table, PACE_TOKENS, 1))
 
 
-@helper
+@inner
 def write_row(t, s, mark, machine, e, row):
     """All features of environment ``e`` into ``row``; moves its mark.
 

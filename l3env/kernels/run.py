@@ -6,7 +6,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from l3env.jit import helper, inner, kernel
+from l3env.jit import inner, kernel
 from l3env.kernels.execute import execute
 from l3env.kernels.queue import absorb_arrivals, advance_root, has_overdue, next_arrival_s, notice_hopeless
 from l3env.kernels.schedule import schedule
@@ -71,7 +71,7 @@ def events(s, e):
     return env["arrived_count"] + env["finished_count"] + env["preemptions_count"]
 
 
-@helper
+@inner
 def run_one(t, s, k, e, until, limit):
     """Iterations of one environment under its knobs."""
     env = s.env[e]
