@@ -31,7 +31,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "prefill_budget_tokens": (256, 512, 1024, 2048, 4096, 8192, *Budget),
     "budget_counts_decodes": (False, True),
     "hbm_share_frac": (0.0, 0.05, 0.1, 0.25, 0.5, 1.0),
-    "order": tuple(Order),
+    "order": tuple(order for order in Order if order != Order.BY_SCORE),
     "headroom_frac": (0.0, 0.01, 0.05, 0.1, 0.2, 0.4),
     "sub_batching": tuple(SubBatching),
 }
@@ -151,8 +151,16 @@ class Observer:
         """(E, sum of levels) fresh: which levels do something in each environment now; at least one of each knob."""
         return mask_rows(self.engine, self.legal)
 
+    def check(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """(E, knobs) actions as ``step`` takes them; see ``check_actions``."""
+        return check_actions(actions, self.engine.num_envs)
+
+    def shown(self, flat: NDArray[np.float32]) -> Any:
+        """Features as the observation space has them: as they are."""
+        return flat
+
     def step(
-        self, actions: NDArray[np.int64], until: Until, limits: NDArray[np.float64]
+        self, actions: NDArray[Any], until: Until, limits: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Every environment runs under its (checked) action to its own limit, on all cores; fresh features and masks.
 
@@ -224,7 +232,7 @@ ADMIT_NONE = 0  # place of the level that admits nobody: the first knob's first
 assert tuple(LEVELS) == ACTION
 
 
-def check_actions(actions: NDArray[Any], num_envs: int) -> NDArray[np.int64]:
+def check_actions(actions: NDArray[Any], num_envs: int) -> NDArray[Any]:
     """(E, knobs) actions as the engine takes them. Raises PlanError for a wrong shape or type or level."""
     given = np.asarray(actions)
     if given.dtype.kind in "iu" and given.shape == (num_envs, len(LEVELS)):

@@ -21,7 +21,7 @@ from l3env.episodes import Episodes
 from l3env.errors import PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import totals
-from l3env.observe import Observer, action_space, check_actions, observation_space
+from l3env.observe import Observer, action_space, observation_space
 
 
 class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
@@ -43,9 +43,16 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.episodes = Episodes.build(**kwargs)
         self.engine = Engine(self.episodes.pairs, num_envs, self.episodes.requests_count)
-        self._observer = Observer(self.engine, has_predictor=self.episodes.predictor is not None)
+        self._observer = self._make_observer(self.engine)
         self._rngs: list[np.random.Generator] = []
         self._steps = np.zeros(num_envs, np.int64)
+
+    def _make_observer(self, engine: Engine) -> Observer:
+        return Observer(engine, has_predictor=self._has_predictor)
+
+    @property
+    def _has_predictor(self) -> bool:
+        return self.episodes.predictor is not None
 
     def reset(
         self,
@@ -58,7 +65,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
             self._rngs = [seeding.np_random(each)[0] for each in self._seeds(seed)]
         for e in range(self.num_envs):
             self._open(e, options)
-        return self._observer.look(), self._infos(np.zeros(self.num_envs), self.action_masks())
+        return self._observer.shown(self._observer.look()), self._infos(np.zeros(self.num_envs), self.action_masks())
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
         if seed is None:
@@ -80,7 +87,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         """Every environment runs to its next decision point; (E, knobs) actions."""
         if not self._rngs:
             raise PlanError("step before reset")
-        chosen = check_actions(actions, self.num_envs)
+        chosen = self._observer.check(actions)
         before = totals_now(self.engine)
         obs, masks = self._observer.step(chosen, self.episodes.until, self.episodes.limits(before["clock_s"]))
         after = self.engine.state.env
@@ -93,7 +100,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
             truncated = (self._steps >= self.max_episode_steps) & ~terminated
         which = np.flatnonzero(terminated | truncated)
         final = self._restart(which, obs, masks, elapsed_s) if which.size else {}
-        return obs, rewards, terminated, truncated, self._infos(elapsed_s, masks) | final
+        return self._observer.shown(obs), rewards, terminated, truncated, self._infos(elapsed_s, masks) | final
 
     def _restart(
         self,
@@ -108,7 +115,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         final_obs = np.full(self.num_envs, None, dtype=object)
         metrics = np.full(self.num_envs, None, dtype=object)
         for e in which.tolist():
-            final_obs[e] = obs[e].copy()
+            final_obs[e] = self._observer.shown(obs[e].copy())
             metrics[e] = totals(self.engine.state.env[e : e + 1])
             self._open(e)
             obs[e] = self._observer.look(e, e + 1)[0]

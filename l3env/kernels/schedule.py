@@ -280,7 +280,7 @@ def can_admit(t, s, k, e):
     if s.env[e]["waiting_count"] == 0 or most_admissions(s, k, e) <= 0:
         return False
     r = next_waiting(s, e, k[e]["order"])
-    return find_lane(t, s, k, e, r, lighter_sub(s, e)) != NOWHERE
+    return r != NOWHERE and find_lane(t, s, k, e, r, lighter_sub(s, e)) != NOWHERE
 
 
 @helper
