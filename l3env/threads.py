@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from queue import SimpleQueue
 
@@ -26,7 +27,20 @@ def _threads() -> int:
 
 THREADS = _threads()  # ``L3ENV_THREADS``, or the cores there are
 
+_limit = THREADS
+
 Work = Callable[[int, int], object]
+
+
+@contextmanager
+def at_most(threads: int) -> Iterator[None]:
+    """Within it, loops are shared out to no more than so many threads."""
+    global _limit
+    before, _limit = _limit, threads
+    try:
+        yield
+    finally:
+        _limit = before
 
 
 class Job:
@@ -69,7 +83,7 @@ _crews: dict[int, Crew] = {}
 
 def share_out(work: Work, count: int, *, pieces: int | None = None) -> None:
     """Calls ``work(first, last)`` on pieces of range(count), side by side; an error of any piece is raised here."""
-    threads = min(THREADS, count)
+    threads = min(_limit, count)
     if threads == 1:
         work(0, count)
         return

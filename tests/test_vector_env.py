@@ -71,7 +71,7 @@ def test_episodes_go_on_as_a_single_environment_that_is_reset(monkeypatch: pytes
     """After an end the next episode is what ``reset()`` of the single environment draws; threads change nothing."""
     seen = []
     for threads in (1, 2):
-        monkeypatch.setattr(l3env.threads, "THREADS", threads)
+        monkeypatch.setattr(l3env.threads, "_limit", threads)
         envs, single = make(2), ServingEnv(**OPTIONS)  # type: ignore[arg-type]
         envs.reset(seed=3)
         single.reset(seed=3)
