@@ -156,8 +156,13 @@ def write_memory(t, s, e, mark, row, i):
     row[i + 7] = squash(slowest * (lanes - 1) / total - 1.0, 1.0) if total > 0 else 0.0
 
 
-@helper
+@inner
 def fc_head_s(t, table, tokens, rows):
+    return _fc_head_s(t, table, np.int64(tokens), np.int64(rows))
+
+
+@helper
+def _fc_head_s(t, table, tokens, rows):
     return fc_batch_s(t, table, tokens) + head_batch_s(t, table, rows)
 
 

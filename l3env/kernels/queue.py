@@ -51,7 +51,7 @@ def has_overdue(s, e):
 def notice_hopeless(s, e):
     """Waiting requests that have become hopeless step back in the orders that heed it (once: it cannot heal)."""
     while has_overdue(s, e):
-        r = s.heap[e, SLACK_HEAP, 0]["item"]
+        r = np.int64(s.heap[e, SLACK_HEAP, 0]["item"])
         remove(s.heap[e, SLACK_HEAP], s.heap_len[e], SLACK_HEAP, r)
         s.req[e, r]["hopeless"] = 1
         for order in range(ORDERS_COUNT):
