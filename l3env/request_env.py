@@ -50,7 +50,7 @@ class ServingRequestsVectorEnv(ServingVectorEnv):
     ) -> None:
         self._visible, self._knobs = visible, fixed_knobs(knobs)
         super().__init__(num_envs, **kwargs)
-        self.single_observation_space, self.single_action_space = request_spaces(visible)  # type: ignore[assignment]
+        self.single_observation_space, self.single_action_space = request_spaces(visible)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
 
