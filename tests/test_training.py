@@ -145,9 +145,11 @@ def test_weights_go_back_into_torch(tmp_path: Path) -> None:
         np.testing.assert_array_equal(linear.bias.detach().numpy(), bias)
     started = replace(config("maskable-ppo", total_steps=64), init=str(tmp_path / "best_model.npz"))
     train(started, tmp_path / "further")
-    hyper = started.hyperparams | {"policy_kwargs": {"net_arch": [8], "activation_fn": "tanh"}}
+    replace(network, layers=[*network.layers[:-1], (network.layers[-1][0][1:], network.layers[-1][1][1:])]).save(
+        tmp_path / "narrow.npz"
+    )
     with pytest.raises(L3EnvError, match="do not fit"):
-        train(replace(started, hyperparams=hyper), tmp_path / "narrow")
+        train(replace(started, init=str(tmp_path / "narrow.npz")), tmp_path / "narrow")
 
 
 def test_value_warm_up_leaves_the_policy_alone(tmp_path: Path) -> None:
