@@ -37,6 +37,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         episode_requests: consecutive requests an episode serves; None: all.
         reward: a name of ``reward.REWARDS`` or a function.
         ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies; or ranges.
+        slo_form: what the limit on the time between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines".
         predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
         seed: of the trace, where it is generated.
     """

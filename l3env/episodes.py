@@ -60,6 +60,7 @@ class Episodes:
     utilization: tuple[float, float] | None
     ttft_scale: tuple[float, float]
     tbt_scale: tuple[float, float]
+    slo_form: str
     until: Until
     interval_s: float
     episode_requests: int | None
@@ -83,6 +84,7 @@ class Episodes:
         reward: str | Reward = "goodput",
         ttft_scale: Range = 5.0,
         tbt_scale: Range = 5.0,
+        slo_form: str = "mean-tbt",
         predictor: str | None = None,
         tp: int | None = None,
         seed: int = 0,
@@ -108,6 +110,7 @@ class Episodes:
             utilization=None if utilization is None else range_of("utilization", utilization),
             ttft_scale=range_of("ttft_scale", ttft_scale),
             tbt_scale=range_of("tbt_scale", tbt_scale),
+            slo_form=Slo(form=slo_form).form,
             until=DECISIONS[decision],
             interval_s=interval_s,
             episode_requests=episode_requests,
@@ -148,7 +151,7 @@ class Episodes:
             raise L3EnvError(f"unknown reset options {', '.join(unknown)}; expected {', '.join(OPTIONS)}")
         pair_idx = self._pair_idx(rng, wanted.get("system"), wanted.get("model"))
         trace_idx = _index("trace", self.traces, wanted.get("trace"), rng)
-        slo = Slo(rng.uniform(*self.ttft_scale), rng.uniform(*self.tbt_scale))
+        slo = Slo(rng.uniform(*self.ttft_scale), rng.uniform(*self.tbt_scale), form=self.slo_form)
         load = self._load(rng, wanted, pair_idx, trace_idx)
         pair, workload = self.pairs[pair_idx], self.workloads[trace_idx]
         replica = int(wanted.get("replica", rng.integers(pair.replicas_count)))

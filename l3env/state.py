@@ -54,12 +54,22 @@ class Victim(IntEnum):
     LATEST_DEADLINE = 2
 
 
+class SloForm(IntEnum):
+    """What a request must keep besides its TTFT."""
+
+    MEAN_TBT = 0  # the mean time between its tokens
+    P99_GAP = 1  # 99 % of the gaps between its tokens, one by one
+    TOKEN_DEADLINES = 2  # token k comes by arrival + TTFT SLO + k x TBT SLO
+
+
 # heaps of an environment: one a queue order (built when first used), one a decode clock, one of dependent arrivals, one
-# of the waiting requests whose TTFT deadline can still be met, by the latest start that meets it
+# of the waiting requests whose TTFT deadline can still be met, by the latest start that meets it, one of the decoding
+# ones by the deadline of a token (see kernels/slo)
 FINISH_HEAP = ORDERS_COUNT
 ARRIVAL_HEAP = ORDERS_COUNT + SUB_BATCHES
 SLACK_HEAP = ARRIVAL_HEAP + 1
-HEAPS_COUNT = SLACK_HEAP + 1
+DUE_HEAP = SLACK_HEAP + 1
+HEAPS_COUNT = DUE_HEAP + 1
 
 # prompts in the queue by octave of their length: bin b holds 2^b to 2^(b+1) - 1 tokens
 PROMPT_BINS = 20
@@ -105,6 +115,11 @@ REQUEST_DTYPE = np.dtype(
         ("finish_s", np.float64),  # NaN before
         ("preemptions_count", np.int32),
         ("slo_met", np.int8),
+        # for the forms of SLO that look at single tokens
+        ("missed_deadline", np.int8),
+        ("slo_rank", np.int32),  # its TBT SLO among all of the workload
+        ("long_gaps_count", np.int32),  # gaps longer than its TBT SLO, as of when it last stopped decoding
+        ("long_steps_before", np.int32),  # decode steps longer than that, before it joined
     ],
     align=True,
 )
@@ -156,6 +171,7 @@ ENV_DTYPE = np.dtype(
         ("prompt_mean_tokens", np.float64),  # of arrivals
         ("output_mean_tokens", np.float64),  # of finished requests
         ("slo_met_mean", np.float64),  # of finished and rejected requests
+        ("slo_form", np.int64),
         # the SLO of a request with NOMINAL_PROMPT_TOKENS
         ("ttft_slo_s", np.float64),
         ("tbt_slo_s", np.float64),
@@ -295,6 +311,7 @@ LISTS_DTYPE = np.dtype(
     [
         ("running", np.int32),  # requests in PREFILL, DECODE or PAUSED, first running_count
         ("prefill", np.int32),  # requests in PREFILL in order of admission, first prefill_count
+        ("slo_s", np.float64),  # TBT SLOs of the workload in ascending order
         ("joining", np.int32),  # requests flagged ``joining``, first joining_count
     ],
     align=True,
@@ -323,6 +340,7 @@ class State(NamedTuple):
     heap_len: NDArray[np.int64]  # (E, H)
     lists: NDArray[np.void]  # (E, N) LISTS_DTYPE
     prompts: NDArray[np.int32]  # (E, PROMPT_BINS) waiting requests by the octave of the prompt to prefill
+    long_steps: NDArray[np.int32]  # (E, S, N) Fenwick tree of decode steps by the TBT SLOs they exceed
     gap_hist: NDArray[np.int64]  # (E, GAP_BINS) tokens by gap, or (E, 1): not recorded
     log: NDArray[np.void]  # (E, rows) LOG_DTYPE, rows merged in pairs when full; (E, 1): not recorded
 
@@ -344,6 +362,7 @@ def allocate(
         heap_len=np.zeros((e, HEAPS_COUNT), np.int64),
         lists=np.zeros((e, n), LISTS_DTYPE),
         prompts=np.zeros((e, PROMPT_BINS), np.int32),
+        long_steps=np.zeros((e, s, n), np.int32),
         gap_hist=np.zeros((e, GAP_BINS if log_rows else 1), np.int64),
         log=np.zeros((e, max(log_rows, 1)), LOG_DTYPE),
     )

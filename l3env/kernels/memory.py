@@ -11,7 +11,8 @@ import numpy as np
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, remove
 from l3env.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
-from l3env.state import FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, Status, Victim
+from l3env.kernels.slo import is_met, note_join, note_leave
+from l3env.state import FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SloForm, Status, Victim
 
 
 @inner
@@ -137,6 +138,8 @@ def join_decode(t, s, e, r, sub):
         req[e, r]["joining"] = 1
         s.lists[e, env["joining_count"]]["joining"] = r
         env["joining_count"] += 1
+    if env["slo_form"] != SloForm.MEAN_TBT:
+        note_join(s, e, r)
 
 
 @helper
@@ -146,6 +149,8 @@ def leave_decode(t, s, e, r):
     table = s.env[e]["table_idx"]
     block = t.coef[table]["block_tokens"]
     lane, sub = req[e, r]["lane"], req[e, r]["sub"]
+    if s.env[e]["slo_form"] != SloForm.MEAN_TBT:
+        note_leave(s, e, r)
     kv, emitted = kv_now(s, e, r), emitted_now(s, e, r)
     joined = req[e, r]["joined_clock"]
     s.phase[e, sub, t.lane_pool[table, lane], (joined - req[e, r]["kv_tokens"]) % block] -= 1
@@ -253,10 +258,7 @@ def finish(t, s, e, r):
     req[e, r]["last_token_s"] = now_s
     req[e, r]["emitted_tokens"] = s.truth[e, r]
     env["finished_count"] += 1
-    ttft_s = req[e, r]["first_token_s"] - req[e, r]["arrival_s"]
-    gaps = s.truth[e, r] - 1
-    tbt_s = (now_s - req[e, r]["first_token_s"]) / gaps if gaps > 0 else 0.0
-    if ttft_s <= req[e, r]["ttft_slo_s"] and tbt_s <= req[e, r]["tbt_slo_s"]:
+    if is_met(s, e, r):
         req[e, r]["slo_met"] = 1
         env["slo_met_count"] += 1
     note_end(s, e, float(req[e, r]["slo_met"]))
