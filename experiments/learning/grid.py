@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from l3env.runner import write_text
 
 SYSTEMS = ("l3-dgx-a100", "hbm-pim-dgx-a100", "gpu-dgx-a100")
 MODELS = ("gpt-175b", "qwen-72b")
-TRACES = ("azure-conv-2023", "mooncake-conversation", "openr1?n=3000&arrivals=poisson&rate=1")
+TRACES = (
+    "azure-conv-2023",
+    "mooncake-conversation",
+    "openr1?n=1500&arrivals=poisson&rate=1",
+    "splice:azure-conv-2023,azure-code-2023,openr1?every=120",
+)
 UTILIZATIONS = (0.7, 0.9, 1.1)
 SEEDS_COUNT = 5
 OPPONENTS = ("best_heuristic", "l3", "best_constant", "best_constant_global")
@@ -34,10 +40,10 @@ err = Console(stderr=True)
 
 
 def grid_cells(
-    systems: tuple[str, ...] = SYSTEMS,
-    models: tuple[str, ...] = MODELS,
-    traces: tuple[str, ...] = TRACES,
-    utilizations: tuple[float, ...] = UTILIZATIONS,
+    systems: Sequence[str] = SYSTEMS,
+    models: Sequence[str] = MODELS,
+    traces: Sequence[str] = TRACES,
+    utilizations: Sequence[float] = UTILIZATIONS,
 ) -> list[Cell]:
     """All combinations."""
     combinations = itertools.product(systems, models, traces, utilizations)
@@ -85,13 +91,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=SEEDS_COUNT)
     parser.add_argument("--workers", type=int, default=joblib.cpu_count())
     for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
-        parser.add_argument(f"--{name}", default=",".join(default))
-    parser.add_argument("--utilizations", default=",".join(map(str, UTILIZATIONS)))
+        parser.add_argument(f"--{name}", nargs="+", default=default)
+    parser.add_argument("--utilizations", nargs="+", type=float, default=UTILIZATIONS)
     given = parser.parse_args()
-    cells = grid_cells(
-        *(tuple(getattr(given, name).split(",")) for name in ("systems", "models", "traces")),
-        tuple(float(part) for part in given.utilizations.split(",")),
-    )
+    cells = grid_cells(given.systems, given.models, given.traces, given.utilizations)
     start_s = time.monotonic()
 
     def progress(done: int, total: int, what: str) -> None:

@@ -67,7 +67,7 @@ def fit(
             parts = zip(logits.split(heads, 1), y[rows].split(heads, 1), strict=True)
             loss = -sum((target * head.log_softmax(1)).sum(1).mean() for head, target in parts)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[union-attr]
+            loss.backward()
             optimizer.step()
             schedule.step()
     layers = [(m.weight.detach().numpy(), m.bias.detach().numpy()) for m in net if isinstance(m, th.nn.Linear)]
@@ -108,7 +108,12 @@ def imitate(
             np.float32
         )
         layers = fit(obs, masks, wanted, hidden, source.seed)
-        about = {"interval_s": source.interval_s, "predictor": None, "seed": source.seed, "command": command}
+        about: dict[str, Any] = {
+            "interval_s": source.interval_s,
+            "predictor": None,
+            "seed": source.seed,
+            "command": command,
+        }
         about |= {"training": asdict(source) | {"cells_count": cells_count, "rounds": number}}
         Network(layers, interface("tanh", masked=True) | about).save(path)
         results = list(_each(seen_by_network, source, tested, (str(path),), workers))
@@ -159,27 +164,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cells", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--hidden", default="128,128")
+    parser.add_argument("--hidden", nargs="+", type=int, default=[128, 128])
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--seed", type=int, default=0)
     for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
-        parser.add_argument(f"--{name}", default=",".join(default))
+        parser.add_argument(f"--{name}", nargs="+", default=default)
     parser.add_argument("--window", default=Source.window)
-    parser.add_argument("--utilization", default="0.5,1.3", help="LOW,HIGH")
+    parser.add_argument("--utilization", nargs=2, type=float, default=Source.utilization, metavar=("LOW", "HIGH"))
     parser.add_argument("--episode-requests", type=int, default=Source.episode_requests)
     given = parser.parse_args()
-    low, high = map(float, given.utilization.split(","))
     source = Source(
-        *(tuple(getattr(given, name).split(",")) for name in ("systems", "models", "traces")),
+        tuple(given.systems),
+        tuple(given.models),
+        tuple(given.traces),
         window=given.window,
-        utilization=(low, high),
+        utilization=tuple(given.utilization),
         episode_requests=given.episode_requests,
         seed=given.seed,
     )
-    hidden = [int(size) for size in given.hidden.split(",")]
     command = shlex.join(["python", "-m", "experiments.learning.imitate", *sys.argv[1:]])
     figures = imitate(
-        source, given.out, given.cells, rounds=given.rounds, hidden=hidden, workers=given.workers, command=command
+        source, given.out, given.cells, rounds=given.rounds, hidden=given.hidden, workers=given.workers, command=command
     )
     print(json.dumps(figures))
 
