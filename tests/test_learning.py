@@ -200,7 +200,7 @@ SOURCE = teacher.Source(
 
 
 def test_targets_are_soft_where_a_knob_does_not_matter() -> None:
-    """exp(-loss / tau), normalised: losses 0, tau ln 2 and 10 tau give 1 : 1/2 : e^-10; levels not tried get nothing."""
+    """exp(-loss / tau), normalised: losses 0, tau ln 2, 10 tau give 1 : 1/2 : e^-10; levels not tried get nothing."""
     tau = 0.02
     grid = {name: levels[:1] for name, levels in teacher.ACTIONS.items()}
     grid["headroom_frac"] = LEVELS["headroom_frac"][:3]

@@ -36,7 +36,7 @@ from l3env.observe import LEVELS
 from policies.network import Network
 
 HOLDOUT_FRAC = 0.1  # of cells: never learned from
-EPOCHS, BATCH, RATE = 20, 2048, 1e-3
+EPOCHS, LEAST_STEPS, BATCH, RATE = 20, 400, 2048, 2e-3
 
 err = Console(stderr=True)
 
@@ -58,10 +58,12 @@ def fit(
     blocks = [block for a, b in itertools.pairwise(sizes) for block in (th.nn.Linear(a, b), th.nn.Tanh())]
     net = th.nn.Sequential(*blocks, th.nn.Linear(sizes[-1], wanted.shape[1]))
     heads = [len(levels) for levels in LEVELS.values()]
-    steps = EPOCHS * -(-len(x) // BATCH)
+    batches = -(-len(x) // BATCH)
+    epochs = max(EPOCHS, -(-LEAST_STEPS // batches))
+    steps = epochs * batches
     optimizer = th.optim.Adam(net.parameters(), RATE)
     schedule = th.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in th.randperm(len(x)).split(BATCH):
             logits = net(x[rows]).masked_fill(~legal[rows], -1e8)
             parts = zip(logits.split(heads, 1), y[rows].split(heads, 1), strict=True)
