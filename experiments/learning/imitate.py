@@ -30,6 +30,7 @@ from rich.console import Console
 
 from experiments.learning.grid import MODELS, SYSTEMS, TRACES
 from experiments.learning.teacher import Source, seen_by_network, seen_under_settings, tuned
+from experiments.train.algorithms import set_up_torch
 from experiments.train.export import interface
 from l3env.errors import L3EnvError
 from l3env.observe import LEVELS
@@ -94,6 +95,7 @@ def imitate(
         Goodput relative to the constant that was tuned on the very same requests, over the cells held out.
     """
     out.mkdir(parents=True, exist_ok=True)
+    set_up_torch()
     os.environ["L3ENV_THREADS"] = "1"  # a process a core
     rows = _tuned_cells(source, out / "tuned.jsonl", cells_count, workers)
     held_out = max(int(HOLDOUT_FRAC * len(rows)), 1)
