@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -271,3 +273,19 @@ def test_imitation_writes_a_policy_and_does_not_tune_twice(tmp_path: Path, monke
 def test_typed_levels_round_trip() -> None:
     row = {name: float(levels[-1]) for name, levels in teacher.ACTIONS.items()}
     assert Knobs(**teacher._typed(row)) == Knobs(**{name: levels[-1] for name, levels in teacher.ACTIONS.items()})
+
+
+def test_the_shipped_policy_runs_on_machines_of_every_kind() -> None:
+    """``learned-ppo`` by name, without torch; its file says how it was made."""
+    policy = make_policy("learned-ppo")
+    assert isinstance(policy, Learned)
+    assert {"command", "seed", "training"} <= set(policy.network.config)
+    for system in ("l3-dgx-a100", "hbm-pim-dgx-a100", "gpu-dgx-a100"):
+        outcome = run_policy(compile_pair(system, "qwen-72b"), load_trace(TRACE), make_policy("learned-ppo"))
+        assert outcome.metrics["finished_count"] + outcome.metrics["rejected_count"] == 300
+
+
+def test_a_learned_policy_needs_no_torch() -> None:
+    code = "import sys; from l3env import make_policy; make_policy('learned-ppo'); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
