@@ -179,8 +179,9 @@ def test_a_learned_policy_acts_in_the_runner_as_in_its_environment(tmp_path: Pat
         done = False
         while not done:
             obs, _, done, _, info = env.step(algorithms.act(model, obs, env.action_masks()))
-        part = env.episodes.draw(np.random.default_rng(0), {"start": 5, "replica": 0})
-        outcome = run_policy(env.episodes.tables, part, Learned(tmp_path / "best_model.npz"), slo=env.episodes.slo)
+        episode = env.episodes.draw(np.random.default_rng(0), {"start": 5, "replica": 0})
+        part, pair = episode.workload, env.episodes.pairs[0]
+        outcome = run_policy(pair, part, Learned(tmp_path / "best_model.npz"), slo=episode.slo)
         assert env.engine is not None
         np.testing.assert_array_equal(outcome.requests["finish_s"], env.engine.state.req["finish_s"][0, : len(part)])
         assert outcome.metrics["slo_attainment_frac"] == info["metrics"]["slo_attainment_frac"]
