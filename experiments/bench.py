@@ -129,8 +129,18 @@ def vector_scaling(progress: Callable[[str], None]) -> dict[str, float]:
     return figures
 
 
-def run(progress: Callable[[str], None] = lambda text: None, *, quick: bool = False) -> dict[str, Any]:
-    """All figures. ``quick`` leaves out the fresh-process ones and repeats less."""
+def run(
+    progress: Callable[[str], None] = lambda text: None,
+    *,
+    quick: bool = False,
+    training_speed: Callable[[], tuple[float, float]] | None = None,
+) -> dict[str, Any]:
+    """All figures. ``quick`` leaves out the fresh-process ones and repeats less.
+
+    Args:
+        training_speed: measures (environment steps/s, the environment's share of the wall time) of a training run; None
+            where the extra ``train`` is not installed.
+    """
     tables = compile_pair(SYSTEM, MODEL)
     small, large = load_trace(f"{TRACE}?n=1000"), load_trace(f"{TRACE}?n=100000")
     count = 2 if quick else REPEATS
@@ -149,6 +159,11 @@ def run(progress: Callable[[str], None] = lambda text: None, *, quick: bool = Fa
     figures |= spread("python_policy_iterations_per_s", python_speeds)
     progress("batched environment, 256 of them, random knobs, one iteration a step")
     figures |= spread("vector_env_steps_per_s", repeat(vector_steps_per_s(), count))
+    if training_speed is not None:
+        progress("training, 256 environments, one iteration a step")
+        pairs = [training_speed() for _ in range(1 if quick else 3)]
+        figures |= spread("train_steps_per_s", [speed for speed, _ in pairs])
+        figures |= spread("train_env_share_frac", [share for _, share in pairs])
     if not quick:
         figures |= vector_scaling(progress)
         progress("first use and later starts, in fresh processes")

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from l3env.engine import Slo
 from l3env.errors import PolicyError
@@ -61,7 +62,7 @@ def read_knobs(path: Path) -> Knobs:
     if unknown := sorted(set(raw) - {each.name for each in fields(Knobs)}):
         raise PolicyError(f"{path}: unknown knobs {', '.join(unknown)}")
     try:
-        values = {name: KINDS[name][value] if name in KINDS else value for name, value in raw.items()}
+        values: dict[str, Any] = {name: KINDS[name][value] if name in KINDS else value for name, value in raw.items()}
     except KeyError as error:
         raise PolicyError(f"{path}: no such level {error} of a knob") from None
     budget = values.get("prefill_budget_tokens", Budget.UNLIMITED)
