@@ -99,15 +99,13 @@ class Recorder:
                 self._draw_pim(first_s, last_s, pim[sub], read[sub], move[sub], sub)
             return begin
         lane = Lane(GPU, start_s)
-        self._span(lane, "prefill", prefill[0], 0)
-        second_s = lane.at_s
-        self._span(lane, "prefill", prefill[1], 1)
         front_s = attention[0] + attention[1]
+        self._span(lane, "prefill", prefill[0] + prefill[1], None)
         self._span(lane, "attention", front_s - prefill[0] - prefill[1], None)
         self._bubble(lane, start_s + max(front_s, pim[0]), None)
         self._span(lane, "FC", end_s - lane.at_s, None)
         self._draw_pim(start_s, end_s, pim[0], read[0], move[0], None)
-        return start_s, second_s
+        return start_s, start_s
 
     def _draw_pim(
         self, start_s: float, end_s: float, side_s: float, read_s: float, move_s: float, sub: int | None

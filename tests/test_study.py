@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -79,6 +80,8 @@ def test_a_study_gives_what_compare_gives(tmp_path: Path) -> None:
     columns = [name for name in wanted.results if name != "wall_s"]
     assert found["error"].isna().all()
     pd.testing.assert_frame_equal(found[columns], wanted.results[columns], check_exact=True)
+    assert found.groupby("seed")["requests_sha256"].nunique().tolist() == [1, 1]  # the same for every policy
+    assert found["requests_sha256"].nunique() == 2
     first = found.iloc[0]
     key = f"fcfs.load{first['load']:.6g}.seed0"
     pd.testing.assert_frame_equal(store.requests(first["key"]), wanted.requests[key])
@@ -114,6 +117,39 @@ def test_a_failed_cell_is_recorded_and_stops_nothing(tmp_path: Path) -> None:
     register_policy("broken", lambda: FixedKnobs("broken", Knobs()))  # mended
     again = run_study(config, tmp_path / "out", backend="sequential", retry_failed=True).results()
     assert again["error"].isna().sum() == 2
+    assert list((tmp_path / "out" / "errors").iterdir()) == []
+
+
+def test_a_run_that_takes_its_process_down_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os\n\nfrom l3env import BasePolicy\n\n\nclass Deadly(BasePolicy):\n"
+        "    name = 'deadly'\n\n    def decide(self, view):\n        os._exit(1)\n",
+        encoding="utf-8",
+    )
+    deadly = f"{tmp_path}/mine.py:Deadly"
+    config = StudyConfig(("fcfs", deadly, "edf"), ("gpu-dgx-a100",), ("llama-3-8b",), (TRACE,), (1.0,))
+    results = run_study(config, tmp_path / "out", backend="loky", workers_count=2).results()
+    assert len(results) == 3
+    failed = results["error"].notna()
+    assert (failed == (results["policy"] == deadly)).all()
+    assert results.loc[failed, "error"].str.startswith("WorkerDied").all()
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is ``pid``; none where the system does not say."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Is it there, and not only waiting to be collected?"""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_a_killed_sweep_resumes_to_the_same_dataset(tmp_path: Path) -> None:
@@ -125,8 +161,13 @@ def test_a_killed_sweep_resumes_to_the_same_dataset(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while len(list(killed.glob("cells/*.parquet"))) < 8 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in workers)  # nothing is left behind
     half = len(list(killed.glob("cells/*.parquet")))
     assert 8 <= half < 16
     (killed / "requests" / "torn.parquet.part").write_bytes(b"half a file")
@@ -176,6 +217,38 @@ def test_study_files_are_checked(tmp_path: Path, change: tuple[str, str], messag
         StudyConfig.from_yaml(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("fcfs", "fcsf"), "unknown policy 'fcsf' (did you mean 'fcfs'?)"),
+        (("llama-3-8b", "llama-4"), "unknown model 'llama-4'"),
+        (("profile:azure", "profile:azur"), "azur-conv-2023"),
+    ],
+)
+def test_names_are_checked_before_anything_runs(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    config = StudyConfig.from_yaml(study_file(tmp_path, TEXT.replace(*change)))
+    with pytest.raises(L3EnvError) as caught:
+        run_study(config, tmp_path / "out", backend="sequential")
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_sweep_says_so_and_goes_on(tmp_path: Path) -> None:
+    path = study_file(tmp_path, TEXT.replace("n=60", "n=2000"))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "l3env.cli", "sweep", str(path), "-j", "2", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("cells/*.parquet"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, shown = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; what was finished is kept" in shown
+    assert "Traceback" not in shown
+    assert 3 <= len(list(out.glob("cells/*.parquet"))) < 16
 
 
 # capacity
@@ -296,6 +369,10 @@ def test_cli_capacity_and_cost(tmp_path: Path) -> None:
     out = tmp_path / "out"
     printed = json.loads(run_cli("sweep", str(study), "--out", str(out), "-j", "1", "--json").stdout)
     assert [row["error"] for row in printed["results"]] == [None] * 4
+    table = pd.read_csv(out / "results.csv")
+    for row, line in zip(printed["results"], table.to_dict("records"), strict=True):
+        assert all(line[name] == value for name, value in row.items() if value is not None)
+    assert (out / "report.html").stat().st_size > 1e6
     rows = json.loads(run_cli("cost", str(out), "--prices", str(prices), "--json").stdout)
     by_hand = cost_figures(printed["results"][0], load("system/l3-dgx-a100"), Prices.from_toml(prices))
     assert rows[0]["tokens_per_dollar"] == pytest.approx(by_hand["tokens_per_dollar"])

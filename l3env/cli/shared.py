@@ -69,7 +69,13 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("", total=None)
-        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+
+        def move(done: int, total: int, what: str) -> None:
+            if progress.tasks[0].total is None:  # what an earlier run has done says nothing about the time left
+                progress.reset(task, completed=done, total=total)
+            progress.update(task, completed=done, total=total, description=what)
+
+        yield move
 
 
 def numbers(text: str, option: str, count: int | None = None) -> list[float]:

@@ -24,6 +24,7 @@ from l3env.policy import make_policy
 from l3env.runner import run_policy, training_window
 from l3env.study.sweep import compiled, full_load, loaded, spread
 from l3env.tables import DEFAULT_BLOCK_TOKENS
+from l3env.trace_registry import load_trace
 
 CONFIDENCE = 0.95
 DOUBLINGS_MAX = 10
@@ -137,6 +138,8 @@ def capacities(
             raise L3EnvError(f"target = {job.target_frac}; expected a share of requests above 0, at most 1")
         if not 0 < job.tolerance_frac < 1:
             raise L3EnvError(f"tolerance = {job.tolerance_frac}; expected a number between 0 and 1")
+    for trace in {job.trace for job in jobs}:
+        load_trace(trace)  # says where an embedded profile stands in
     found: dict[CapacityJob, tuple[Bracket, dict[str, float]]] = {}
     for job, span, figures in spread(search, jobs, backend=backend, workers_count=workers_count):
         found[job] = (span, figures)

@@ -17,7 +17,9 @@ import yaml
 from l3env.engine import Slo
 from l3env.errors import L3EnvError
 from l3env.policy import make_policy
+from l3env.runner import named_spec
 from l3env.tables import DEFAULT_BLOCK_TOKENS
+from l3env.trace_registry import load_trace
 
 KEY_CHARS = 40  # of each part of a cell's file name
 TEXT_LISTS = ("policies", "systems", "models", "traces")
@@ -131,10 +133,15 @@ class StudyConfig:
         """Plain values; equal studies give equal ones."""
         return json.loads(json.dumps(asdict(self)))
 
-    def check_policies(self) -> None:
-        """Raises PolicyError for a policy that cannot be made."""
+    def check(self) -> None:
+        """Raises L3EnvError for a policy, system, model or trace that cannot be loaded, before anything runs."""
         for ref in self.policies:
             make_policy(ref)
+        for kind, refs in (("system", self.systems), ("model", self.models)):
+            for ref in refs:
+                named_spec(kind, ref)
+        for trace in self.traces:
+            load_trace(trace)
 
     def cells(self) -> Iterator[StudyCell]:
         """Every run, those on the same requests one after the other."""

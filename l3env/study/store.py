@@ -70,22 +70,22 @@ class StudyStore:
 
     def missing(self, *, retry_failed: bool = False) -> list[StudyCell]:
         """Cells that have not run yet, in the study's order; with ``retry_failed`` also those that failed."""
-        cells = [cell for cell in self.config.cells() if not self._path("cells", cell).exists()]
-        if not retry_failed:
-            return cells
-        failed = self.results().query("error.notna()", engine="python")
-        again = {self._path("cells", cell).name for cell in self.config.cells()} & set(failed["key"] + ".parquet")
-        left = set(cells)
-        return [c for c in self.config.cells() if c in left or self._path("cells", c).name in again]
+        done = {path.stem for path in (self.folder / "cells").glob("*.parquet")}
+        if retry_failed:
+            results = self.results()
+            done -= set(results.loc[results["error"].notna(), "key"])
+        return [cell for cell in self.config.cells() if cell.key not in done]
 
     def write(self, cell: StudyCell, result: CellResult) -> None:
         """The row comes last: a cell with a row is whole."""
         for kind, frame in zip(FRAMES, (result.requests, result.timeline), strict=True):
             if frame is not None:
                 write_frame(self._path(kind, cell), frame)
+        trace = self.folder / "errors" / f"{cell.key}.txt"
+        trace.unlink(missing_ok=True)
         if result.traceback:
-            (self.folder / "errors").mkdir(exist_ok=True)
-            write_text(self.folder / "errors" / f"{cell.key}.txt", result.traceback)
+            trace.parent.mkdir(exist_ok=True)
+            write_text(trace, result.traceback)
         write_frame(self._path("cells", cell), pd.DataFrame([{"key": cell.key} | result.row]))
         entry = {"key": cell.key, "wall_s": result.wall_s, "host": result.host, "error": result.row["error"]}
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
