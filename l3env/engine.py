@@ -138,12 +138,60 @@ class Engine:
         self.state.env["requests_count"][e] = count
         run.open_environment(self.tables, self.state, e)
 
-    def _set_slo(self, e: int, table_idx: int, workload: Workload, slo: Slo) -> None:
+    def append(
+        self,
+        e: int,
+        workload: Workload,
+        *,
+        slo: Slo | None = None,
+        predicted_tokens: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
+        """Adds requests to environment ``e`` while it runs; one that was done has work again.
+
+        Args:
+            workload: root requests, arriving at any time; those from the past enter at once.
+
+        Returns:
+            Indices of the new requests.
+
+        Raises:
+            WorkloadError: more requests than the capacity, or a dependent one.
+        """
+        env, req = self.state.env, self.state.req
+        first, capacity = int(env["requests_count"][e]), self.state.req.shape[1]
+        rows = np.arange(first, first + len(workload))
+        if rows[-1] >= capacity:
+            raise WorkloadError(
+                f"{workload.name}: {rows.size} more requests; this engine was made for {capacity} in all"
+            )
+        if (workload.parent_idx != st.NOWHERE).any():
+            raise WorkloadError(f"{workload.name}: a request depends on another; only root requests can be added")
+        req["arrival_s"][e, rows] = workload.arrival_s
+        req["prompt_tokens"][e, rows] = workload.prompt_tokens
+        req["parent_idx"][e, rows] = st.ADDED
+        if predicted_tokens is not None:
+            req["predicted_tokens"][e, rows] = np.clip(predicted_tokens, 1, 2**30)
+        self.state.truth[e, rows] = workload.output_tokens
+        self._set_slo(e, int(env["table_idx"][e]), workload, slo or Slo(), first)
+        env["requests_count"][e] = first + rows.size
+        env["stop"][e] = Stop.RUNNING
+        run.expect(self.state, e, first, first + rows.size)
+        return rows
+
+    def wait(self, e: int, until_s: float) -> None:
+        """Lets time pass in environment ``e`` without an iteration."""
+        env = self.state.env
+        idle_s = max(until_s - float(env["clock_s"][e]), 0.0)
+        env["queue_s"][e] += idle_s * env["waiting_count"][e]
+        env["present_s"][e] += idle_s * (env["waiting_count"][e] + env["running_count"][e])
+        env["clock_s"][e] += idle_s
+
+    def _set_slo(self, e: int, table_idx: int, workload: Workload, slo: Slo, first: int = 0) -> None:
         ttft_s, tbt_s = self.alone_latencies(workload.prompt_tokens, table_idx)
-        req, count = self.state.req, len(workload)
-        req["ttft_alone_s"][e, :count] = ttft_s
-        req["ttft_slo_s"][e, :count] = slo.ttft_scale * ttft_s if slo.ttft_s is None else slo.ttft_s
-        req["tbt_slo_s"][e, :count] = slo.tbt_scale * tbt_s if slo.tbt_s is None else slo.tbt_s
+        req, rows = self.state.req, slice(first, first + len(workload))
+        req["ttft_alone_s"][e, rows] = ttft_s
+        req["ttft_slo_s"][e, rows] = slo.ttft_scale * ttft_s if slo.ttft_s is None else slo.ttft_s
+        req["tbt_slo_s"][e, rows] = slo.tbt_scale * tbt_s if slo.tbt_s is None else slo.tbt_s
 
     def alone_latencies(
         self, prompt_tokens: NDArray[np.int64], table_idx: int = 0

@@ -95,36 +95,79 @@ def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
 
 def drive(engine: Engine, e: int, policy: Policy) -> None:
     """Runs environment ``e`` to its end, asking the policy at its decision points."""
-    engine.await_work(e, e + 1)
-    stop = engine.stop(e)
-    frozen = 0
+    driver = Driver(engine, e, policy)
+    stop = driver.wake()
     while stop != Stop.DONE:
-        view = View(engine, e)
-        before_s = view.now_s
-        decision = policy.decide(view)
-        if isinstance(decision, Knobs):
-            decision.write(engine.knobs, e)
-            interval_s = policy.decision_interval_s
-            if interval_s == 0:
-                stop = engine.run(e, Until.ITERATIONS, 1)
-            elif math.isinf(interval_s):
-                stop = engine.run(e)
+        stop = driver.step()
+        if stop == Stop.STALLED:
+            raise stuck(engine, e, policy)
+
+
+class Driver:
+    """One environment under one policy, moved on piece by piece: knobs hold from one decision point to the next."""
+
+    def __init__(self, engine: Engine, e: int, policy: Policy) -> None:
+        self.engine, self.e, self.policy = engine, e, policy
+        self._held_until_s = -math.inf  # the knobs that stand hold until then
+        self._frozen = 0
+
+    def wake(self) -> Stop:
+        """Goes to the next moment with a request present."""
+        self.engine.await_work(self.e, self.e + 1)
+        return self.engine.stop(self.e)
+
+    def step(self, limit_s: float = math.inf, *, events: bool = False) -> Stop:
+        """Goes to the next decision point, or ends with the iteration that reaches ``limit_s``.
+
+        Args:
+            events: ends after any iteration with an arrival, a finish or a preemption, too.
+
+        Raises:
+            PolicyError: many plans in a row that let no time pass.
+            PlanError: the policy returned something illegal.
+        """
+        engine, e = self.engine, self.e
+        before_s = float(engine.state.env["clock_s"][e])
+        plan = None
+        if before_s >= self._held_until_s:
+            decision = self.policy.decide(View(engine, e))
+            if isinstance(decision, Knobs):
+                decision.write(engine.knobs, e)
+                self._held_until_s = before_s + self.policy.decision_interval_s
             else:
-                stop = engine.run(e, Until.TIME, before_s + interval_s)
-        else:
+                plan = decision
+        if plan is not None:
             stop = engine.step_plan(
                 e,
-                decision.operations(),
-                prefill_all=decision.prefill is None,
-                decode=decision.decode,
-                interleaved=decision.interleave,
+                plan.operations(),
+                prefill_all=plan.prefill is None,
+                decode=plan.decode,
+                interleaved=plan.interleave,
             )
-        frozen = frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
-        if stop == Stop.STALLED or frozen > STALL_ITERATIONS:
-            raise PolicyError(
-                f"policy {policy.name!r} is stuck at {before_s:.3f} s: {view.waiting_count} requests wait, "
-                f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
-            )
+        elif self.policy.decision_interval_s == 0:
+            stop = engine.run(e, Until.ITERATIONS, 1)
+        else:
+            limit_s = min(limit_s, self._held_until_s)
+            stop = engine.run(e, _until(limit_s, events), limit_s)
+        self._frozen = self._frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
+        if self._frozen > STALL_ITERATIONS:
+            raise stuck(engine, e, self.policy)
+        return stop
+
+
+def _until(limit_s: float, events: bool) -> Until:
+    if events:
+        return Until.EVENT
+    return Until.END if math.isinf(limit_s) else Until.TIME
+
+
+def stuck(engine: Engine, e: int, policy: Policy) -> PolicyError:
+    """The error of a policy that leaves requests waiting for ever."""
+    view = View(engine, e)
+    return PolicyError(
+        f"policy {policy.name!r} is stuck at {view.now_s:.3f} s: {view.waiting_count} requests wait, "
+        f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
+    )
 
 
 def reference_policy(tables: Tables) -> str:

@@ -8,7 +8,7 @@ A theorem is a tree of tactic states that nobody ever writes down: every propert
 * A child of a state from which the theorem can be proved keeps that with the theorem's ``live_frac``; after the
   theorem's number of steps along such states it is proved. Elsewhere proofs go on until they err, or to ``most_steps``.
 
-A theorem's steps are 1 + geometric, its live_frac is Kumaraswamy distributed: that is all that makes it easy or hard.
+A theorem's steps are 1 + geometric, its live_frac is Kumaraswamy distributed, its right_frac 1 - u^(1 / error_p).
 Nothing is published about tactic trees or lengths. ``FITTED`` holds the two parameters of the difficulty, fitted to
 the four single-pass results of arXiv 2408.08152 on miniF2F-test; everything else is an assumption.
 """
@@ -35,7 +35,9 @@ class ProofModel:
     """Parameters of the synthetic prover.
 
     Attributes:
-        error_p, error_q: Kumaraswamy shape of a theorem's chance that a tactic is wrong.
+        error_p: shape of a theorem's chance that a tactic is wrong.
+        stuck: how unequal states are in how often tactics are right.
+        dead_frac: how often tactics are right where no proof is left, relative to elsewhere.
         tail: how fast the continuations of a state thin out.
         mean_steps: mean steps of a theorem's proof.
         live_p, live_q: Kumaraswamy shape of the share of children from which the theorem can still be proved.
@@ -43,12 +45,13 @@ class ProofModel:
         seed: draws the theorems and everything about them.
     """
 
-    error_p: float = 1.0
-    error_q: float = 1.0
-    tail: float = 1.0
-    mean_steps: float = 4.0
-    live_p: float = 0.6
-    live_q: float = 1.0
+    error_p: float = 0.45
+    stuck: float = 1.0
+    dead_frac: float = 0.5
+    tail: float = 0.7
+    mean_steps: float = 5.5
+    live_p: float = 0.12
+    live_q: float = 0.31
     most_steps: int = 12
     seed: int = 0
 
@@ -59,19 +62,19 @@ class ProofModel:
         stop = 1.0 / self.mean_steps
         steps = 1 + np.floor(np.log1p(-draws[:, 0]) / np.log1p(-stop)).astype(np.int64)
         live = kumaraswamy(draws[:, 1], self.live_p, self.live_q)
-        error = kumaraswamy(draws[:, 2], self.error_p, self.error_q)
+        right = 1 - kumaraswamy(draws[:, 2], self.error_p, 1.0)
         codes = np.random.SeedSequence(self.seed).generate_state(count, np.uint64)
-        return Theorems(codes, np.minimum(steps, self.most_steps), live, error)
+        return Theorems(codes, np.minimum(steps, self.most_steps), live, right)
 
 
 @dataclass(frozen=True)
 class Theorems:
-    """What is hidden in theorems, arrays of length N: hash of the root state, steps of a proof, live and error shares."""
+    """What is hidden in theorems, arrays of length N: hash of the root state, steps of a proof, live and right shares."""
 
     code: NDArray[np.uint64]
     steps: NDArray[np.int64]
     live_frac: NDArray[np.float64]
-    error_frac: NDArray[np.float64]
+    right_frac: NDArray[np.float64]
 
 
 def kumaraswamy(u: NDArray[np.float64], p: float, q: float) -> NDArray[np.float64]:
@@ -94,8 +97,31 @@ def unit(code: Any) -> float:
     return (float(code >> np.uint64(11)) + 1.0) / 9007199254740992.0
 
 
+def hashed(code: int | np.uint64, salt: int | np.uint64) -> np.uint64:
+    """``mix`` for callers in Python."""
+    return np.uint64(mix(np.uint64(code), np.uint64(salt)))
+
+
 @kernel
-def attempt(code: Any, left: int, live: float, error: float, draw: Any, tail: float, room: int, ranks: Any) -> int:
+def right_tactic(code: Any, alive: bool, right: float, dead: float, stuck: float, draw: Any) -> bool:
+    """Is the next tactic at a state right?"""
+    chance = right * unit(mix(code, np.uint64(4))) ** stuck
+    return unit(draw) <= (chance if alive else chance * dead)
+
+
+@kernel
+def attempt(
+    code: Any,
+    left: int,
+    live: float,
+    right: float,
+    draw: Any,
+    tail: float,
+    dead: float,
+    stuck: float,
+    room: int,
+    ranks: Any,
+) -> int:
     """One generated proof from a state, up to its first error: writes the ranks of the states it passes.
 
     Args:
@@ -108,7 +134,7 @@ def attempt(code: Any, left: int, live: float, error: float, draw: Any, tail: fl
     """
     for step in range(room):
         draw = mix(draw, np.uint64(1))
-        if unit(draw) <= error:
+        if not right_tactic(code, left > 0, right, dead, stuck, draw):
             return step
         draw = mix(draw, np.uint64(2))
         rank = np.int64(min(unit(draw) ** (-1.0 / tail), float(MOST_RANK)))
@@ -122,14 +148,16 @@ def attempt(code: Any, left: int, live: float, error: float, draw: Any, tail: fl
 
 
 @kernel
-def first_success(code: Any, steps: int, live: float, error: float, seed: Any, tail: float, room: int, most: int) -> int:
+def first_success(
+    code: Any, steps: int, live: float, right: float, seed: Any, tail: float, stuck: float, room: int, most: int
+) -> int:
     """Independent whole proofs: number of the first that proves the theorem, ``most`` + 1 where none does."""
     for sample in range(1, most + 1):
         draw = mix(mix(code, seed), np.uint64(sample))
         state, left = code, steps
         for _ in range(room):
             draw = mix(draw, np.uint64(1))
-            if unit(draw) <= error:
+            if not right_tactic(state, True, right, 1.0, stuck, draw):
                 break
             draw = mix(draw, np.uint64(2))
             state = mix(state, np.uint64(min(unit(draw) ** (-1.0 / tail), float(MOST_RANK))))
@@ -163,9 +191,11 @@ def first_success_by_tree(
     code: Any,
     steps: int,
     live: float,
-    error: float,
+    right: float,
     seed: Any,
     tail: float,
+    dead: float,
+    stuck: float,
     room: int,
     most: int,
     gamma: float,
@@ -205,6 +235,7 @@ def first_success_by_tree(
             node = rmaxts.select(nodes, gamma)
             draw = mix(mix(code, seed), np.uint64(sample))
             jobs[slot, 0] = node
-            rest = room - depth[node]
-            jobs[slot, 1] = attempt(states[node], left[node], live, error, draw, tail, rest, ranks[slot])
+            jobs[slot, 1] = attempt(
+                states[node], left[node], live, right, draw, tail, dead, stuck, room - depth[node], ranks[slot]
+            )
     return most + 1

@@ -73,7 +73,8 @@ def samples_needed(
     needed = np.full(count, most + 1, dtype=np.int64)
     if not method.tree:
         for i in range(count):
-            needed[i] = first_success(*_theorem(theorems, i), np.uint64(0), model.tail, model.most_steps, most)
+            own = (np.uint64(0), model.tail, model.stuck, model.most_steps, most)
+            needed[i] = first_success(*_theorem(theorems, i), *own)
         return needed
 
     def share(first: int) -> None:
@@ -81,8 +82,9 @@ def samples_needed(
         for i in range(first, count, THREADS):
             for start in range(0, most, tree_samples):
                 samples = min(tree_samples, most - start)
-                own = (np.uint64(1 + start // tree_samples), model.tail, model.most_steps, samples)
-                found = first_success_by_tree(*_theorem(theorems, i), *own, method.gamma, method.rewarded, *scratch)
+                shape = (model.tail, model.dead_frac, model.stuck, model.most_steps)
+                own = (np.uint64(1 + start // tree_samples), *shape, samples, method.gamma, method.rewarded)
+                found = first_success_by_tree(*_theorem(theorems, i), *own, *scratch)
                 if found <= samples:
                     needed[i] = start + found
                     break
@@ -95,7 +97,7 @@ def samples_needed(
 
 
 def _theorem(theorems: Any, i: int) -> tuple[Any, ...]:
-    return theorems.code[i], theorems.steps[i], theorems.live_frac[i], theorems.error_frac[i]
+    return theorems.code[i], theorems.steps[i], theorems.live_frac[i], theorems.right_frac[i]
 
 
 def _scratch(samples: int, most_steps: int) -> tuple[NDArray[Any], ...]:
