@@ -1,8 +1,8 @@
 """Workloads that react: what is asked next depends on what has been answered, so arrivals depend on the scheduler.
 
-A *client* stands for all that happens off the GPUs: it is told of every finished request, in the order of time over all
-replicas, and submits new ones. Replicas have clocks of their own; the loop always moves the one that is furthest behind,
-one event at a time, so that nothing that happens on one can come too late for another.
+A *client* stands for all that happens off the GPUs: it is told of every finished request, in the order of time over
+all replicas, and submits new ones. Replicas have clocks of their own; the loop always moves the one that is furthest
+behind, one event at a time, so that nothing that happens on one can come too late for another.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from l3env.engine import Engine, Slo
 from l3env.kernels.run import Stop
@@ -28,7 +28,7 @@ from l3env.workload import Workload
 
 @dataclass(frozen=True)
 class Submission:
-    """One request. ``tag`` is the client's own, handed back when the request has ended; ``prefix_ids`` as in Workload."""
+    """One request. ``tag`` is the client's own, handed back when it has ended; ``prefix_ids`` as in Workload."""
 
     arrival_s: float
     prompt_tokens: int
@@ -157,7 +157,7 @@ def run_reactive(
     _serve(replicas, client, progress)
     counts = engine.state.env["requests_count"]
     edges = np.concatenate([[0], np.cumsum(counts)])
-    outcome = collect(engine, range(len(first)), [np.arange(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)])
+    outcome = collect(engine, range(len(first)), [np.arange(a, b) for a, b in pairwise(edges)])
     own = [replica.policy.figures() for replica in replicas]
     outcome.metrics.update({name: float(np.mean([each[name] for each in own])) for name in own[0]})
     outcome.metrics.update(client.figures())

@@ -1,10 +1,10 @@
 """RMaxTS (arXiv 2408.08152): tree search by discounted UCB on whether the tree still grows.
 
 A node keeps two pairs (W, N) of discounted reward and visits: its own, of jobs that were expanded at it, and its
-subtree's. A job walks down from the root: among "expand here" (own pair) and every child (its subtree's pair) it takes
-the largest W / N + sqrt(2 ln N_total / N), and stops at "expand here" or at a leaf. While jobs run they count as pending
-zero rewards (virtual loss). The tree knows nothing of what its nodes stand for: the caller keys children by a number and
-keeps whatever else belongs to a node in arrays of its own.
+subtree's. A job walks down from the root: among "expand here" (own pair) and every child (its subtree's pair) it
+takes the largest W / N + sqrt(2 ln N_total / N), and stops at "expand here" or at a leaf. While jobs run they count as
+pending zero rewards (virtual loss). The tree knows nothing of what its nodes stand for: the caller keys children by a
+number and keeps whatever else belongs to a node in arrays of its own.
 
 A tree is an array of NODE_DTYPE whose first ``count`` rows are in use; row 0 is the root. ``gamma`` = 1 is plain UCB1.
 """

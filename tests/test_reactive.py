@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import l3env
-from l3env import FixedKnobs, Knobs, Workload, run_policy
+from l3env import BasePolicy, FixedKnobs, Knobs, Plan, View, Workload, run_policy
 from l3env.engine import Engine
 from l3env.errors import PolicyError, WorkloadError
 from l3env.kernels.run import Until
@@ -18,6 +18,15 @@ from traces.prover import ProofSearch, SearchSettings, earlier_requests
 
 PAIR = ("l3-dgx-a100", "llama-3-8b")
 PLAIN = Knobs(prefill_budget_tokens=512, budget_counts_decodes=True)
+
+
+class Never(BasePolicy):
+    """Admits nothing."""
+
+    name = "never"
+
+    def decide(self, view: View) -> Plan:
+        return Plan()
 
 
 def plain() -> FixedKnobs:
@@ -147,7 +156,7 @@ def test_what_cannot_be_added() -> None:
 def test_a_policy_that_admits_nothing_is_named() -> None:
     tables = l3env.compile_pair(*PAIR, tp=8)
     with pytest.raises(PolicyError, match="'never' is stuck"):
-        run_reactive(tables, Echo(3, 1, 1.0), lambda: FixedKnobs("never", Knobs(admit_max_count=0)))
+        run_reactive(tables, Echo(3, 1, 1.0), Never)
 
 
 SMALL = SearchSettings(theorems_count=24, trees_count=16, jobs_count=4, samples_count=24, verifiers_count=4)

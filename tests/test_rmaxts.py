@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def finished(nodes, node, *rewards, gamma=GAMMA):
 
 
 def test_backup_discounts_reward_and_visits() -> None:
-    """Two jobs with rewards 1 then 0: W = 0.99, N = 0.99 + 1, on the node's own pair and on every subtree pair above."""
+    """Two jobs with rewards 1 then 0: W = 0.99, N = 0.99 + 1, on its own pair and all subtree pairs above."""
     nodes = new_tree(4)
     child = add_child(nodes, 1, ROOT, 7)
     leaf = add_child(nodes, 2, child, 8)
@@ -153,7 +154,7 @@ def test_a_whole_search_against_the_definition(gamma: float) -> None:
             path = [*slow[node].up()][::-1]
             if slow[node].children:
                 assert slow[node] in slow[node].best(gamma)
-            for above, below in zip(path, path[1:], strict=False):
+            for above, below in pairwise(path):
                 assert below in above.best(gamma)
             slow[node].own_running += 1
             for each in path:

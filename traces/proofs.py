@@ -69,7 +69,7 @@ class ProofModel:
 
 @dataclass(frozen=True)
 class Theorems:
-    """What is hidden in theorems, arrays of length N: hash of the root state, steps of a proof, live and right shares."""
+    """What is hidden in theorems, (N,) each: hash of the root state, steps of a proof, live and right shares."""
 
     code: NDArray[np.uint64]
     steps: NDArray[np.int64]
