@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env import state as st
-from l3env.errors import PlanError, WorkloadError
+from l3env.errors import L3EnvError, PlanError, WorkloadError
 from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
+from l3env.state import SloForm
 from l3env.tables import TableArrays, Tables, stack
 from l3env.workload import Workload
 
@@ -33,7 +34,15 @@ FAULT_TEXT = {
 }
 
 
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads() -> int:
+    own = os.environ.get("L3ENV_THREADS", "")
+    if own and (not own.isdecimal() or int(own) < 1):
+        raise L3EnvError(f"L3ENV_THREADS = {own!r}; expected a whole number >= 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(own) if own else cores
+
+
+THREADS = _threads()  # ``L3ENV_THREADS``, or the cores there are
 
 
 @cache
@@ -42,21 +51,31 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="l3env")
 
 
+SLO_FORMS = {"mean-tbt": SloForm.MEAN_TBT, "p99-gap": SloForm.P99_GAP, "token-deadlines": SloForm.TOKEN_DEADLINES}
+
+
 @dataclass(frozen=True)
 class Slo:
-    """Service-level objective: TTFT and mean time between tokens, as multiples of a request's own uncontended ones.
+    """Service-level objective: TTFT and time between tokens, as multiples of a request's own uncontended ones.
 
     Uncontended: TTFT is one prefill of its whole prompt on the empty system; time between tokens is one decode step at
     the context of its prompt. Both follow from the prompt alone, so a scheduler may know them. Absolute limits
     (``ttft_s``, ``tbt_s``) replace the multiples where given.
+
+    What the limit on the time between tokens is about (``form``): "mean-tbt", a request's mean; "p99-gap", its 99th
+    percentile (at most one gap in a hundred is longer); "token-deadlines", token k (the first is 0) is due at arrival +
+    TTFT limit + k x the limit, so that time saved early may be spent later.
     """
 
     ttft_scale: float = 5.0
     tbt_scale: float = 5.0
     ttft_s: float | None = None
     tbt_s: float | None = None
+    form: str = "mean-tbt"
 
     def __post_init__(self) -> None:
+        if self.form not in SLO_FORMS:
+            raise WorkloadError(f"SLO form = {self.form!r}; expected one of {', '.join(SLO_FORMS)}")
         for name in ("ttft_scale", "tbt_scale", "ttft_s", "tbt_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -134,6 +153,7 @@ class Engine:
             req["predicted_tokens"][e, :count] = np.clip(predicted_tokens, 1, 2**30)
         self.state.truth[e, :count] = workload.output_tokens
         self._set_slo(e, table_idx, workload, slo or Slo())
+        self._rank_slo(e, table_idx, count, slo or Slo())
         self.state.env["table_idx"][e] = table_idx
         self.state.env["requests_count"][e] = count
         run.open_environment(self.tables, self.state, e)
@@ -155,7 +175,8 @@ class Engine:
             Indices of the new requests.
 
         Raises:
-            WorkloadError: more requests than the capacity, or a dependent one.
+            WorkloadError: more requests than the capacity, a dependent one, or an SLO on the 99th percentile of gaps,
+                which is counted by the limits of the workload that the environment was opened with.
         """
         env, req = self.state.env, self.state.req
         first, capacity = int(env["requests_count"][e]), self.state.req.shape[1]
@@ -166,6 +187,8 @@ class Engine:
             )
         if (workload.parent_idx != st.NOWHERE).any():
             raise WorkloadError(f"{workload.name}: a request depends on another; only root requests can be added")
+        if env["slo_form"][e] == SloForm.P99_GAP:
+            raise WorkloadError(f"{workload.name}: requests cannot be added under an SLO of form p99-gap")
         req["arrival_s"][e, rows] = workload.arrival_s
         req["prompt_tokens"][e, rows] = workload.prompt_tokens
         req["parent_idx"][e, rows] = st.ADDED
@@ -192,6 +215,18 @@ class Engine:
         req["ttft_alone_s"][e, rows] = ttft_s
         req["ttft_slo_s"][e, rows] = slo.ttft_scale * ttft_s if slo.ttft_s is None else slo.ttft_s
         req["tbt_slo_s"][e, rows] = slo.tbt_scale * tbt_s if slo.tbt_s is None else slo.tbt_s
+
+    def _rank_slo(self, e: int, table_idx: int, count: int, slo: Slo) -> None:
+        """What the machine is described by, and where each limit is among those of the workload."""
+        req, env = self.state.req, self.state.env
+        limits_s = req["tbt_slo_s"][e, :count]
+        ranked = np.argsort(limits_s, kind="stable")
+        self.state.lists["slo_s"][e, :count] = limits_s[ranked]
+        req["slo_rank"][e, ranked] = np.arange(count)
+        ttft_s, tbt_s = self.alone_latencies(np.array([st.NOMINAL_PROMPT_TOKENS]), table_idx)
+        env["slo_form"][e] = SLO_FORMS[slo.form]
+        env["ttft_slo_s"][e] = slo.ttft_scale * ttft_s[0] if slo.ttft_s is None else slo.ttft_s
+        env["tbt_slo_s"][e] = slo.tbt_scale * tbt_s[0] if slo.tbt_s is None else slo.tbt_s
 
     def alone_latencies(
         self, prompt_tokens: NDArray[np.int64], table_idx: int = 0
@@ -222,6 +257,14 @@ class Engine:
             share(0, self.num_envs)
         else:
             list(_pool().map(share, edges[:-1], edges[1:]))
+
+    def run_to_end(self) -> None:
+        """Runs every environment under its knobs until nothing is left to do, each handed to the next free core."""
+        if THREADS == 1:
+            for e in range(self.num_envs):
+                self.run(e)
+        else:
+            list(_pool().map(self.run, range(self.num_envs)))
 
     def await_work(self, first: int, last: int) -> None:
         """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""

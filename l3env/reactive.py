@@ -152,6 +152,7 @@ def run_reactive(
     replicas = []
     for e, submissions in enumerate(first):
         policy = make()
+        policy.slo = slo or Slo()
         policy.prepare(tables, training)
         replicas.append(_Replica(engine, e, policy, submissions, slo or Slo(), client.prefix_block_tokens))
     _serve(replicas, client, progress)

@@ -50,6 +50,7 @@ def run_policy(
     """
     shares = replica_shares(workload, tables.replicas_count)
     shares = [rows for rows in shares if rows.size]
+    policy.slo = slo or Slo()
     engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record)
     own: list[dict[str, float]] = []
     for e, rows in enumerate(shares):
@@ -149,6 +150,8 @@ class Driver:
         else:
             limit_s = min(limit_s, self._held_until_s)
             stop = engine.run(e, _until(limit_s, events), limit_s)
+            if not events:  # no decision while there is nothing to decide, as in the environments
+                stop = self.wake()
         self._frozen = self._frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
         if self._frozen > STALL_ITERATIONS:
             raise stuck(engine, e, self.policy)
@@ -210,6 +213,7 @@ class CompareConfig:
     tp: int | None = None
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     slo: Slo = field(default_factory=Slo)
+    training: str | None = None  # trace of earlier requests to learn from; None: the first fifth of the trace itself
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -313,7 +317,7 @@ def run_comparison(
         make_policy(ref)
     store = None if out is None else CellStore(Path(out), config)
     base = load_trace(config.trace, seed=0)
-    training = training_window(base)
+    training = training_window(base) if config.training is None else load_trace(config.training, seed=0)
     rows, requests, timelines = [], {}, {}
     cells = list(_cells(config, tables, base))
     workloads: dict[int, Workload] = {0: base}
@@ -325,10 +329,11 @@ def run_comparison(
             if cell.seed not in workloads:
                 workloads[cell.seed] = load_trace(config.trace, seed=cell.seed)
             workload = workloads[cell.seed]
+            earlier = _earlier(tables, training, cell, separate=config.training is not None)
             if cell.load != 1.0:
                 workload = workload.at_load(cell.load)
             start = time.perf_counter()
-            outcome = run_policy(tables, workload, make_policy(cell.policy), slo=config.slo, training=training)
+            outcome = run_policy(tables, workload, make_policy(cell.policy), slo=config.slo, training=earlier)
             row = _identity(config, cell) | outcome.metrics | {"wall_s": time.perf_counter() - start}
             stored = (row, outcome.requests, outcome.timeline)
             if store is not None:
@@ -338,6 +343,13 @@ def run_comparison(
     if progress is not None:
         progress(len(cells), len(cells), "done")
     return Comparison(config, pd.DataFrame(rows), requests, timelines)
+
+
+def _earlier(tables: Tables, training: Workload, cell: Cell, *, separate: bool) -> Workload:
+    """The training requests at the cell's load; those of a trace of their own at the cell's utilization."""
+    if separate and cell.utilization is not None:
+        return training.at_load(cell.utilization * load_at_capacity(tables, training))
+    return training.at_load(cell.load)
 
 
 def _cells(config: CompareConfig, tables: Tables, base: Workload) -> Iterator[Cell]:

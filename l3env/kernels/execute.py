@@ -18,7 +18,8 @@ from l3env.kernels.price import (
     prefill_work_s,
 )
 from l3env.kernels.schedule import decoding_count
-from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, Status, SubBatching
+from l3env.kernels.slo import note_prefill_token, note_step_deadlines, note_step_gaps
+from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, SloForm, Status, SubBatching
 
 LOG_GAP_RATIO = np.log(GAP_RATIO)
 
@@ -158,6 +159,8 @@ def step_decodes(s, e, lanes):
     """All decoding requests emit a token: clocks, lane loads, gaps between tokens."""
     env = s.env[e]
     now_s = env["clock_s"]
+    if env["slo_form"] == SloForm.P99_GAP:
+        note_step_gaps(s, e, now_s)
     if s.gap_hist.shape[1] > 1:
         record_gaps(s, e, now_s)
     else:
@@ -170,6 +173,8 @@ def step_decodes(s, e, lanes):
         s.sub[e, sub]["last_step_s"] = now_s
         for lane in range(lanes):
             s.lane[e, sub, lane]["kv"] += s.lane[e, sub, lane]["count"]
+    if env["slo_form"] == SloForm.TOKEN_DEADLINES:
+        note_step_deadlines(s, e, now_s)
 
 
 @helper
@@ -208,6 +213,7 @@ def step_prefills(t, s, e):
         chunk = req[e, r]["chunk_tokens"]
         req[e, r]["chunk_tokens"] = 0
         req[e, r]["prefilled_tokens"] += chunk
+        env["prefill_left_tokens"] -= chunk
         if req[e, r]["emitted_tokens"] > 0:
             env["recomputed_tokens"] += chunk
         if chunk == 0 or req[e, r]["prefilled_tokens"] < req[e, r]["target_tokens"]:
@@ -215,6 +221,8 @@ def step_prefills(t, s, e):
             continue
         leave_prefill(s, e, r)
         s.lane[e, req[e, r]["sub"], req[e, r]["lane"]]["pending"] -= req[e, r]["target_tokens"]
+        if env["slo_form"] != SloForm.MEAN_TBT:
+            note_prefill_token(s, e, r, now_s)
         if np.isnan(req[e, r]["first_token_s"]):
             req[e, r]["first_token_s"] = now_s
         elif s.gap_hist.shape[1] > 1:
