@@ -197,7 +197,7 @@ def _serve(replicas: list[_Replica], client: Client, progress: Callable[[float, 
         if submissions:
             replica.send(submissions)
             replica.driver.wake()
-        else:
+        elif replica.busy:
             limit_s = client.next_s(e)
             if replica.driver.step(limit_s, events=True) == Stop.STALLED:
                 if limit_s == math.inf:
