@@ -152,7 +152,7 @@ class Engine:
         if predicted_tokens is not None:
             req["predicted_tokens"][e, :count] = np.clip(predicted_tokens, 1, 2**30)
         self.state.truth[e, :count] = workload.output_tokens
-        self._set_slo(e, table_idx, workload, slo or Slo())
+        self.set_limits(e, workload, slo or Slo(), table_idx=table_idx)
         self._rank_slo(e, table_idx, count, slo or Slo())
         self.state.env["table_idx"][e] = table_idx
         self.state.env["requests_count"][e] = count
@@ -195,7 +195,7 @@ class Engine:
         if predicted_tokens is not None:
             req["predicted_tokens"][e, rows] = np.clip(predicted_tokens, 1, 2**30)
         self.state.truth[e, rows] = workload.output_tokens
-        self._set_slo(e, int(env["table_idx"][e]), workload, slo or Slo(), first)
+        self.set_limits(e, workload, slo or Slo(), first, table_idx=int(env["table_idx"][e]))
         env["requests_count"][e] = first + rows.size
         env["stop"][e] = Stop.RUNNING
         run.expect(self.state, e, first, first + rows.size)
@@ -209,7 +209,8 @@ class Engine:
         env["present_s"][e] += idle_s * (env["waiting_count"][e] + env["running_count"][e])
         env["clock_s"][e] += idle_s
 
-    def _set_slo(self, e: int, table_idx: int, workload: Workload, slo: Slo, first: int = 0) -> None:
+    def set_limits(self, e: int, workload: Workload, slo: Slo, first: int = 0, *, table_idx: int = 0) -> None:
+        """Writes the uncontended TTFT and the SLO of the requests from slot ``first`` on."""
         ttft_s, tbt_s = self.alone_latencies(workload.prompt_tokens, table_idx)
         req, rows = self.state.req, slice(first, first + len(workload))
         req["ttft_alone_s"][e, rows] = ttft_s
