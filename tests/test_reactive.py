@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from heapq import heappop, heappush
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +15,10 @@ import pytest
 import l3env
 from l3env import BasePolicy, FixedKnobs, Knobs, Plan, View, Workload, run_policy
 from l3env.engine import Engine
-from l3env.errors import PolicyError, WorkloadError
+from l3env.errors import PolicyError, TraceError, WorkloadError
 from l3env.kernels.run import Until
 from l3env.reactive import Submission, run_reactive
+from traces import catalog, prover_log
 from traces.prover import ProofSearch, SearchSettings, earlier_requests
 
 PAIR = ("l3-dgx-a100", "llama-3-8b")
@@ -241,3 +246,65 @@ def test_bad_settings() -> None:
         SearchSettings(jobs_count=0)
     with pytest.raises(WorkloadError, match="mode = 'beam'"):
         SearchSettings(mode="beam")
+
+
+def test_the_log_of_a_search_is_a_trace(tmp_path: Path) -> None:
+    """Replayed on the same machine under the same policy and no faster or slower, every time comes out again."""
+    settings = SearchSettings(**{**vars(SMALL), "theorems_count": 16})
+    client, outcome = searched(settings)
+    path = prover_log.write(client.log, tmp_path / "search.jsonl")
+    assert catalog.find_format(path).name == "prover-log"
+    workload = prover_log.load(path)
+    assert len(workload) == len(client.log)
+    assert workload.prefix_block_tokens == 16
+    rows = sorted(client.log, key=lambda row: row["submitted_s"])
+    pauses = workload.think_s[workload.parent_idx >= 0]
+    assert (pauses > 0).all()
+    assert len(set(workload.session_idx.tolist())) == 16
+    for row, parent, think_s in zip(rows, workload.parent_idx, workload.think_s, strict=True):
+        if parent >= 0:
+            assert rows[parent]["theorem"] == row["theorem"]
+            assert rows[parent]["generated_s"] + think_s == pytest.approx(row["submitted_s"])
+            assert rows[parent]["verified_s"] == pytest.approx(row["submitted_s"])
+    one, policy = Engine(l3env.compile_pair(*PROVER), 1, len(workload)), l3env.make_policy("sarathi")
+    mine = workload.select(np.isin(workload.session_idx, [rows_of(rows, 0)]))
+    one.reset(0, mine)
+    policy.decide(None).write(one.knobs, 0)  # type: ignore[arg-type]
+    one.run(0)
+    assert one.state.env["finished_count"][0] == len(mine)
+    assert outcome.metrics["finished_count"] == len(workload)
+
+
+def rows_of(rows: list[dict[str, Any]], theorem: int) -> int:
+    """The session number of a theorem: its place among the first mentions."""
+    return list(dict.fromkeys(row["theorem"] for row in rows)).index(theorem)
+
+
+GOOD = {
+    "theorem": "t",
+    "job": 0,
+    "submitted_s": 2.0,
+    "generated_s": 3.0,
+    "prompt_tokens": 40,
+    "output_tokens": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"prompt_tokens": 0}, "row 2, field prompt_tokens: got 0"),
+        ({"generated_s": 1.0}, "row 2, field generated_s: got 1.0; expected seconds >= submitted_s"),
+        ({"theorem": None}, "row 2, field theorem"),
+        ({"prefix_ids": [1, 2, 3]}, "row 2, field prefix_ids: got '3 ids'"),
+        ({"extra": 1}, "row 2: got fields"),
+        ({"submitted_s": 2.5, "generated_s": 9.0}, "row 2, field submitted_s: got 2.5; expected no earlier"),
+    ],
+)
+def test_bad_logs_are_named(tmp_path: Path, change: dict[str, object], expected: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(
+        json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "submitted_s": 4.0, "generated_s": 5.0} | change) + "\n"
+    )
+    with pytest.raises(TraceError, match=re.escape(expected)):
+        prover_log.load(path)

@@ -18,7 +18,19 @@ from typing import Any
 from l3env.errors import TraceError
 from l3env.trace_registry import TraceFormat, formats, suggests
 from l3env.workload import Workload
-from traces import azure, burstgpt, canonical, kv_cache_tester, mooncake, profile, servegen, spec, synthetic, vidur
+from traces import (
+    azure,
+    burstgpt,
+    canonical,
+    kv_cache_tester,
+    mooncake,
+    profile,
+    prover_log,
+    servegen,
+    spec,
+    synthetic,
+    vidur,
+)
 from traces.reading import first_line, is_tar
 from traces.window import parse_window
 
@@ -29,7 +41,7 @@ class StandInWarning(UserWarning):
 
 MANIFEST = Path(__file__).parent / "manifest.toml"
 CHECKOUT = Path(__file__).resolve().parent.parent
-BUILT_IN = (canonical, azure, mooncake, burstgpt, vidur, kv_cache_tester, servegen)
+BUILT_IN = (canonical, azure, mooncake, burstgpt, vidur, kv_cache_tester, servegen, prover_log)
 PROFILE_PREFIX = "profile:"
 
 

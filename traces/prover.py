@@ -11,25 +11,20 @@ next theorem. What the generator and the verifier do is drawn: ``traces/proofs.p
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush, heapreplace
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from l3env import rmaxts
-from l3env.errors import TraceError, WorkloadError
+from l3env.errors import WorkloadError
 from l3env.reactive import Submission, workload_of
-from l3env.trace_registry import TraceFormat
 from l3env.workload import Workload
-from traces.proofs import DEAD, JOBS, MOST_STEPS, ProofModel, Theorems, attempt, grow, hashed, unit
-from traces.reading import first_line
+from traces.proofs import JOBS, MOST_STEPS, ProofModel, Theorems, attempt, grow, hashed, unit
 
 NORMAL = NormalDist()
 MODES = ("rmaxts", "single-pass")
