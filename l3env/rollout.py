@@ -1,8 +1,8 @@
 """Copies of an environment's present to try things out on: what a planning policy simulates with.
 
 A *scenario* is the present of a live environment with output lengths and further arrivals as somebody imagines them;
-nothing of the truth is in it. *Trials* start as copies of scenarios, which is a copy of memory, and run compiled, side by
-side, on all cores.
+nothing of the truth is in it. *Trials* start as copies of scenarios, which is a copy of memory, and run compiled, side
+by side, on all cores.
 """
 
 from __future__ import annotations

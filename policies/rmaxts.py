@@ -33,13 +33,13 @@ from policies.best_constant import BestConstant
 INTERVAL_S = 5.0  # of an action
 LEVELS = 3  # actions in a sequence
 ACTIONS = 12  # settings the tree chooses from, the best constant one included
-SCENARIOS = 8
+SCENARIOS = 16
 BATCH = 32
 LOOKAHEAD_S = 30.0  # of imagined arrivals
 LONGEST_S = 3600.0  # a trial ends here at the latest
 INTRINSIC_WEIGHT = 0.5
-CLEAR_ERRORS = 2.0  # standard errors an advantage must exceed
-LEAST_TRIALS = 4
+CLEAR_ERRORS = 3.0  # standard errors an advantage must exceed: the best of many sequences is a lucky one
+LEAST_TRIALS = 6  # scenarios
 PRIOR_REQUESTS = 50  # weight of the earlier requests' rate of arrival
 TIE_BREAK = 1e-3  # weight of time in the system
 BINS = 8
@@ -184,7 +184,7 @@ class _Search:
         self.seen: set[tuple[int, ...]] = set()
         self.count = 0
         self.scale = 1e-6
-        trials = [((), scenario) for scenario in range(SCENARIOS)]
+        trials: list[tuple[tuple[int, ...], int]] = [((), scenario) for scenario in range(SCENARIOS)]
         self.default = self._run(trials)[0]
 
     def batch(self) -> None:
@@ -218,7 +218,7 @@ class _Search:
         for path, advantages in zip(self.paths[1:], self.advantages[1:], strict=True):
             if len(advantages) < LEAST_TRIALS or path[0] == 0:
                 continue
-            values = np.array(advantages)
+            values = np.array(advantages[:SCENARIOS])  # what follows repeats them
             clear = values.mean() - CLEAR_ERRORS * values.std(ddof=1) / math.sqrt(values.size)
             if clear > most:
                 best, most = path[0], float(clear)

@@ -63,7 +63,7 @@ class ProofModel:
         steps = 1 + np.floor(np.log1p(-draws[:, 0]) / np.log1p(-stop)).astype(np.int64)
         live = kumaraswamy(draws[:, 1], self.live_p, self.live_q)
         right = 1 - kumaraswamy(draws[:, 2], self.error_p, 1.0)
-        codes = np.random.SeedSequence(self.seed).generate_state(count, np.uint64)
+        codes = np.random.SeedSequence(self.seed).generate_state(count, np.uint64).astype(np.uint64)
         return Theorems(codes, np.minimum(steps, self.most_steps), live, right)
 
 

@@ -271,7 +271,7 @@ class ProofSearch:
             wordings.append(self._worded(tree, last, int(ranks[i]), hashed(draw, 100 + i)))
         code = wordings[-1].tokens - variant.tokens if wordings else 0
         rest = round(lognormal(hashed(draw, 3), lengths.rest_tokens))
-        row = {
+        row: dict[str, Any] = {
             "theorem": tree.theorem,
             "process": process,
             "job": slot,

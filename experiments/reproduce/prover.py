@@ -74,7 +74,7 @@ def samples_needed(
     if not method.tree:
         for i in range(count):
             own = (np.uint64(0), model.tail, model.stuck, model.most_steps, most)
-            needed[i] = first_success(*_theorem(theorems, i), *own)
+            needed[i] = first_success(*(*_theorem(theorems, i), *own))
         return needed
 
     def share(first: int) -> None:
@@ -84,7 +84,7 @@ def samples_needed(
                 samples = min(tree_samples, most - start)
                 shape = (model.tail, model.dead_frac, model.stuck, model.most_steps)
                 own = (np.uint64(1 + start // tree_samples), *shape, samples, method.gamma, method.rewarded)
-                found = first_success_by_tree(*_theorem(theorems, i), *own, *scratch)
+                found = first_success_by_tree(*(*_theorem(theorems, i), *own, *scratch))
                 if found <= samples:
                     needed[i] = start + found
                     break

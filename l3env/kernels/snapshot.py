@@ -1,4 +1,4 @@
-"""Copies the present of one environment into another: only requests that are there, re-indexed, with lengths as given."""
+"""Copies the present of one environment into another: only requests that are there, with lengths as given."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
     """Environment ``e`` of ``s`` as environment ``m`` of ``d``, with the requests ``idx`` (ascending) alone.
 
     Nothing of the truth is read: ``output_tokens`` ((n,), more than emitted so far) takes its place. Request i of the
-    copy is ``idx[i]``; the next ``room`` slots are cleared for requests to come. Dependent requests that have not arrived
-    are unknown to a scheduler, so they are left out. An SLO on the 99th percentile of gaps becomes one on their mean.
+    copy is ``idx[i]``; the next ``room`` slots are cleared for requests to come. Dependent requests that have not
+    arrived are unknown to a scheduler, so they are left out. An SLO on the 99th percentile of gaps becomes one on
+    their mean.
 
     Args:
         new_idx: scratch, one int32 a request slot of ``s``.
