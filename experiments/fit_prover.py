@@ -3,10 +3,10 @@
     python -m experiments.fit_prover --minutes 10
 
 Fitted to: single-pass at 3,200, 4 x, 16 x and 32 x 6,400 samples; RMaxTS at 3,200 and 4 x 6,400 (arXiv 2408.08152).
-Not fitted to: RMaxTS at 16 x and 32 x 6,400. The ablations are not in the loss either, but START was chosen among random
-parameters as a place where they lie below the full method: where proofs die out soon once nothing can be proved any
-more (a small ``dead_frac``), whether a tree still grows says something about where the proof is. With parameters of equal
-loss but a large ``dead_frac`` RMaxTS gains as much and its ablations do as well as it does.
+Not fitted to: RMaxTS at 16 x and 32 x 6,400. The ablations are not in the loss either, but START was chosen among
+random parameters as a place where they lie below the full method: where proofs die out soon once nothing can be proved
+any more (a small ``dead_frac``), whether a tree still grows says something about where the proof is. With parameters
+of equal loss but a large ``dead_frac`` RMaxTS gains as much and its ablations do as well as it does.
 """
 
 from __future__ import annotations
