@@ -183,10 +183,15 @@ ENV_DTYPE = np.dtype(
         ("last_gpu_1_s", np.float64),
         ("last_attention_0_s", np.float64),  # of the GPU's: prefill and HBM attention; the rest is FC and head
         ("last_attention_1_s", np.float64),
+        ("last_prefill_0_s", np.float64),  # of that, the prefill
+        ("last_prefill_1_s", np.float64),
         ("last_pim_0_s", np.float64),
         ("last_pim_1_s", np.float64),
         ("last_transfer_0_s", np.float64),
         ("last_transfer_1_s", np.float64),
+        ("last_read_0_s", np.float64),  # decode attention of the slowest PIM lane
+        ("last_read_1_s", np.float64),
+        ("last_interleaved", np.int64),  # two sub-batches, or one batch
         ("last_prefill_tokens", np.int64),
         ("last_decode_tokens", np.int64),
         ("log_count", np.int64),

@@ -73,6 +73,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def run_and_report(config: Any, out: Path | None, as_json: bool) -> None:
     """Runs a comparison with a progress bar; prints the table or JSON; writes the folder."""
     from l3env import report
+    from l3env.report import html
     from l3env.runner import run_comparison
 
     with progress_bar("comparing") as progress:
@@ -84,7 +85,11 @@ def run_and_report(config: Any, out: Path | None, as_json: bool) -> None:
     if out is not None:
         with err.status("drawing ..."):
             report.write_results(comparison, out)
-        err.print(f"written: {out}/results.csv, config.json, requests/*.parquet and pictures (*.png)", highlight=False)
+            html.write_html(html.of_comparison(comparison, f"Comparison {out.name}"), out / "report.html")
+        err.print(
+            f"written: {out}/results.csv, report.html, config.json, requests/*.parquet and pictures (*.png)",
+            highlight=False,
+        )
 
 
 @app.command()

@@ -39,12 +39,20 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def announce_compilation() -> None:
-    """Says so before the first use compiles the kernels, which takes half a minute."""
+def announce_compilation(*, compile_now: bool = False) -> None:
+    """Says so before the first use compiles the kernels, which takes half a minute.
+
+    ``compile_now`` does it here and now, so that several processes do not do it side by side.
+    """
     from l3env.jit import is_compiled
 
-    if not is_compiled():
-        err.print("compiling the simulator for this machine: first use only, about half a minute ...")
+    if is_compiled():
+        return
+    err.print("compiling the simulator for this machine: first use only, about half a minute ...")
+    if compile_now:
+        from l3env.runner import warm_up
+
+        warm_up()
 
 
 @contextlib.contextmanager
@@ -64,15 +72,22 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """Comma-separated positive numbers of an option."""
+def numbers(text: str, option: str, count: int | None = None) -> list[float]:
+    """Comma-separated positive numbers of an option, ``count`` of them where that is given."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise L3EnvError(f"{option} {text!r}; expected a number, or several with commas between") from None
     if not all(0 < value < float("inf") for value in values):
         raise L3EnvError(f"{option} {text!r}; expected numbers > 0")
+    if count is not None and len(values) != count:
+        raise L3EnvError(f"{option} {text!r}; expected {count} number{'s' if count > 1 else ''}")
     return values
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names of an option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def plain_table(*columns: str) -> Table:
