@@ -100,10 +100,12 @@ def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
     return np.maximum(np.rint(predicted), 1).astype(np.int64)
 
 
-<<<<<<< HEAD
-def drive(engine: Engine, e: int, policy: Policy) -> None:
-    """Runs environment ``e`` to its end, asking the policy at its decision points."""
-    driver = Driver(engine, e, policy)
+def drive(engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
+    """Runs environment ``e`` to its end, asking the policy at its decision points.
+
+    ``watch`` is called after every iteration (and every wait for an arrival); it changes nothing but the speed.
+    """
+    driver = Driver(engine, e, policy, watch)
     stop = driver.wake()
     while stop != Stop.DONE:
         stop = driver.step()
@@ -114,8 +116,8 @@ def drive(engine: Engine, e: int, policy: Policy) -> None:
 class Driver:
     """One environment under one policy, moved on piece by piece: knobs hold from one decision point to the next."""
 
-    def __init__(self, engine: Engine, e: int, policy: Policy) -> None:
-        self.engine, self.e, self.policy = engine, e, policy
+    def __init__(self, engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
+        self.engine, self.e, self.policy, self.watch = engine, e, policy, watch
         self._held_until_s = -math.inf  # the knobs that stand hold until then
         self._frozen = 0
 
@@ -151,52 +153,14 @@ class Driver:
                 prefill_all=plan.prefill is None,
                 decode=plan.decode,
                 interleaved=plan.interleave,
-=======
-def drive(engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
-    """Runs environment ``e`` to its end, asking the policy at its decision points.
-
-    ``watch`` is called after every iteration (and every wait for an arrival); it changes nothing but the speed.
-    """
-    engine.await_work(e, e + 1)
-    stop = engine.stop(e)
-    frozen = 0
-    while stop != Stop.DONE:
-        view = View(engine, e)
-        before_s = view.now_s
-        decision = policy.decide(view)
-        if isinstance(decision, Knobs):
-            decision.write(engine.knobs, e)
-            interval_s = policy.decision_interval_s
-            if interval_s == 0:
-                stop = run_watched(engine, e, Until.ITERATIONS, 1, watch)
-            elif math.isinf(interval_s):
-                stop = run_watched(engine, e, Until.END, 0.0, watch)
-            else:
-                run_watched(engine, e, Until.TIME, before_s + interval_s, watch)
-                engine.await_work(e, e + 1)  # no decision while there is nothing to decide, as in the environments
-                stop = engine.stop(e)
-        else:
-            stop = engine.step_plan(
-                e,
-                decision.operations(),
-                prefill_all=decision.prefill is None,
-                decode=decision.decode,
-                interleaved=decision.interleave,
             )
-            if watch is not None:
-                watch()
-        frozen = frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
-        if stop == Stop.STALLED or frozen > STALL_ITERATIONS:
-            raise PolicyError(
-                f"policy {policy.name!r} is stuck at {before_s:.3f} s: {view.waiting_count} requests wait, "
-                f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
->>>>>>> main
-            )
+            if self.watch is not None:
+                self.watch()
         elif self.policy.decision_interval_s == 0:
-            stop = engine.run(e, Until.ITERATIONS, 1)
+            stop = run_watched(engine, e, Until.ITERATIONS, 1, self.watch)
         else:
             limit_s = min(limit_s, self._held_until_s)
-            stop = engine.run(e, _until(limit_s, events), limit_s)
+            stop = run_watched(engine, e, _until(limit_s, events), limit_s, self.watch)
             if not events:  # no decision while there is nothing to decide, as in the environments
                 stop = self.wake()
         self._frozen = self._frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
