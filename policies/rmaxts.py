@@ -1,11 +1,11 @@
 """RMaxTS as a scheduler: plans knob settings by tree search over copies of the simulator (arXiv 2408.08152).
 
-The tree's actions are settings of the knobs for the next few decision intervals; the last one of a sequence holds until
-all requests of the scenario are served, so that nothing lies beyond the horizon. A scenario is the present with output
-lengths and further arrivals drawn from what earlier requests were like, given what has been emitted and how often
-requests came so far; true lengths are never read. A trial's extrinsic reward is its goodput against that of the best
-constant setting on the same scenario, its intrinsic reward 1 where it reached a coarse state of the machine that no
-trial of this decision had reached. Trials run in batches, kept apart by virtual loss.
+The tree's actions are settings of the knobs for the next few decision intervals; from there on a trial goes on under
+the best constant setting until all requests of its scenario are served, so that nothing lies beyond the horizon. A
+scenario is the present with output lengths and further arrivals drawn from what earlier requests were like, given what
+has been emitted and how often requests came so far; true lengths are never read. A trial's extrinsic reward is its
+goodput against that of the best constant setting on the same scenario, its intrinsic reward 1 where it reached a coarse
+state of the machine that no trial of this decision had reached. Trials run in batches, kept apart by virtual loss.
 
 The default action is the best constant setting. The first action of the best sequence replaces it where the advantage,
 over scenarios, is clear of its standard error.
@@ -24,15 +24,15 @@ from l3env import rmaxts
 from l3env.errors import PolicyError
 from l3env.policy import BasePolicy, Knobs, View
 from l3env.rollout import Rollouts
-from l3env.state import KNOB_DTYPE, Budget
+from l3env.state import KNOB_DTYPE
 from l3env.tables import Tables
-from l3env.tune import GRID, STARTS
+from l3env.tune import GRID
 from l3env.workload import Workload
 from policies.best_constant import BestConstant
 
 INTERVAL_S = 5.0  # of an action
 LEVELS = 3  # actions in a sequence
-ACTIONS = 16  # settings the tree chooses from
+ACTIONS = 12  # settings the tree chooses from, the best constant one included
 SCENARIOS = 16
 BATCH = 32
 LOOKAHEAD_S = 30.0  # of imagined arrivals
@@ -104,7 +104,7 @@ class RMaxTS(BasePolicy):
         constant = BestConstant()
         constant.slo = self.slo
         constant.prepare(system, training)
-        self.actions = _actions(constant, ACTIONS, has_pim=system.has_pim)
+        self.actions = _actions(constant, ACTIONS)
         self._rows = np.zeros(len(self.actions), KNOB_DTYPE)
         for i, knobs in enumerate(self.actions):
             knobs.write(self._rows, i)
@@ -243,7 +243,6 @@ class _Search:
         for trial in range(rollouts.trials_count):
             path = trials[trial % count][0]
             actions[trial, : len(path)] = path
-            actions[trial, len(path) :] = path[-1] if path else 0
         is_new = np.zeros(count)
         for level in range(LEVELS):
             rollouts.engine.knobs[:] = self.policy._rows[actions[:, level]]
@@ -252,6 +251,7 @@ class _Search:
                 if state not in self.seen:
                     self.seen.add(state)
                     is_new[trial] = 1.0
+        rollouts.engine.knobs[:] = self.policy._rows[0]
         rollouts.run_until(np.full(rollouts.trials_count, self.now_s + LONGEST_S))
         self.count += count
         env = rollouts.env
@@ -270,15 +270,13 @@ class _Search:
         return list(zip(*(each.tolist() for each in (*octaves, hbm, pim)), strict=True))
 
 
-def _actions(constant: BestConstant, count: int, *, has_pim: bool) -> list[Knobs]:
-    """The best constant setting, those of the heuristics, then the best others tried that did not do just the same."""
+def _actions(constant: BestConstant, count: int) -> list[Knobs]:
+    """The best constant setting, then the best others tried, those that do just the same left out."""
     tried = constant.tried.sort_values("value", ascending=False)
-    aligned = (Budget.ALIGN, Budget.ALIGN_WHEN_FULL)  # to a PIM side
-    useful = [knobs for knobs in STARTS if has_pim or knobs.prefill_budget_tokens not in aligned]
-    found, values = [constant.knobs, *(knobs for knobs in useful if knobs != constant.knobs)], []
+    found, values = [constant.knobs], []
     for row in tried.to_dict("records"):
         knobs = Knobs(**{str(name): type(GRID[str(name)][0])(row[name]) for name in GRID})
-        if knobs not in found and row["value"] not in values and len(found) < count:
+        if knobs != constant.knobs and row["value"] not in values and len(found) < count:
             found.append(knobs)
         values.append(row["value"])
     return found

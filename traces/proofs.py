@@ -45,13 +45,13 @@ class ProofModel:
         seed: draws the theorems and everything about them.
     """
 
-    error_p: float = 0.12
-    stuck: float = 0.6
-    dead_frac: float = 0.08
-    tail: float = 0.8
-    mean_steps: float = 2.7
-    live_p: float = 0.09
-    live_q: float = 0.38
+    error_p: float = 0.113
+    stuck: float = 0.737
+    dead_frac: float = 0.083
+    tail: float = 0.857
+    mean_steps: float = 3.608
+    live_p: float = 0.082
+    live_q: float = 0.307
     most_steps: int = 12
     seed: int = 0
 
