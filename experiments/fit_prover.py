@@ -14,13 +14,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from experiments.reproduce.prover import FITTED_TREE, PAPER, RMAXTS, SINGLE_PASS, samples_needed
 from traces.proofs import ProofModel
 
-START = {
+START: dict[str, Any] = {
     "tail": 1.2,
     "mean_steps": 5.9,
     "live_p": 0.1,
@@ -54,9 +56,9 @@ def loss(model: ProofModel, count: int = THEOREMS, give_up: float = float("inf")
     return float(np.sqrt(squares))
 
 
-def neighbour(values: Mapping[str, float], rng: np.random.Generator) -> dict[str, float]:
+def neighbour(values: Mapping[str, float], rng: np.random.Generator) -> dict[str, Any]:
     """All parameters moved a little, within their bounds."""
-    moved = {name: float(value * np.exp(STEP[name] * rng.normal())) for name, value in values.items()}
+    moved: dict[str, Any] = {name: float(value * np.exp(STEP[name] * rng.normal())) for name, value in values.items()}
     moved["mean_steps"] = max(moved["mean_steps"], 1.05)
     moved["dead_frac"] = min(moved["dead_frac"], 1.0)
     return moved
@@ -68,10 +70,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     rng, end = np.random.default_rng(asked.seed), time.monotonic() + 60 * asked.minutes
-    best, least = START, loss(ProofModel(**START))
+    best, least = START, loss(replace(ProofModel(), **START))
     while time.monotonic() < end:
         values = neighbour(best, rng)
-        now = loss(ProofModel(**values), give_up=least)
+        now = loss(replace(ProofModel(), **values), give_up=least)
         if now < least:
             best, least = values, now
             print(f"{least:.4f}", {name: round(value, 3) for name, value in best.items()}, flush=True)
