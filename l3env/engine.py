@@ -133,25 +133,84 @@ class Engine:
         if predicted_tokens is not None:
             req["predicted_tokens"][e, :count] = np.clip(predicted_tokens, 1, 2**30)
         self.state.truth[e, :count] = workload.output_tokens
-        self._set_slo(e, table_idx, workload, slo or Slo())
+        wanted = slo or Slo()
+        self.set_limits(e, workload, wanted, table_idx=table_idx)
+        self.state.env["slo_form"][e] = SLO_FORMS[wanted.form]
+        if wanted.form == "p99-gap":
+            self._rank_limits(e, count)
         self.state.env["table_idx"][e] = table_idx
         self.state.env["requests_count"][e] = count
         run.open_environment(self.tables, self.state, e)
 
-    def _set_slo(self, e: int, table_idx: int, workload: Workload, slo: Slo) -> None:
-        req, env, count = self.state.req, self.state.env, len(workload)
+    def append(
+        self,
+        e: int,
+        workload: Workload,
+        *,
+        slo: Slo | None = None,
+        predicted_tokens: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
+        """Adds requests to environment ``e`` while it runs; one that was done has work again.
+
+        Args:
+            workload: root requests, arriving at any time; those from the past enter at once.
+
+        Returns:
+            Indices of the new requests.
+
+        Raises:
+            WorkloadError: more requests than the capacity, a dependent one, or an SLO on the 99th percentile of gaps,
+                which is counted by the limits of the workload that the environment was opened with.
+        """
+        env, req = self.state.env, self.state.req
+        first, capacity = int(env["requests_count"][e]), self.state.req.shape[1]
+        rows = np.arange(first, first + len(workload))
+        if rows[-1] >= capacity:
+            raise WorkloadError(
+                f"{workload.name}: {rows.size} more requests; this engine was made for {capacity} in all"
+            )
+        if (workload.parent_idx != st.NOWHERE).any():
+            raise WorkloadError(f"{workload.name}: a request depends on another; only root requests can be added")
+        if env["slo_form"][e] == SloForm.P99_GAP:
+            raise WorkloadError(f"{workload.name}: requests cannot be added under an SLO of form p99-gap")
+        req["arrival_s"][e, rows] = workload.arrival_s
+        req["prompt_tokens"][e, rows] = workload.prompt_tokens
+        req["parent_idx"][e, rows] = st.ADDED
+        if predicted_tokens is not None:
+            req["predicted_tokens"][e, rows] = np.clip(predicted_tokens, 1, 2**30)
+        self.state.truth[e, rows] = workload.output_tokens
+        self.set_limits(e, workload, slo or Slo(), first, table_idx=int(env["table_idx"][e]))
+        env["requests_count"][e] = first + rows.size
+        env["stop"][e] = Stop.RUNNING
+        run.expect(self.state, e, first, first + rows.size)
+        return rows
+
+    def wait(self, e: int, until_s: float) -> None:
+        """Lets time pass in environment ``e`` without an iteration."""
+        env = self.state.env
+        idle_s = max(until_s - float(env["clock_s"][e]), 0.0)
+        env["queue_s"][e] += idle_s * env["waiting_count"][e]
+        env["present_s"][e] += idle_s * (env["waiting_count"][e] + env["running_count"][e])
+        env["clock_s"][e] += idle_s
+
+    def set_limits(self, e: int, workload: Workload, slo: Slo, first: int = 0, *, table_idx: int = 0) -> None:
+        """Writes the uncontended TTFT and the SLO of the requests from slot ``first`` on, and of a nominal one."""
+        req, env, rows = self.state.req, self.state.env, slice(first, first + len(workload))
         prompts = np.append(workload.prompt_tokens, st.NOMINAL_PROMPT_TOKENS)
         ttft_alone_s, tbt_alone_s = self.alone_latencies(prompts, table_idx)
-        ttft_slo_s = np.full(count + 1, slo.ttft_s) if slo.ttft_s is not None else slo.ttft_scale * ttft_alone_s
-        tbt_slo_s = np.full(count + 1, slo.tbt_s) if slo.tbt_s is not None else slo.tbt_scale * tbt_alone_s
-        req["ttft_alone_s"][e, :count] = ttft_alone_s[:-1]
-        req["ttft_slo_s"][e, :count], env["ttft_slo_s"][e] = ttft_slo_s[:-1], ttft_slo_s[-1]
-        req["tbt_slo_s"][e, :count], env["tbt_slo_s"][e] = tbt_slo_s[:-1], tbt_slo_s[-1]
-        env["slo_form"][e] = SLO_FORMS[slo.form]
-        if slo.form == "p99-gap":
-            ranked = np.argsort(tbt_slo_s[:-1], kind="stable")
-            self.state.lists["slo_s"][e, :count] = tbt_slo_s[ranked]
-            req["slo_rank"][e, ranked] = np.arange(count)
+        ttft_slo_s = np.full(prompts.size, slo.ttft_s) if slo.ttft_s is not None else slo.ttft_scale * ttft_alone_s
+        tbt_slo_s = np.full(prompts.size, slo.tbt_s) if slo.tbt_s is not None else slo.tbt_scale * tbt_alone_s
+        req["ttft_alone_s"][e, rows] = ttft_alone_s[:-1]
+        req["ttft_slo_s"][e, rows], env["ttft_slo_s"][e] = ttft_slo_s[:-1], ttft_slo_s[-1]
+        req["tbt_slo_s"][e, rows], env["tbt_slo_s"][e] = tbt_slo_s[:-1], tbt_slo_s[-1]
+
+    def _rank_limits(self, e: int, count: int) -> None:
+        """Where each limit on the time between tokens is among those of the workload."""
+        req = self.state.req
+        limits_s = req["tbt_slo_s"][e, :count]
+        ranked = np.argsort(limits_s, kind="stable")
+        self.state.lists["slo_s"][e, :count] = limits_s[ranked]
+        req["slo_rank"][e, ranked] = np.arange(count)
 
     def alone_latencies(
         self, prompt_tokens: NDArray[np.int64], table_idx: int = 0

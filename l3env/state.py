@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 SUB_BATCHES = 2
 NOWHERE = -1
+ADDED = -2  # the parent of a request that was added while the environment ran
 
 
 class Status(IntEnum):

@@ -12,6 +12,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from l3env.engine import Slo
 from l3env.errors import PolicyError
 from l3env.policy import FixedKnobs, Knobs
@@ -40,6 +42,11 @@ class BestConstant(FixedKnobs):
             _found[key] = tune([Cell(system, training, self.slo)])
         self._tuned = _found[key]
         self.knobs = self._tuned.knobs
+
+    @property
+    def tried(self) -> pd.DataFrame:
+        """The settings the search tried, as ``Tuned`` has them."""
+        return self._tuned.tried
 
     def figures(self) -> dict[str, float]:
         """What the setting reached where it was searched."""

@@ -26,6 +26,7 @@ from traces import (
     kv_cache_tester,
     mooncake,
     profile,
+    prover_log,
     servegen,
     spec,
     splice,
@@ -42,7 +43,7 @@ class StandInWarning(UserWarning):
 
 MANIFEST = Path(__file__).parent / "manifest.toml"
 CHECKOUT = Path(__file__).resolve().parent.parent
-BUILT_IN = (canonical, azure, mooncake, burstgpt, vidur, kv_cache_tester, servegen)
+BUILT_IN = (canonical, azure, mooncake, burstgpt, vidur, kv_cache_tester, servegen, prover_log)
 PROFILE_PREFIX = "profile:"
 
 
