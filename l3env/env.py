@@ -18,7 +18,7 @@ from l3env.episodes import Episodes
 from l3env.errors import L3EnvError, PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import collect
-from l3env.observe import FEATURES, LEVELS, Observer, action_space, knobs_of, mask_rows, observation_space, static_masks
+from l3env.observe import FEATURES, LEVELS, Observer, action_space, observation_space
 from l3env.render import Renderer
 
 
@@ -72,12 +72,18 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         if self.renderer is not None:
             self.renderer.reset()
             self._show()
-        return self._observer.look()[0], self._info(0.0)
+        return self._observer.shown(self._observer.look()[0]), self._info(0.0)
 
     def _make_engine(self, requests_count: int) -> None:
         self.engine = Engine(self.episodes.pairs, 1, requests_count, record=True)
-        self._observer = Observer(self.engine)
-        self._static_masks = static_masks(self.engine, has_predictor=self.episodes.predictor is not None)
+        self._observer = self._make_observer(self.engine)
+
+    def _make_observer(self, engine: Engine) -> Observer:
+        return Observer(engine, has_predictor=self._has_predictor)
+
+    @property
+    def _has_predictor(self) -> bool:
+        return self.episodes.predictor is not None
 
     def step(self, action: NDArray[np.int64]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Holds the knobs until the next decision point."""
@@ -85,16 +91,15 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
             raise PlanError("step before reset")
         if not self.action_space.contains(np.asarray(action)):
             raise PlanError(f"action {action!r}; expected one of {self.action_space}")
-        knobs_of(np.asarray(action)).write(self.engine.knobs, 0)
         before = self.engine.state.env.copy()
-        self.engine.run(0, self.episodes.until, float(self.episodes.limits(before["clock_s"])[0]))
-        self.engine.await_work(0, 1)
+        limits = self.episodes.limits(before["clock_s"])
+        obs, _ = self._observer.step(self._observer.check(np.asarray(action)[None]), self.episodes.until, limits)
         after = self.engine.state.env
         reward = float(self.episodes.reward(before, after)[0])
         elapsed_s = float(after["clock_s"][0] - before["clock_s"][0])
         terminated = self.engine.stop(0) == Stop.DONE
         self._show()
-        return self._observer.look()[0], reward, terminated, False, self._info(elapsed_s, terminated)
+        return self._observer.shown(obs[0]), reward, terminated, False, self._info(elapsed_s, terminated)
 
     def _show(self) -> None:
         if self.render_mode == "human":
@@ -120,7 +125,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     def action_masks(self) -> NDArray[np.bool_]:
         """Which levels are legal now, the knobs' heads one after the other (sb3-contrib's convention)."""
         assert self.engine is not None, "action_masks before reset"
-        return mask_rows(self.engine, self._static_masks)[0]
+        return self._observer.masks()[0]
 
     def _info(self, elapsed_s: float, ended: bool = False) -> dict[str, Any]:
         assert self.engine is not None

@@ -105,40 +105,83 @@ def drive(engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | No
 
     ``watch`` is called after every iteration (and every wait for an arrival); it changes nothing but the speed.
     """
-    engine.await_work(e, e + 1)
-    stop = engine.stop(e)
-    frozen = 0
+    driver = Driver(engine, e, policy, watch)
+    stop = driver.wake()
     while stop != Stop.DONE:
-        view = View(engine, e)
-        before_s = view.now_s
-        decision = policy.decide(view)
-        if isinstance(decision, Knobs):
-            decision.write(engine.knobs, e)
-            interval_s = policy.decision_interval_s
-            if interval_s == 0:
-                stop = run_watched(engine, e, Until.ITERATIONS, 1, watch)
-            elif math.isinf(interval_s):
-                stop = run_watched(engine, e, Until.END, 0.0, watch)
+        stop = driver.step()
+        if stop == Stop.STALLED:
+            raise stuck(engine, e, policy)
+
+
+class Driver:
+    """One environment under one policy, moved on piece by piece: knobs hold from one decision point to the next."""
+
+    def __init__(self, engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
+        self.engine, self.e, self.policy, self.watch = engine, e, policy, watch
+        self._held_until_s = -math.inf  # the knobs that stand hold until then
+        self._frozen = 0
+
+    def wake(self) -> Stop:
+        """Goes to the next moment with a request present."""
+        self.engine.await_work(self.e, self.e + 1)
+        return self.engine.stop(self.e)
+
+    def step(self, limit_s: float = math.inf, *, events: bool = False) -> Stop:
+        """Goes to the next decision point, or ends with the iteration that reaches ``limit_s``.
+
+        Args:
+            events: ends after any iteration with an arrival, a finish or a preemption, too.
+
+        Raises:
+            PolicyError: many plans in a row that let no time pass.
+            PlanError: the policy returned something illegal.
+        """
+        engine, e = self.engine, self.e
+        before_s = float(engine.state.env["clock_s"][e])
+        plan = None
+        if before_s >= self._held_until_s:
+            decision = self.policy.decide(View(engine, e))
+            if isinstance(decision, Knobs):
+                decision.write(engine.knobs, e)
+                self._held_until_s = before_s + self.policy.decision_interval_s
             else:
-                run_watched(engine, e, Until.TIME, before_s + interval_s, watch)
-                engine.await_work(e, e + 1)  # no decision while there is nothing to decide, as in the environments
-                stop = engine.stop(e)
-        else:
+                plan = decision
+        if plan is not None:
             stop = engine.step_plan(
                 e,
-                decision.operations(),
-                prefill_all=decision.prefill is None,
-                decode=decision.decode,
-                interleaved=decision.interleave,
+                plan.operations(),
+                prefill_all=plan.prefill is None,
+                decode=plan.decode,
+                interleaved=plan.interleave,
             )
-            if watch is not None:
-                watch()
-        frozen = frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
-        if stop == Stop.STALLED or frozen > STALL_ITERATIONS:
-            raise PolicyError(
-                f"policy {policy.name!r} is stuck at {before_s:.3f} s: {view.waiting_count} requests wait, "
-                f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
-            )
+            if self.watch is not None:
+                self.watch()
+        elif self.policy.decision_interval_s == 0:
+            stop = run_watched(engine, e, Until.ITERATIONS, 1, self.watch)
+        else:
+            limit_s = min(limit_s, self._held_until_s)
+            stop = run_watched(engine, e, _until(limit_s, events), limit_s, self.watch)
+            if not events:  # no decision while there is nothing to decide, as in the environments
+                stop = self.wake()
+        self._frozen = self._frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
+        if self._frozen > STALL_ITERATIONS:
+            raise stuck(engine, e, self.policy)
+        return stop
+
+
+def _until(limit_s: float, events: bool) -> Until:
+    if events:
+        return Until.EVENT
+    return Until.END if math.isinf(limit_s) else Until.TIME
+
+
+def stuck(engine: Engine, e: int, policy: Policy) -> PolicyError:
+    """The error of a policy that leaves requests waiting for ever."""
+    view = View(engine, e)
+    return PolicyError(
+        f"policy {policy.name!r} is stuck at {view.now_s:.3f} s: {view.waiting_count} requests wait, "
+        f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
+    )
 
 
 def run_watched(engine: Engine, e: int, until: Until, limit: float, watch: Callable[[], None] | None) -> Stop:

@@ -35,6 +35,9 @@ def compare(
     ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
     tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
     slo_form: Annotated[str, typer.Option(help="SLO on tokens: mean-tbt, p99-gap or token-deadlines.")] = "mean-tbt",
+    training: Annotated[
+        str | None, typer.Option(help="Trace of earlier requests to learn from, by default the first fifth.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A config.json of an earlier run: repeats it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -56,6 +59,7 @@ def compare(
             seeds,
             tp,
             slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s, slo_form),
+            training=training,
         )
     run_and_report(wanted, out, as_json)
 

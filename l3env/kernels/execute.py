@@ -155,7 +155,7 @@ def execute(t, s, e, decode, mode):
     for sub in range(SUB_BATCHES):
         heap = FINISH_HEAP + sub
         while s.heap_len[e, heap] > 0 and s.heap[e, heap, s.heap[e, heap, 0]["item"]]["key"] <= s.sub[e, sub]["clock"]:
-            finish(t, s, e, s.heap[e, heap, 0]["item"])
+            finish(t, s, e, np.int64(s.heap[e, heap, 0]["item"]))
     if s.log.shape[1] > 1:
         write_log(t, s, e, duration_s, gpu_0_s + gpu_1_s, pim_0_s + pim_1_s, decodes, tokens)
 
@@ -215,7 +215,7 @@ def step_prefills(t, s, e):
     now_s = env["clock_s"]
     i = 0
     while i < env["prefill_count"]:
-        r = s.lists[e, i]["prefill"]
+        r = np.int64(s.lists[e, i]["prefill"])
         chunk = req[e, r]["chunk_tokens"]
         req[e, r]["chunk_tokens"] = 0
         req[e, r]["prefilled_tokens"] += chunk
@@ -237,7 +237,7 @@ def step_prefills(t, s, e):
         req[e, r]["emitted_tokens"] += 1
         env["output_tokens"] += 1
         req[e, r]["kv_tokens"] = req[e, r]["target_tokens"]
-        join_decode(t, s, e, r, req[e, r]["sub"])
+        join_decode(t, s, e, r, np.int64(req[e, r]["sub"]))
 
 
 @helper
