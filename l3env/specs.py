@@ -394,6 +394,7 @@ class SystemSpec:
     hbm_kv: bool = True  # may KV live in HBM and be attended to by the GPU?
     max_batched_tokens: int = at_least(1)  # sizes the activation buffers that HBM keeps
     gpus_per_host_count: int = at_least(0, default=0, high=1024)  # GPUs that share one ``pim``; 0: all of them
+    tensor_parallel_count: int = at_least(0, default=0, high=1024)  # GPUs a replica spans; 0: as the model says
     experts: ExpertParallelSpec | None = None  # None: every replica holds all experts, split like its other weights
     sources: Mapping[str, str] = field(default_factory=dict)
 

@@ -17,6 +17,7 @@ from l3env.costs.gpu import (
     dense_layer_s,
     elementwise_layer_s,
     ffn_shapes,
+    head_s,
     linears_s,
     matmul_compute_s,
     memory_s,
@@ -139,3 +140,18 @@ def fc_and_all_to_all_s(system: SystemSpec, model: ModelSpec, tp: int, tokens: A
     if parts == 1:
         return work + sending, np.zeros_like(work)
     return parts * work, parts * sending
+
+
+def draft_s(system: SystemSpec, model: ModelSpec, tp: int, tokens: ArrayLike) -> Array:
+    """Guessing one more token for each of ``tokens`` requests outside attention: the module of arXiv 2412.19437, section
+    2.2: a projection of the hidden state and the embedding side by side, one layer like the last ones, the head."""
+    count = np.asarray(tokens, dtype=float)
+    if model.draft_modules_count == 0:
+        return np.zeros_like(count)
+    total = linears_s(model, system.gpu, count, [(2 * model.hidden_size, model.hidden_size / tp)])
+    if model.moe is None:
+        total = total + dense_layer_s(model, system.gpu, system.gpu_link, tp, count)
+    else:
+        total = total + moe_layer_s(model, system.gpu, system.gpu_link, system.experts, tp, count)
+        total = total + all_to_all_s(system, model, tp, count)
+    return np.where(count > 0, total + head_s(model, system.gpu, tp, count), 0.0)

@@ -159,6 +159,12 @@ def lane_token_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> flo
     return closed_s if fitted is None else closed_s * pim.internal_utilisation_frac / fitted.streaming_frac
 
 
+def verify_token_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:
+    """As ``lane_token_s`` with two query tokens of each request at once: more passes where one query fills the PUs."""
+    once = fetched_bytes(pim, model)
+    return lane_token_s(pim, model, lane_bytes_per_s) * fetched_bytes(pim, model, query_tokens=2) / once
+
+
 def lane_request_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:
     """Decode attention per request in a lane, all layers, whatever its length: query, output, rows half full.
 
