@@ -372,6 +372,7 @@ class ExpertParallelSpec:
 
     ranks_count: int = at_least(1, high=1e5)
     slots_count: int = at_least(1, high=1e5)  # expert places over all ranks: experts and their redundant copies
+    tensor_parallel_count: int = at_least(1, high=1024)  # GPUs that a replica spans: attention is data-parallel
     network: LinkSpec  # one GPU's link to other hosts
     by_node: bool = False  # a token crosses the network once per host, then goes on over the GPU link
     shared_is_routed: bool = False  # the shared expert has slots of its own and is sent tokens like a routed one
@@ -394,7 +395,6 @@ class SystemSpec:
     hbm_kv: bool = True  # may KV live in HBM and be attended to by the GPU?
     max_batched_tokens: int = at_least(1)  # sizes the activation buffers that HBM keeps
     gpus_per_host_count: int = at_least(0, default=0, high=1024)  # GPUs that share one ``pim``; 0: all of them
-    tensor_parallel_count: int = at_least(0, default=0, high=1024)  # GPUs a replica spans; 0: as the model says
     experts: ExpertParallelSpec | None = None  # None: every replica holds all experts, split like its other weights
     sources: Mapping[str, str] = field(default_factory=dict)
 

@@ -151,13 +151,15 @@ def compile_tables(
     """Compiles one replica of ``model`` on ``system``.
 
     Args:
-        tp: tensor-parallel degree, by default the system's or the model's; must divide the system's GPUs.
+        tp: tensor-parallel degree, by default the model's (the system's, if it shares out experts); must divide the system's GPUs.
         block_tokens: tokens per KV block.
 
     Raises:
         SpecError: the degree does not divide the GPUs, the model does not fit, or no place is left for KV.
     """
-    usual = system.tensor_parallel_count or min(model.tensor_parallel_count, system.gpus_count)
+    usual = min(model.tensor_parallel_count, system.gpus_count)
+    if model.moe is not None and system.experts is not None:
+        usual = system.experts.tensor_parallel_count
     degree = usual if tp is None else tp
     if degree < 1 or system.gpus_count % degree:
         raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide {system.gpus_count} GPUs")
