@@ -118,6 +118,7 @@ def drive(engine: Engine, e: int, policy: Policy) -> None:
                 prefill_all=decision.prefill is None,
                 decode=decision.decode,
                 interleaved=decision.interleave,
+                multi_token=decision.multi_token,
             )
         frozen = frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
         if stop == Stop.STALLED or frozen > STALL_ITERATIONS:

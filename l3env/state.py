@@ -3,9 +3,14 @@
 E environments (or replicas) side by side, N requests each, S = 2 sub-batches, L lanes, P pools, B tokens a block.
 
 Requests that decode are not touched while they decode. Each sub-batch has a *decode clock* that counts its decode
-steps; a decoding request remembers the clock at which it joined, so its KV length and emitted tokens follow by
+tokens; a decoding request remembers the clock at which it joined, so its KV length and emitted tokens follow by
 subtraction, its finish is a fixed clock value (kept in a heap), and the blocks it will need are counted by the phase at
 which its KV fills a block. A decode step costs work per lane and pool, none per request.
+
+Multi-token prediction: a step emits one token, or two where the guess of the second holds. How often it holds is drawn
+for each request before the run, in eighths (its ``draft_class``: guesses that hold in every DRAFT_STEPS steps, evenly
+spread); all requests of a class and sub-batch emit alike, so there is a clock for each class. D = DRAFT_CLASSES, or 1
+where no model guesses.
 """
 
 from __future__ import annotations
@@ -54,10 +59,12 @@ class Victim(IntEnum):
     LATEST_DEADLINE = 2
 
 
-# heaps of an environment: one a queue order (built when first used), one a decode clock, one of dependent arrivals
-FINISH_HEAP = ORDERS_COUNT
-ARRIVAL_HEAP = ORDERS_COUNT + SUB_BATCHES
-HEAPS_COUNT = ORDERS_COUNT + SUB_BATCHES + 1
+# heaps of an environment: one a queue order (built when first used), one of dependent arrivals, one a decode clock
+ARRIVAL_HEAP = ORDERS_COUNT
+FINISH_HEAP = ORDERS_COUNT + 1  # + sub-batch + SUB_BATCHES x draft class
+
+DRAFT_STEPS = 8
+DRAFT_CLASSES = DRAFT_STEPS + 1
 
 REQUEST_DTYPE = np.dtype(
     [
@@ -77,6 +84,7 @@ REQUEST_DTYPE = np.dtype(
         ("sub", np.int8),
         ("hopeless", np.int8),
         ("joining", np.int8),  # has not decoded since it joined its sub-batch
+        ("draft_class", np.int8),  # guessed tokens that hold in DRAFT_STEPS steps
         ("lane", np.int16),
         ("target_tokens", np.int32),  # KV to build by prefill: the prompt, after a preemption what was emitted too
         ("prefilled_tokens", np.int32),
@@ -111,6 +119,7 @@ ENV_DTYPE = np.dtype(
         ("admitted_seq", np.int64),
         ("stop", np.int64),  # see kernels.run.Stop
         ("bad_request_idx", np.int64),  # which request an illegal plan is about
+        ("drafting", np.int64),  # does this iteration's decode step verify a guessed token beside the next one?
         # what happened, summed from the start
         ("arrived_count", np.int64),
         ("finished_count", np.int64),
@@ -187,6 +196,8 @@ KNOB_DTYPE = np.dtype(
         ("reserve_predicted", np.int64),  # admit only what fits with all predicted growth
         ("sub_batching", np.int64),  # SubBatching
         ("victim", np.int64),
+        ("pim_form", np.int64),  # PimForm of new KV on the PIM side
+        ("multi_token", np.int64),  # guess and verify a token more in each decode step, where the model can
     ],
     align=True,
 )
@@ -219,7 +230,9 @@ MARK_DTYPE = np.dtype(
 
 SUB_DTYPE = np.dtype(
     [
-        ("clock", np.int64),  # decode steps so far
+        ("steps", np.int64),  # decode steps so far
+        ("drafts", np.int64),  # those of them that verified a guess
+        ("decoding", np.int64),  # decoding requests
         ("last_step_s", np.float64),  # end of the last one
         ("members", np.int64),  # running requests
     ],
@@ -271,6 +284,13 @@ class SubBatching(IntEnum):
     ADAPTIVE = 2  # in each iteration, interleaved or as one batch, whichever is shorter
 
 
+class PimForm(IntEnum):
+    """How KV lies on the PIM side."""
+
+    STORED = 0  # as the model stores it: with MLA the latent
+    DECOMPRESSED = 1  # plain keys and values of a latent: 71 times the memory for DeepSeek-V3
+
+
 class State(NamedTuple):
     """All of the engine's memory. Copying these arrays copies the environments."""
 
@@ -279,8 +299,10 @@ class State(NamedTuple):
     truth: NDArray[np.int32]  # (E, N) output tokens; kernels and oracle-* policies only
     sub: NDArray[np.void]  # (E, S) SUB_DTYPE
     lane: NDArray[np.void]  # (E, S, L) LANE_DTYPE
+    lane_class: NDArray[np.int32]  # (E, S, L, D) decoding requests by draft class; kept where D > 1
+    clock: NDArray[np.int64]  # (E, S, D) decode clocks: tokens that a request of the class would have emitted
     pool: NDArray[np.void]  # (E, P) POOL_DTYPE
-    phase: NDArray[np.int32]  # (E, S, P, B) decoding requests by the clock phase at which they need a block
+    phase: NDArray[np.int32]  # (E, S, P, D, B) decoding requests by the clock phase at which they need a block
     heap: NDArray[np.void]  # (E, H, N) HEAP_DTYPE
     heap_len: NDArray[np.int64]  # (E, H)
     lists: NDArray[np.void]  # (E, N) LISTS_DTYPE
@@ -289,20 +311,32 @@ class State(NamedTuple):
 
 
 def allocate(
-    envs_count: int, requests_count: int, lanes_count: int, pools_count: int, block_tokens: int, *, log_rows: int = 0
+    envs_count: int,
+    requests_count: int,
+    lanes_count: int,
+    pools_count: int,
+    block_tokens: int,
+    *,
+    drafts: bool = False,
+    log_rows: int = 0,
 ) -> State:
-    """Zeroed arrays of the given sizes. ``log_rows`` > 0 records the time line and the gaps between tokens."""
+    """Zeroed arrays of the given sizes. ``drafts``: a model guesses tokens. ``log_rows`` > 0 records the time line and
+    the gaps between tokens."""
     e, n, s = envs_count, requests_count, SUB_BATCHES
+    d = DRAFT_CLASSES if drafts else 1
+    heaps_count = FINISH_HEAP + s * d
     return State(
         env=np.zeros(e, ENV_DTYPE),
         req=np.zeros((e, n), REQUEST_DTYPE),
         truth=np.zeros((e, n), np.int32),
         sub=np.zeros((e, s), SUB_DTYPE),
         lane=np.zeros((e, s, lanes_count), LANE_DTYPE),
+        lane_class=np.zeros((e, s, lanes_count, d), np.int32),
+        clock=np.zeros((e, s, d), np.int64),
         pool=np.zeros((e, pools_count), POOL_DTYPE),
-        phase=np.zeros((e, s, pools_count, block_tokens), np.int32),
-        heap=np.zeros((e, HEAPS_COUNT, n), HEAP_DTYPE),
-        heap_len=np.zeros((e, HEAPS_COUNT), np.int64),
+        phase=np.zeros((e, s, pools_count, d, block_tokens), np.int32),
+        heap=np.zeros((e, heaps_count, n), HEAP_DTYPE),
+        heap_len=np.zeros((e, heaps_count), np.int64),
         lists=np.zeros((e, n), LISTS_DTYPE),
         gap_hist=np.zeros((e, GAP_BINS if log_rows else 1), np.int64),
         log=np.zeros((e, max(log_rows, 1)), LOG_DTYPE),

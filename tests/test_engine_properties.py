@@ -41,9 +41,10 @@ RUNNING = (Status.PREFILL, Status.DECODE, Status.PAUSED)
 
 
 def decoded_since_joining(state, e, r):
-    """Decode steps since a request joined its sub-batch."""
+    """Tokens emitted by decode steps since a request joined its sub-batch."""
     req = state.req[e, r]
-    return int(state.sub["clock"][e, req["sub"]] - req["joined_clock"]) if req["status"] == Status.DECODE else 0
+    clock = state.clock[e, req["sub"], req["draft_class"]]
+    return int(clock - req["joined_clock"]) if req["status"] == Status.DECODE else 0
 
 
 def check(engine, e=0):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from l3env.jit import inner, kernel
+from l3env.kernels.memory import pim_blocks_used
 from l3env.kernels.price import fc_batch_s, tbt_alone_s
 from l3env.kernels.queue import next_waiting
-from l3env.kernels.schedule import decoding_count
+from l3env.kernels.schedule import decoding_count, stored_lanes
 from l3env.state import NOWHERE, Order
 
 
@@ -48,24 +49,27 @@ def write_features(t, s, marks, first, last, out):
         row[i + 4] = squash(float(paused), 16.0)
         i = 10
         pim_used, pim_blocks, fullest, free = 0, 0, 0.0, 0
-        for pool in range(coef["pools_count"]):
+        for pool in range(coef["pools_count"] if coef["spread_pool"] == 0 else coef["spread_pool"]):
             used_blocks, blocks = s.pool[e, pool]["used"], t.pool_blocks[table, pool]
             free += blocks - used_blocks
             if pool > 0:
                 pim_used += used_blocks
                 pim_blocks += blocks
                 fullest = max(fullest, used_blocks / max(blocks, 1))
+        if coef["spread_pool"] > 0:
+            free += pim_used - pim_blocks_used(t, s, e)
+            pim_used = pim_blocks_used(t, s, e)
         row[i] = s.pool[e, 0]["used"] / max(t.pool_blocks[table, 0], 1)
         row[i + 1] = pim_used / max(pim_blocks, 1)
         row[i + 2] = fullest
         steps = free * coef["block_tokens"] / max(decoding_0 + decoding_1, 1)
         row[i + 3] = squash(steps, 256.0)
         slowest, total = 0.0, 0.0
-        for lane in range(1, coef["lanes_count"]):
+        for lane in range(1, stored_lanes(t, table)):
             load = s.lane[e, 0, lane]["kv"] + s.lane[e, 1, lane]["kv"]
             slowest = max(slowest, load)
             total += load
-        mean = total / max(coef["lanes_count"] - 1, 1)
+        mean = total / max(stored_lanes(t, table) - 1, 1)
         row[i + 4] = squash(slowest / mean - 1.0, 1.0) if mean > 0 else 0.0
         i = 15
         last_s = max(env["last_iteration_s"], 1e-12)
@@ -99,7 +103,7 @@ def write_features(t, s, marks, first, last, out):
         row[i + 3] = squash(float(pim_blocks * coef["block_tokens"]), 262144.0)
         row[i + 4] = squash(fc_one_s, 0.02)
         row[i + 5] = squash(fc_batch_s(t, table, 1024) / fc_one_s, 10.0)
-        per_lane = pim_blocks * coef["block_tokens"] / max(coef["lanes_count"] - 1, 1)
+        per_lane = pim_blocks * coef["block_tokens"] / max(stored_lanes(t, table) - 1, 1)
         row[i + 6] = squash(per_lane * coef["pim_token_s"], 0.1)
         mark["clock_s"] = now_s
         mark["busy_s"], mark["gpu_busy_s"], mark["pim_busy_s"] = env["busy_s"], env["gpu_busy_s"], env["pim_busy_s"]

@@ -1,7 +1,8 @@
 """KV accounting: which blocks a request holds from admission to its end, and what it adds to its lane's load.
 
 Blocks for the whole prompt are taken at admission; a decoding request takes one more whenever its KV fills the last.
-KV of a request that emitted its first token from a prompt of P tokens is P; each decode step adds one.
+KV of a request that emitted its first token from a prompt of P tokens is P; each token that a decode step emits adds
+one (a guess that did not hold leaves none).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, remove
 from l3env.kernels.queue import dequeue, enqueue, release_children
-from l3env.state import FINISH_HEAP, NOWHERE, Status, Victim
+from l3env.state import DRAFT_STEPS, FINISH_HEAP, NOWHERE, SUB_BATCHES, Status, Victim
 
 
 @inner
@@ -20,11 +21,55 @@ def blocks_of(tokens, block):
 
 
 @inner
+def clock_of(s, e, r):
+    """The decode clock that a request goes by."""
+    return s.clock[e, s.req[e, r]["sub"], s.req[e, r]["draft_class"]]
+
+
+@inner
+def emits(s, e, sub, draft_class):
+    """Tokens that requests of a class emit in their sub-batch's next decode step: 1, or 2 where the guess holds."""
+    if s.env[e]["drafting"] == 0:
+        return 1
+    drafts = s.sub[e, sub]["drafts"]
+    return 1 + (drafts + 1) * draft_class // DRAFT_STEPS - drafts * draft_class // DRAFT_STEPS
+
+
+@inner
+def room(t, s, e, pool):
+    """Blocks that a pool may hold: its capacity, less what KV of another form takes of the same memory."""
+    table = s.env[e]["table_idx"]
+    capacity = t.pool_blocks[table, pool]
+    spread, share = t.coef[table]["spread_pool"], t.coef[table]["spread_share"]
+    if spread == 0 or pool == 0:
+        return capacity
+    if pool < spread:
+        return capacity - np.int64(np.ceil(s.pool[e, spread]["used"] * share))
+    for other in range(1, spread):
+        capacity = min(capacity, np.int64((t.pool_blocks[table, other] - s.pool[e, other]["used"]) / share))
+    return capacity
+
+
+@helper
+def pim_blocks_used(t, s, e):
+    """Blocks held on the PIM side, in blocks of KV as stored."""
+    table = s.env[e]["table_idx"]
+    spread = t.coef[table]["spread_pool"]
+    stored = spread if spread > 0 else t.coef[table]["pools_count"]
+    used = 0
+    for pool in range(1, stored):
+        used += s.pool[e, pool]["used"]
+    if spread > 0:
+        used += np.int64(s.pool[e, spread]["used"] * t.coef[table]["spread_share"] * (spread - 1))
+    return used
+
+
+@inner
 def kv_now(s, e, r):
     """KV tokens of a request that holds KV: for prefilling ones what was prefilled, for others what they grew to."""
     req = s.req
     if req[e, r]["status"] == Status.DECODE:
-        return req[e, r]["kv_tokens"] + (s.sub[e, req[e, r]["sub"]]["clock"] - req[e, r]["joined_clock"])
+        return req[e, r]["kv_tokens"] + (clock_of(s, e, r) - req[e, r]["joined_clock"])
     if req[e, r]["status"] == Status.PREFILL:
         return np.int64(req[e, r]["prefilled_tokens"])
     return np.int64(req[e, r]["kv_tokens"])
@@ -35,7 +80,7 @@ def emitted_now(s, e, r):
     """Output tokens so far."""
     req = s.req
     if req[e, r]["status"] == Status.DECODE:
-        return req[e, r]["emitted_tokens"] + (s.sub[e, req[e, r]["sub"]]["clock"] - req[e, r]["joined_clock"])
+        return req[e, r]["emitted_tokens"] + (clock_of(s, e, r) - req[e, r]["joined_clock"])
     return np.int64(req[e, r]["emitted_tokens"])
 
 
@@ -103,15 +148,19 @@ def join_decode(t, s, e, r, sub):
     block = t.coef[table]["block_tokens"]
     lane = req[e, r]["lane"]
     kv = np.int64(req[e, r]["kv_tokens"])
-    now = s.sub[e, sub]["clock"]
+    draft = req[e, r]["draft_class"]
+    now = s.clock[e, sub, draft]
     req[e, r]["status"] = Status.DECODE
     req[e, r]["sub"] = sub
     req[e, r]["joined_clock"] = now
     s.lane[e, sub, lane]["count"] += 1
     s.lane[e, sub, lane]["kv"] += kv
-    s.phase[e, sub, t.lane_pool[table, lane], (now - kv) % block] += 1
-    steps_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
-    push(s.heap[e, FINISH_HEAP + sub], s.heap_len[e], FINISH_HEAP + sub, r, float(now + steps_left))
+    s.lane_class[e, sub, lane, draft] += 1
+    s.sub[e, sub]["decoding"] += 1
+    s.phase[e, sub, t.lane_pool[table, lane], draft, (now - kv) % block] += 1
+    tokens_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
+    heap = FINISH_HEAP + sub + SUB_BATCHES * draft
+    push(s.heap[e, heap], s.heap_len[e], heap, r, float(now + tokens_left))
     if not req[e, r]["joining"]:
         req[e, r]["joining"] = 1
         s.lists[e, env["joining_count"]]["joining"] = r
@@ -126,16 +175,19 @@ def leave_decode(t, s, e, r):
     block = t.coef[table]["block_tokens"]
     lane, sub = req[e, r]["lane"], req[e, r]["sub"]
     kv, emitted = kv_now(s, e, r), emitted_now(s, e, r)
-    joined = req[e, r]["joined_clock"]
-    s.phase[e, sub, t.lane_pool[table, lane], (joined - req[e, r]["kv_tokens"]) % block] -= 1
+    joined, draft = req[e, r]["joined_clock"], req[e, r]["draft_class"]
+    s.phase[e, sub, t.lane_pool[table, lane], draft, (joined - req[e, r]["kv_tokens"]) % block] -= 1
     s.lane[e, sub, lane]["count"] -= 1
     s.lane[e, sub, lane]["kv"] -= kv
-    remove(s.heap[e, FINISH_HEAP + sub], s.heap_len[e], FINISH_HEAP + sub, r)
-    if s.sub[e, sub]["clock"] > joined:
+    s.lane_class[e, sub, lane, draft] -= 1
+    s.sub[e, sub]["decoding"] -= 1
+    heap = FINISH_HEAP + sub + SUB_BATCHES * draft
+    remove(s.heap[e, heap], s.heap_len[e], heap, r)
+    if s.clock[e, sub, draft] > joined:
         req[e, r]["last_token_s"] = s.sub[e, sub]["last_step_s"]
     req[e, r]["kv_tokens"] = kv
     req[e, r]["emitted_tokens"] = emitted
-    req[e, r]["joined_clock"] = s.sub[e, sub]["clock"]
+    req[e, r]["joined_clock"] = s.clock[e, sub, draft]
 
 
 @helper
@@ -225,6 +277,10 @@ def finish(t, s, e, r):
     req, env = s.req, s.env[e]
     release(t, s, e, r)
     now_s = env["clock_s"]
+    if req[e, r]["emitted_tokens"] > s.truth[e, r]:  # the guessed token after its last one is dropped
+        env["output_tokens"] -= 1
+        if s.gap_hist.shape[1] > 1:
+            s.gap_hist[e, 0] -= 1
     req[e, r]["status"] = Status.FINISHED
     req[e, r]["finish_s"] = now_s
     req[e, r]["last_token_s"] = now_s
@@ -243,7 +299,12 @@ def finish(t, s, e, r):
 def growth_blocks(t, s, e, pool):
     """Blocks that one decode step of both sub-batches takes from a pool."""
     block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
-    return s.phase[e, 0, pool, s.sub[e, 0]["clock"] % block] + s.phase[e, 1, pool, s.sub[e, 1]["clock"] % block]
+    need = 0
+    for sub in range(SUB_BATCHES):
+        for draft in range(s.clock.shape[2]):
+            for i in range(emits(s, e, sub, draft)):
+                need += s.phase[e, sub, pool, draft, (s.clock[e, sub, draft] + i) % block]
+    return need
 
 
 @helper
@@ -271,7 +332,7 @@ def make_room_to_grow(t, s, e, rule):
     table = s.env[e]["table_idx"]
     for pool in range(t.coef[table]["pools_count"]):
         need = growth_blocks(t, s, e, pool)
-        while s.pool[e, pool]["used"] + need > t.pool_blocks[table, pool]:
+        while need > 0 and s.pool[e, pool]["used"] + need > room(t, s, e, pool):
             preempt(t, s, e, choose_victim(t, s, e, pool, rule))
             need = growth_blocks(t, s, e, pool)
         if need > 0:
