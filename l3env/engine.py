@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env import state as st
-from l3env.errors import PlanError, WorkloadError
+from l3env.errors import L3EnvError, PlanError, WorkloadError
 from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
+from l3env.state import SloForm
 from l3env.tables import TableArrays, Tables, stack
 from l3env.workload import Workload
 
@@ -36,7 +37,16 @@ FAULT_TEXT = {
 
 GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly
 
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def _threads() -> int:
+    own = os.environ.get("L3ENV_THREADS", "")
+    if own and (not own.isdecimal() or int(own) < 1):
+        raise L3EnvError(f"L3ENV_THREADS = {own!r}; expected a whole number >= 1")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(own) if own else cores
+
+
+THREADS = _threads()  # ``L3ENV_THREADS``, or the cores there are
 
 
 @cache
@@ -45,21 +55,31 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="l3env")
 
 
+SLO_FORMS = {"mean-tbt": SloForm.MEAN_TBT, "p99-gap": SloForm.P99_GAP, "token-deadlines": SloForm.TOKEN_DEADLINES}
+
+
 @dataclass(frozen=True)
 class Slo:
-    """Service-level objective: TTFT and mean time between tokens, as multiples of a request's own uncontended ones.
+    """Service-level objective: TTFT and time between tokens, as multiples of a request's own uncontended ones.
 
     Uncontended: TTFT is one prefill of its whole prompt on the empty system; time between tokens is one decode step at
     the context of its prompt. Both follow from the prompt alone, so a scheduler may know them. Absolute limits
     (``ttft_s``, ``tbt_s``) replace the multiples where given.
+
+    What the limit on the time between tokens is about (``form``): "mean-tbt", a request's mean; "p99-gap", its 99th
+    percentile (at most one gap in a hundred is longer); "token-deadlines", token k (the first is 0) is due at arrival +
+    TTFT limit + k x the limit, so that time saved early may be spent later.
     """
 
     ttft_scale: float = 5.0
     tbt_scale: float = 5.0
     ttft_s: float | None = None
     tbt_s: float | None = None
+    form: str = "mean-tbt"
 
     def __post_init__(self) -> None:
+        if self.form not in SLO_FORMS:
+            raise WorkloadError(f"SLO form = {self.form!r}; expected one of {', '.join(SLO_FORMS)}")
         for name in ("ttft_scale", "tbt_scale", "ttft_s", "tbt_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -164,6 +184,15 @@ class Engine:
         req["ttft_alone_s"][e, :count] = ttft_s
         req["ttft_slo_s"][e, :count] = slo.ttft_scale * ttft_s if slo.ttft_s is None else slo.ttft_s
         req["tbt_slo_s"][e, :count] = slo.tbt_scale * tbt_s if slo.tbt_s is None else slo.tbt_s
+        limits_s = req["tbt_slo_s"][e, :count]
+        ranked = np.argsort(limits_s, kind="stable")
+        self.state.lists["slo_s"][e, :count] = limits_s[ranked]
+        req["slo_rank"][e, ranked] = np.arange(count)
+        ttft_s, tbt_s = self.alone_latencies(np.array([st.NOMINAL_PROMPT_TOKENS]), table_idx)
+        env = self.state.env
+        env["slo_form"][e] = SLO_FORMS[slo.form]
+        env["ttft_slo_s"][e] = slo.ttft_scale * ttft_s[0] if slo.ttft_s is None else slo.ttft_s
+        env["tbt_slo_s"][e] = slo.tbt_scale * tbt_s[0] if slo.tbt_s is None else slo.tbt_s
 
     def alone_latencies(
         self, prompt_tokens: NDArray[np.int64], table_idx: int = 0
@@ -194,6 +223,14 @@ class Engine:
             share(0, self.num_envs)
         else:
             list(_pool().map(share, edges[:-1], edges[1:]))
+
+    def run_to_end(self) -> None:
+        """Runs every environment under its knobs until nothing is left to do, each handed to the next free core."""
+        if THREADS == 1:
+            for e in range(self.num_envs):
+                self.run(e)
+        else:
+            list(_pool().map(self.run, range(self.num_envs)))
 
     def await_work(self, first: int, last: int) -> None:
         """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""

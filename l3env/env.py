@@ -18,8 +18,7 @@ from l3env.episodes import Episodes
 from l3env.errors import PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import collect
-from l3env.observe import FEATURES, LEVELS, action_space, knobs_of, mask_heads, observation_space, observe
-from l3env.state import MARK_DTYPE
+from l3env.observe import FEATURES, LEVELS, Observer, action_space, knobs_of, mask_rows, observation_space, static_masks
 
 
 class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
@@ -28,14 +27,17 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     Observation: Box(0, 1, (FEATURES_COUNT,)), see ``observe.FEATURES``. Action: MultiDiscrete, see ``observe.LEVELS``.
 
     Args:
-        system, model: preset names or TOML files.
-        trace: a trace spec; its requests are shared by the system's replicas in turn, this one gets its part.
-        load, utilization: arrival rate as a multiple of the trace's own, or of what the reference policy sustains.
+        system, model: preset names or TOML files; lists draw one for each episode, from all pairs.
+        trace: a trace spec or a list of them; a trace's requests are shared by the system's replicas in turn, this one
+            gets its part.
+        load, utilization: arrival rate as a multiple of the trace's own, or of what the reference policy sustains; a
+            range [low, high] draws it for each episode.
         decision: where a step ends: "interval" (``interval_s`` of simulated time), "iteration", or "event" (an arrival,
             a finish or a preemption, at the latest after ``interval_s``).
         episode_requests: consecutive requests an episode serves; None: all.
         reward: a name of ``reward.REWARDS`` or a function.
-        ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies.
+        ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies; or ranges.
+        slo_form: what the limit on the time between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines".
         predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
         seed: of the trace, where it is generated.
     """
@@ -48,19 +50,24 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self.action_space = action_space()
         self.episodes = Episodes.build(*args, **kwargs)
         self.engine: Engine | None = None
-        self.marks = np.zeros(1, MARK_DTYPE)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Starts an episode at a random place of the trace; for the options see ``Episodes.draw``."""
         super().reset(seed=seed)
-        part = self.episodes.draw(self.np_random, options)
-        if self.engine is None or self.engine.state.req.shape[1] < len(part):
-            self.engine = Engine(self.episodes.tables, 1, len(part), record=True)
-        self.episodes.open(self.engine, 0, part)
-        self.marks[:] = np.zeros((), MARK_DTYPE)
-        return observe(self.engine, self.marks)[0], self._info(0.0)
+        self.episode = self.episodes.draw(self.np_random, options)
+        if self.engine is None or self.engine.state.req.shape[1] < len(self.episode.workload):
+            self._make_engine(len(self.episode.workload))
+        assert self.engine is not None
+        self.episodes.open(self.engine, 0, self.episode)
+        self._observer.forget(0)
+        return self._observer.look()[0], self._info(0.0)
+
+    def _make_engine(self, requests_count: int) -> None:
+        self.engine = Engine(self.episodes.pairs, 1, requests_count, record=True)
+        self._observer = Observer(self.engine)
+        self._static_masks = static_masks(self.engine, has_predictor=self.episodes.predictor is not None)
 
     def step(self, action: NDArray[np.int64]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Holds the knobs until the next decision point."""
@@ -76,12 +83,12 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         reward = float(self.episodes.reward(before, after)[0])
         elapsed_s = float(after["clock_s"][0] - before["clock_s"][0])
         terminated = self.engine.stop(0) == Stop.DONE
-        return observe(self.engine, self.marks)[0], reward, terminated, False, self._info(elapsed_s, terminated)
+        return self._observer.look()[0], reward, terminated, False, self._info(elapsed_s, terminated)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which levels are legal now, the knobs' heads one after the other (sb3-contrib's convention)."""
         assert self.engine is not None, "action_masks before reset"
-        return np.concatenate(mask_heads(self.engine, 0, has_predictor=self.episodes.predictor is not None))
+        return mask_rows(self.engine, self._static_masks)[0]
 
     def _info(self, elapsed_s: float, ended: bool = False) -> dict[str, Any]:
         assert self.engine is not None

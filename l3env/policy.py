@@ -22,7 +22,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.engine import Engine
+from l3env.engine import Engine, Slo
 from l3env.errors import PlanError, PolicyError
 from l3env.kernels import look
 from l3env.kernels.plan import ANY_PIM, AUTO, DECOMPRESSED, Op
@@ -276,6 +276,7 @@ class Policy(Protocol):
     name: str
     decision_interval_s: float
     wants_truth: bool
+    slo: Slo
 
     def prepare(self, system: Tables, training: Workload | None) -> None: ...
 
@@ -294,11 +295,13 @@ class BasePolicy:
         decision_interval_s: simulated time for which returned Knobs hold; 0 decides at every iteration, infinity once.
             After a Plan the policy is always asked again at the next iteration.
         wants_truth: the predictor is the true output length; only for names that start with ``oracle-``.
+        slo: the objective of the run; set before ``prepare``.
     """
 
     name = "unnamed"
     decision_interval_s = 0.0
     wants_truth = False
+    slo = Slo()
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         """Called before each replica's run: the machine, and earlier requests to learn from, None without.

@@ -50,6 +50,7 @@ def run_policy(
     """
     shares = replica_shares(workload, tables.replicas_count)
     shares = [rows for rows in shares if rows.size]
+    policy.slo = slo or Slo()
     engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record)
     own: list[dict[str, float]] = []
     for e, rows in enumerate(shares):
@@ -110,7 +111,9 @@ def drive(engine: Engine, e: int, policy: Policy) -> None:
             elif math.isinf(interval_s):
                 stop = engine.run(e)
             else:
-                stop = engine.run(e, Until.TIME, before_s + interval_s)
+                engine.run(e, Until.TIME, before_s + interval_s)
+                engine.await_work(e, e + 1)  # no decision while there is nothing to decide, as in the environments
+                stop = engine.stop(e)
         else:
             stop = engine.step_plan(
                 e,
@@ -168,6 +171,7 @@ class CompareConfig:
     tp: int | None = None
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     slo: Slo = field(default_factory=Slo)
+    training: str | None = None  # trace of earlier requests to learn from; None: the first fifth of the trace itself
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -271,7 +275,7 @@ def run_comparison(
         make_policy(ref)
     store = None if out is None else CellStore(Path(out), config)
     base = load_trace(config.trace, seed=0)
-    training = training_window(base)
+    training = training_window(base) if config.training is None else load_trace(config.training, seed=0)
     rows, requests, timelines = [], {}, {}
     cells = list(_cells(config, tables, base))
     workloads: dict[int, Workload] = {0: base}
@@ -283,10 +287,11 @@ def run_comparison(
             if cell.seed not in workloads:
                 workloads[cell.seed] = load_trace(config.trace, seed=cell.seed)
             workload = workloads[cell.seed]
+            earlier = _earlier(tables, training, cell, separate=config.training is not None)
             if cell.load != 1.0:
                 workload = workload.at_load(cell.load)
             start = time.perf_counter()
-            outcome = run_policy(tables, workload, make_policy(cell.policy), slo=config.slo, training=training)
+            outcome = run_policy(tables, workload, make_policy(cell.policy), slo=config.slo, training=earlier)
             row = _identity(config, cell) | outcome.metrics | {"wall_s": time.perf_counter() - start}
             stored = (row, outcome.requests, outcome.timeline)
             if store is not None:
@@ -296,6 +301,13 @@ def run_comparison(
     if progress is not None:
         progress(len(cells), len(cells), "done")
     return Comparison(config, pd.DataFrame(rows), requests, timelines)
+
+
+def _earlier(tables: Tables, training: Workload, cell: Cell, *, separate: bool) -> Workload:
+    """The training requests at the cell's load; those of a trace of their own at the cell's utilization."""
+    if separate and cell.utilization is not None:
+        return training.at_load(cell.utilization * load_at_capacity(tables, training))
+    return training.at_load(cell.load)
 
 
 def _cells(config: CompareConfig, tables: Tables, base: Workload) -> Iterator[Cell]:

@@ -59,12 +59,34 @@ class Victim(IntEnum):
     LATEST_DEADLINE = 2
 
 
-# heaps of an environment: one a queue order (built when first used), one of dependent arrivals, one a decode clock
+class SloForm(IntEnum):
+    """What a request must keep besides its TTFT."""
+
+    MEAN_TBT = 0  # the mean time between its tokens
+    P99_GAP = 1  # 99 % of the gaps between its tokens, one by one
+    TOKEN_DEADLINES = 2  # token k comes by arrival + TTFT SLO + k x TBT SLO
+
+
+# heaps of an environment: one a queue order (built when first used), one of dependent arrivals, one of the waiting
+# requests whose TTFT deadline can still be met, by the latest start that meets it, one of the decoding ones by the
+# deadline of a token (see kernels/slo), one a decode clock
 ARRIVAL_HEAP = ORDERS_COUNT
-FINISH_HEAP = ORDERS_COUNT + 1  # + sub-batch + SUB_BATCHES x draft class
+SLACK_HEAP = ARRIVAL_HEAP + 1
+DUE_HEAP = SLACK_HEAP + 1
+FINISH_HEAP = DUE_HEAP + 1  # + sub-batch + SUB_BATCHES x draft class
 
 DRAFT_STEPS = 8
 DRAFT_CLASSES = DRAFT_STEPS + 1
+
+# prompts in the queue by octave of their length: bin b holds 2^b to 2^(b+1) - 1 tokens
+PROMPT_BINS = 20
+
+# weights of the newest observation in running means: of arrivals lately, of arrivals in the long run, of finished ones
+SHORT_WEIGHT = 1 / 8
+LONG_WEIGHT = 1 / 128
+FINISHED_WEIGHT = 1 / 32
+
+NOMINAL_PROMPT_TOKENS = 1024  # of the request that stands for all where a machine is described
 
 REQUEST_DTYPE = np.dtype(
     [
@@ -101,6 +123,11 @@ REQUEST_DTYPE = np.dtype(
         ("finish_s", np.float64),  # NaN before
         ("preemptions_count", np.int32),
         ("slo_met", np.int8),
+        # for the forms of SLO that look at single tokens
+        ("missed_deadline", np.int8),
+        ("slo_rank", np.int32),  # its TBT SLO among all of the workload
+        ("long_gaps_count", np.int32),  # gaps longer than its TBT SLO, as of when it last stopped decoding
+        ("long_steps_before", np.int32),  # decode steps longer than that, before it joined
     ],
     align=True,
 )
@@ -141,6 +168,22 @@ ENV_DTYPE = np.dtype(
         ("queue_s", np.float64),  # waiting requests integrated over time
         ("present_s", np.float64),  # waiting and running requests integrated over time
         ("waiting_tokens", np.int64),  # prompt tokens (after preemption, emitted ones too) in the queue now
+        ("waiting_predicted_tokens", np.int64),
+        ("waiting_arrival_s", np.float64),  # their arrival times, summed
+        ("prefill_left_tokens", np.int64),  # of the requests in PREFILL
+        # what a scheduler can estimate: running means over requests
+        ("last_arrival_s", np.float64),
+        ("gap_short_s", np.float64),  # between arrivals, and their squares
+        ("gap_short_s2", np.float64),
+        ("gap_long_s", np.float64),
+        ("gap_long_s2", np.float64),
+        ("prompt_mean_tokens", np.float64),  # of arrivals
+        ("output_mean_tokens", np.float64),  # of finished requests
+        ("slo_met_mean", np.float64),  # of finished and rejected requests
+        ("slo_form", np.int64),
+        # the SLO of a request with NOMINAL_PROMPT_TOKENS
+        ("ttft_slo_s", np.float64),
+        ("tbt_slo_s", np.float64),
         ("imbalance_s", np.float64),  # slowest lane minus mean lane, summed
         # the last iteration
         ("last_iteration_s", np.float64),
@@ -211,30 +254,49 @@ class Budget(IntEnum):
     ALIGN_WHEN_FULL = -3  # whole prompts while T_GPU < T_PIM; aligned once memory is full (L3)
 
 
-# totals at the last observation: what "since the last step" is measured from
+# what an observer keeps of an environment: totals at its last look, and by what it measures
 MARK_DTYPE = np.dtype(
     [
+        ("is_old", np.int64),  # 0: nothing below is set yet
         ("clock_s", np.float64),
         ("busy_s", np.float64),
         ("gpu_busy_s", np.float64),
         ("pim_busy_s", np.float64),
-        ("arrived_count", np.int64),
-        ("finished_count", np.int64),
-        ("slo_met_count", np.int64),
         ("preemptions_count", np.int64),
         ("output_tokens", np.int64),
         ("prefill_tokens", np.int64),
+        ("prefill_token_s", np.float64),  # pace of a prefill of 2,048 tokens on the empty system
+        ("capacity_tokens", np.float64),  # KV, all pools
+        ("free_tokens", np.float64),  # and of them free now
+        ("tbt_slo_s", np.float64),  # mean of the decoding requests, the nominal one where there are none
     ],
     align=True,
 )
 
 SUB_DTYPE = np.dtype(
     [
-        ("steps", np.int64),  # decode steps so far
-        ("drafts", np.int64),  # those of them that verified a guess
+        ("drafts", np.int64),  # decode steps so far that verified a guess
         ("decoding", np.int64),  # decoding requests
         ("last_step_s", np.float64),  # end of the last one
         ("members", np.int64),  # running requests
+    ],
+    align=True,
+)
+
+# the decoding requests of one draft class in a sub-batch
+GROUP_DTYPE = np.dtype(
+    [
+        ("clock", np.int64),  # the decode clock: tokens that such a request would have emitted since the start
+        ("emitted", np.int64),  # tokens that each emitted in the last step
+        # sums over the decoding ones, from which means and spreads follow at any clock
+        ("age_sum", np.int64),  # emitted tokens minus clock of joining
+        ("age_sum2", np.int64),
+        ("kv_sum", np.int64),  # KV tokens minus clock of joining
+        ("kv_sum2", np.int64),
+        ("predicted_sum", np.int64),
+        ("late_count", np.int64),  # their first token missed its deadline
+        ("tbt_slo_s", np.float64),
+        ("due_s", np.float64),  # when their next token would be due at the mean TBT of their SLO, as of clock 0
     ],
     align=True,
 )
@@ -270,6 +332,7 @@ LISTS_DTYPE = np.dtype(
     [
         ("running", np.int32),  # requests in PREFILL, DECODE or PAUSED, first running_count
         ("prefill", np.int32),  # requests in PREFILL in order of admission, first prefill_count
+        ("slo_s", np.float64),  # TBT SLOs of the workload in ascending order
         ("joining", np.int32),  # requests flagged ``joining``, first joining_count
     ],
     align=True,
@@ -300,12 +363,14 @@ class State(NamedTuple):
     sub: NDArray[np.void]  # (E, S) SUB_DTYPE
     lane: NDArray[np.void]  # (E, S, L) LANE_DTYPE
     lane_class: NDArray[np.int32]  # (E, S, L, D) decoding requests by draft class; kept where D > 1
-    clock: NDArray[np.int64]  # (E, S, D) decode clocks: tokens that a request of the class would have emitted
+    group: NDArray[np.void]  # (E, S, D) GROUP_DTYPE
     pool: NDArray[np.void]  # (E, P) POOL_DTYPE
     phase: NDArray[np.int32]  # (E, S, P, D, B) decoding requests by the clock phase at which they need a block
     heap: NDArray[np.void]  # (E, H, N) HEAP_DTYPE
     heap_len: NDArray[np.int64]  # (E, H)
     lists: NDArray[np.void]  # (E, N) LISTS_DTYPE
+    prompts: NDArray[np.int32]  # (E, PROMPT_BINS) waiting requests by the octave of the prompt to prefill
+    long_steps: NDArray[np.int32]  # (E, S, N) Fenwick tree of decode steps by the TBT SLOs they exceed
     gap_hist: NDArray[np.int64]  # (E, GAP_BINS) tokens by gap, or (E, 1): not recorded
     log: NDArray[np.void]  # (E, rows) LOG_DTYPE, rows merged in pairs when full; (E, 1): not recorded
 
@@ -332,12 +397,14 @@ def allocate(
         sub=np.zeros((e, s), SUB_DTYPE),
         lane=np.zeros((e, s, lanes_count), LANE_DTYPE),
         lane_class=np.zeros((e, s, lanes_count, d), np.int32),
-        clock=np.zeros((e, s, d), np.int64),
+        group=np.zeros((e, s, d), GROUP_DTYPE),
         pool=np.zeros((e, pools_count), POOL_DTYPE),
         phase=np.zeros((e, s, pools_count, d, block_tokens), np.int32),
         heap=np.zeros((e, heaps_count, n), HEAP_DTYPE),
         heap_len=np.zeros((e, heaps_count), np.int64),
         lists=np.zeros((e, n), LISTS_DTYPE),
+        prompts=np.zeros((e, PROMPT_BINS), np.int32),
+        long_steps=np.zeros((e, s, n), np.int32),
         gap_hist=np.zeros((e, GAP_BINS if log_rows else 1), np.int64),
         log=np.zeros((e, max(log_rows, 1)), LOG_DTYPE),
     )
@@ -346,3 +413,9 @@ def allocate(
 def copy(state: State) -> State:
     """An independent copy, for snapshots and planning; as bytes, since NumPy copies padded records field by field."""
     return State._make(array.view(np.uint8).copy().view(array.dtype) for array in state)
+
+
+def row_bytes() -> int:
+    """Bytes that an environment takes for each request it can hold."""
+    per_request = REQUEST_DTYPE.itemsize + LISTS_DTYPE.itemsize + np.dtype(np.int32).itemsize
+    return int(per_request + HEAPS_COUNT * HEAP_DTYPE.itemsize)

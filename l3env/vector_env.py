@@ -21,8 +21,7 @@ from l3env.episodes import Episodes
 from l3env.errors import PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import totals
-from l3env.observe import action_space, mask_rows, observation_space, observe, write_knobs
-from l3env.state import MARK_DTYPE
+from l3env.observe import Observer, action_space, mask_rows, observation_space, static_masks, write_knobs
 
 
 class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
@@ -43,8 +42,9 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.episodes = Episodes.build(**kwargs)
-        self.engine = Engine(self.episodes.tables, num_envs, self.episodes.requests_count)
-        self.marks = np.zeros(num_envs, MARK_DTYPE)
+        self.engine = Engine(self.episodes.pairs, num_envs, self.episodes.requests_count)
+        self._observer = Observer(self.engine)
+        self._static_masks = static_masks(self.engine, has_predictor=self.episodes.predictor is not None)
         self._rngs: list[np.random.Generator] = []
         self._steps = np.zeros(num_envs, np.int64)
 
@@ -59,7 +59,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
             self._rngs = [seeding.np_random(each)[0] for each in self._seeds(seed)]
         for e in range(self.num_envs):
             self._open(e, options)
-        return observe(self.engine, self.marks), self._infos(np.zeros(self.num_envs))
+        return self._observer.look(), self._infos(np.zeros(self.num_envs))
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
         if seed is None:
@@ -72,7 +72,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
 
     def _open(self, e: int, options: dict[str, Any] | None = None) -> None:
         self.episodes.open(self.engine, e, self.episodes.draw(self._rngs[e], options))
-        self.marks[e] = np.zeros((), MARK_DTYPE)
+        self._observer.forget(e)
         self._steps[e] = 0
 
     def step(
@@ -91,7 +91,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         terminated = after["stop"] == Stop.DONE
         most = np.inf if self.max_episode_steps is None else self.max_episode_steps
         truncated = (self._steps >= most) & ~terminated
-        obs = observe(self.engine, self.marks)
+        obs = self._observer.look()
         ended = terminated | truncated
         final = self._restart(np.flatnonzero(ended), obs, elapsed_s) if ended.any() else {}
         return obs, rewards, terminated, truncated, self._infos(elapsed_s) | final
@@ -108,13 +108,13 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
             final_obs[e] = obs[e].copy()
             metrics[e] = totals(self.engine.state.env[e : e + 1])
             self._open(e)
-            obs[e] = observe(self.engine, self.marks, e, e + 1)[0]
+            obs[e] = self._observer.look(e, e + 1)[0]
         info = {"metrics": metrics, "_metrics": ended, "elapsed_s": elapsed_s.copy(), "_elapsed_s": ended.copy()}
         return {"final_obs": final_obs, "_final_obs": ended, "final_info": info, "_final_info": ended.copy()}
 
     def action_masks(self) -> NDArray[np.bool_]:
         """(E, levels) which levels are legal now, the knobs' heads one after the other."""
-        return mask_rows(self.engine, has_predictor=self.episodes.predictor is not None)
+        return mask_rows(self.engine, self._static_masks)
 
     def _infos(self, elapsed_s: NDArray[np.float64]) -> dict[str, Any]:
         everywhere = np.ones(self.num_envs, bool)

@@ -34,6 +34,7 @@ def compare(
     tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
     ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
     tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
+    slo_form: Annotated[str, typer.Option(help="SLO on tokens: mean-tbt, p99-gap or token-deadlines.")] = "mean-tbt",
     config: Annotated[Path | None, typer.Option(help="A config.json of an earlier run: repeats it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -54,7 +55,7 @@ def compare(
             tuple(numbers(utilization, "--utilization")) if utilization else (),
             seeds,
             tp,
-            slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s),
+            slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s, slo_form),
         )
     run_and_report(wanted, out, as_json)
 

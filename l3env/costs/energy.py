@@ -21,9 +21,7 @@ def gpu_byte_j(gpu: GpuSpec) -> float:
     return gpu.hbm_j_per_byte + gpu.cache_j_per_byte
 
 
-def fc_j(
-    model: ModelSpec, gpu: GpuSpec, tp: int, experts: ExpertParallelSpec | None = None
-) -> tuple[float, float]:
+def fc_j(model: ModelSpec, gpu: GpuSpec, tp: int, experts: ExpertParallelSpec | None = None) -> tuple[float, float]:
     """(per batch, per token) energy of the linear layers of all GPUs of a replica: weights once, the rest by token."""
     dense = shapes_j(model, gpu, linear_shapes(model, tp)) * tp * (model.layers_count - model.moe_layers_count)
     if model.moe is not None:

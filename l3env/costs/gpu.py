@@ -115,9 +115,7 @@ def linear_s(model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float, n: float) 
     return gpu.linear_launch_s + overlap_s(gpu, compute, memory_s(gpu, moved))
 
 
-def linears_s(
-    model: ModelSpec, gpu: GpuSpec, tokens: ArrayLike, shapes: Sequence[tuple[float, float]]
-) -> Array:
+def linears_s(model: ModelSpec, gpu: GpuSpec, tokens: ArrayLike, shapes: Sequence[tuple[float, float]]) -> Array:
     """Several linear operations of one GPU, one after the other."""
     count = np.asarray(tokens, dtype=float)
     total = np.zeros_like(count)

@@ -54,7 +54,9 @@ def free_hbm_bytes(system: SystemSpec, model: ModelSpec, tp: int) -> float:
         SpecError: the model does not fit.
     """
     per_gpu = system.gpu.hbm_bytes - system.gpu.reserved_bytes
-    left = tp * (per_gpu - activation_bytes(model, tp, system.max_batched_tokens)) - replica_weight_bytes(system, model, tp)
+    left = tp * (per_gpu - activation_bytes(model, tp, system.max_batched_tokens)) - replica_weight_bytes(
+        system, model, tp
+    )
     if left < 0:
         raise SpecError(
             f"{model.name} does not fit on {tp} x {system.gpu.name}: weights and activations need "

@@ -19,7 +19,8 @@ from l3env.kernels.price import (
     spread_attention_s,
 )
 from l3env.kernels.schedule import decoding_count, moved_requests, stored_lanes
-from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, Status, SubBatching
+from l3env.kernels.slo import note_prefill_token, note_step_deadlines, note_step_gaps
+from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, SloForm, Status, SubBatching
 
 LOG_GAP_RATIO = np.log(GAP_RATIO)
 
@@ -171,9 +172,9 @@ def execute(t, s, e, decode, mode):
         step_decodes(s, e, coef["lanes_count"])
     if tokens > 0:
         step_prefills(t, s, e)
-    for draft in range(s.clock.shape[2]):
+    for draft in range(s.group.shape[2]):
         for sub in range(SUB_BATCHES):
-            heap, now = FINISH_HEAP + sub + SUB_BATCHES * draft, s.clock[e, sub, draft]
+            heap, now = FINISH_HEAP + sub + SUB_BATCHES * draft, s.group[e, sub, draft]["clock"]
             while s.heap_len[e, heap] > 0 and s.heap[e, heap, s.heap[e, heap, 0]["item"]]["key"] <= now:
                 finish(t, s, e, s.heap[e, heap, 0]["item"])
     if s.log.shape[1] > 1:
@@ -185,6 +186,8 @@ def step_decodes(s, e, lanes):
     """All decoding requests emit their tokens: clocks, lane loads, gaps between tokens."""
     env = s.env[e]
     now_s = env["clock_s"]
+    if env["slo_form"] == SloForm.P99_GAP:
+        note_step_gaps(s, e, now_s)
     if s.gap_hist.shape[1] > 1:
         record_gaps(s, e, now_s)
     else:
@@ -192,23 +195,32 @@ def step_decodes(s, e, lanes):
             s.req[e, s.lists[e, i]["joining"]]["joining"] = 0
     env["joining_count"] = 0
     for sub in range(SUB_BATCHES):
-        if s.clock.shape[2] == 1:
+        if s.group.shape[2] == 1:
             env["output_tokens"] += decoding_count(s, e, sub)
-            s.clock[e, sub, 0] += 1
+            s.group[e, sub, 0]["clock"] += 1
+            s.group[e, sub, 0]["emitted"] = 1
             for lane in range(lanes):
                 s.lane[e, sub, lane]["kv"] += s.lane[e, sub, lane]["count"]
         else:
-            for draft in range(s.clock.shape[2]):
-                emitted = emits(s, e, sub, draft)
-                members = s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft]
-                s.clock[e, sub, draft] += emitted
-                env["output_tokens"] += emitted * members
-                if members > 0:
-                    for lane in range(lanes):
-                        s.lane[e, sub, lane]["kv"] += emitted * s.lane_class[e, sub, lane, draft]
-            s.sub[e, sub]["drafts"] += env["drafting"]
-        s.sub[e, sub]["steps"] += 1
+            step_drafted(s, e, sub, lanes)
         s.sub[e, sub]["last_step_s"] = now_s
+    if env["slo_form"] == SloForm.TOKEN_DEADLINES:
+        note_step_deadlines(s, e, now_s)
+
+
+@helper
+def step_drafted(s, e, sub, lanes):
+    """The decode step of a sub-batch whose requests emit at rates of their own."""
+    for draft in range(s.group.shape[2]):
+        emitted = emits(s, e, sub, draft)
+        members = s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft]
+        s.group[e, sub, draft]["clock"] += emitted
+        s.group[e, sub, draft]["emitted"] = emitted
+        s.env[e]["output_tokens"] += emitted * members
+        if members > 0:
+            for lane in range(lanes):
+                s.lane[e, sub, lane]["kv"] += emitted * s.lane_class[e, sub, lane, draft]
+    s.sub[e, sub]["drafts"] += s.env[e]["drafting"]
 
 
 @helper
@@ -230,7 +242,7 @@ def record_gaps(s, e, now_s):
     add_gap(s, e, now_s - s.sub[e, 1]["last_step_s"], common_1)
     if env["drafting"] > 0:
         for sub in range(SUB_BATCHES):
-            for draft in range(s.clock.shape[2]):
+            for draft in range(s.group.shape[2]):
                 seconds = emits(s, e, sub, draft) - 1
                 add_gap(s, e, 0.0, seconds * s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft])
 
@@ -253,6 +265,7 @@ def step_prefills(t, s, e):
         chunk = req[e, r]["chunk_tokens"]
         req[e, r]["chunk_tokens"] = 0
         req[e, r]["prefilled_tokens"] += chunk
+        env["prefill_left_tokens"] -= chunk
         if req[e, r]["emitted_tokens"] > 0:
             env["recomputed_tokens"] += chunk
         if chunk == 0 or req[e, r]["prefilled_tokens"] < req[e, r]["target_tokens"]:
@@ -260,6 +273,8 @@ def step_prefills(t, s, e):
             continue
         leave_prefill(s, e, r)
         s.lane[e, req[e, r]["sub"], req[e, r]["lane"]]["pending"] -= req[e, r]["target_tokens"]
+        if env["slo_form"] != SloForm.MEAN_TBT:
+            note_prefill_token(s, e, r, now_s)
         if np.isnan(req[e, r]["first_token_s"]):
             req[e, r]["first_token_s"] = now_s
         elif s.gap_hist.shape[1] > 1:

@@ -11,8 +11,9 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, remove
-from l3env.kernels.queue import dequeue, enqueue, release_children
-from l3env.state import DRAFT_STEPS, FINISH_HEAP, NOWHERE, SUB_BATCHES, Status, Victim
+from l3env.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
+from l3env.kernels.slo import is_met, note_join, note_leave
+from l3env.state import DRAFT_STEPS, FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SUB_BATCHES, SloForm, Status, Victim
 
 
 @inner
@@ -23,7 +24,7 @@ def blocks_of(tokens, block):
 @inner
 def clock_of(s, e, r):
     """The decode clock that a request goes by."""
-    return s.clock[e, s.req[e, r]["sub"], s.req[e, r]["draft_class"]]
+    return s.group[e, s.req[e, r]["sub"], s.req[e, r]["draft_class"]]["clock"]
 
 
 @inner
@@ -39,10 +40,17 @@ def emits(s, e, sub, draft_class):
 def room(t, s, e, pool):
     """Blocks that a pool may hold: its capacity, less what KV of another form takes of the same memory."""
     table = s.env[e]["table_idx"]
+    if t.coef[table]["spread_pool"] == 0 or pool == 0:
+        return t.pool_blocks[table, pool]
+    return shared_room(t, s, e, pool)
+
+
+@helper
+def shared_room(t, s, e, pool):
+    """``room`` where latents and decompressed KV share the PIM side's memory."""
+    table = s.env[e]["table_idx"]
     capacity = t.pool_blocks[table, pool]
     spread, share = t.coef[table]["spread_pool"], t.coef[table]["spread_share"]
-    if spread == 0 or pool == 0:
-        return capacity
     if pool < spread:
         return capacity - np.int64(np.ceil(s.pool[e, spread]["used"] * share))
     for other in range(1, spread):
@@ -132,12 +140,33 @@ def admit(t, s, e, r, lane, sub):
     env["admitted_seq"] += 1
     req[e, r]["admitted_seq"] = env["admitted_seq"]
     env["admitted_count"] += 1
+    env["prefill_left_tokens"] += target
     s.sub[e, sub]["members"] += 1
     req[e, r]["running_pos"] = env["running_count"]
     s.lists[e, env["running_count"]]["running"] = r
     env["running_count"] += 1
     s.lists[e, env["prefill_count"]]["prefill"] = r
     env["prefill_count"] += 1
+
+
+@inner
+def count_decoding(s, e, sub, r, sign):
+    """Adds a request that joins to its group's sums, or takes out one that leaves (before it is written down)."""
+    req, draft = s.req[e, r], s.req[e, r]["draft_class"]
+    group = s.group[e, sub, draft]
+    joined = req["joined_clock"]
+    age, kv = req["emitted_tokens"] - joined, req["kv_tokens"] - joined
+    group["age_sum"] += sign * age
+    group["age_sum2"] += sign * age * age
+    group["kv_sum"] += sign * kv
+    group["kv_sum2"] += sign * kv * kv
+    group["predicted_sum"] += sign * req["predicted_tokens"]
+    if req["first_token_s"] > req["arrival_s"] + req["ttft_slo_s"]:
+        group["late_count"] += sign
+    group["tbt_slo_s"] += sign * req["tbt_slo_s"]
+    group["due_s"] += sign * (req["first_token_s"] + req["tbt_slo_s"] * age)
+    if s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft] == 0:  # no rounding is carried on
+        group["tbt_slo_s"], group["due_s"] = 0.0, 0.0
 
 
 @helper
@@ -149,7 +178,7 @@ def join_decode(t, s, e, r, sub):
     lane = req[e, r]["lane"]
     kv = np.int64(req[e, r]["kv_tokens"])
     draft = req[e, r]["draft_class"]
-    now = s.clock[e, sub, draft]
+    now = s.group[e, sub, draft]["clock"]
     req[e, r]["status"] = Status.DECODE
     req[e, r]["sub"] = sub
     req[e, r]["joined_clock"] = now
@@ -161,10 +190,13 @@ def join_decode(t, s, e, r, sub):
     tokens_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
     heap = FINISH_HEAP + sub + SUB_BATCHES * draft
     push(s.heap[e, heap], s.heap_len[e], heap, r, float(now + tokens_left))
+    count_decoding(s, e, sub, r, 1)
     if not req[e, r]["joining"]:
         req[e, r]["joining"] = 1
         s.lists[e, env["joining_count"]]["joining"] = r
         env["joining_count"] += 1
+    if env["slo_form"] != SloForm.MEAN_TBT:
+        note_join(s, e, r)
 
 
 @helper
@@ -174,6 +206,8 @@ def leave_decode(t, s, e, r):
     table = s.env[e]["table_idx"]
     block = t.coef[table]["block_tokens"]
     lane, sub = req[e, r]["lane"], req[e, r]["sub"]
+    if s.env[e]["slo_form"] != SloForm.MEAN_TBT:
+        note_leave(s, e, r)
     kv, emitted = kv_now(s, e, r), emitted_now(s, e, r)
     joined, draft = req[e, r]["joined_clock"], req[e, r]["draft_class"]
     s.phase[e, sub, t.lane_pool[table, lane], draft, (joined - req[e, r]["kv_tokens"]) % block] -= 1
@@ -183,11 +217,12 @@ def leave_decode(t, s, e, r):
     s.sub[e, sub]["decoding"] -= 1
     heap = FINISH_HEAP + sub + SUB_BATCHES * draft
     remove(s.heap[e, heap], s.heap_len[e], heap, r)
-    if s.clock[e, sub, draft] > joined:
+    count_decoding(s, e, sub, r, -1)
+    if s.group[e, sub, draft]["clock"] > joined:
         req[e, r]["last_token_s"] = s.sub[e, sub]["last_step_s"]
     req[e, r]["kv_tokens"] = kv
     req[e, r]["emitted_tokens"] = emitted
-    req[e, r]["joined_clock"] = s.clock[e, sub, draft]
+    req[e, r]["joined_clock"] = s.group[e, sub, draft]["clock"]
 
 
 @helper
@@ -202,6 +237,7 @@ def release(t, s, e, r):
         leave_decode(t, s, e, r)
     elif status == Status.PREFILL:
         s.lane[e, req[e, r]["sub"], lane]["pending"] -= req[e, r]["target_tokens"]
+        env["prefill_left_tokens"] -= req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]
         leave_prefill(s, e, r)
     else:
         s.lane[e, req[e, r]["sub"], lane]["pending"] -= req[e, r]["kv_tokens"]
@@ -286,24 +322,35 @@ def finish(t, s, e, r):
     req[e, r]["last_token_s"] = now_s
     req[e, r]["emitted_tokens"] = s.truth[e, r]
     env["finished_count"] += 1
-    ttft_s = req[e, r]["first_token_s"] - req[e, r]["arrival_s"]
-    gaps = s.truth[e, r] - 1
-    tbt_s = (now_s - req[e, r]["first_token_s"]) / gaps if gaps > 0 else 0.0
-    if ttft_s <= req[e, r]["ttft_slo_s"] and tbt_s <= req[e, r]["tbt_slo_s"]:
+    if is_met(s, e, r):
         req[e, r]["slo_met"] = 1
         env["slo_met_count"] += 1
+    note_end(s, e, float(req[e, r]["slo_met"]))
+    env["output_mean_tokens"] = running_mean(
+        env["output_mean_tokens"], float(s.truth[e, r]), env["finished_count"], FINISHED_WEIGHT
+    )
     release_children(s, e, r)
 
 
 @inner
 def growth_blocks(t, s, e, pool):
     """Blocks that one decode step of both sub-batches takes from a pool."""
+    if s.group.shape[2] > 1:
+        return drafted_growth_blocks(t, s, e, pool)
     block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
-    need = 0
+    now_0, now_1 = s.group[e, 0, 0]["clock"] % block, s.group[e, 1, 0]["clock"] % block
+    return np.int64(s.phase[e, 0, pool, 0, now_0] + s.phase[e, 1, pool, 0, now_1])
+
+
+@helper
+def drafted_growth_blocks(t, s, e, pool):
+    """``growth_blocks`` where requests emit at rates of their own."""
+    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
+    need = np.int64(0)
     for sub in range(SUB_BATCHES):
-        for draft in range(s.clock.shape[2]):
+        for draft in range(s.group.shape[2]):
             for i in range(emits(s, e, sub, draft)):
-                need += s.phase[e, sub, pool, draft, (s.clock[e, sub, draft] + i) % block]
+                need += s.phase[e, sub, pool, draft, (s.group[e, sub, draft]["clock"] + i) % block]
     return need
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import inner
+from l3env.jit import helper, inner
 from l3env.tables import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS
 
 
@@ -70,16 +70,26 @@ def head_batch_s(t, table, rows):
     return lookup_s(t.head_s[table], t.coef[table]["head_slope_s"], rows)
 
 
+@helper
+def comm_lookup_s(t, table, tokens):
+    return lookup_s(t.comm_s[table], t.coef[table]["comm_slope_s"], tokens)
+
+
+@helper
+def draft_lookup_s(t, table, requests):
+    return lookup_s(t.draft_s[table], t.coef[table]["draft_slope_s"], requests)
+
+
 @inner
 def comm_batch_s(t, table, tokens):
     """All-to-all of a batch that computing hides; 0 where there is none."""
-    return lookup_s(t.comm_s[table], t.coef[table]["comm_slope_s"], tokens) if t.coef[table]["sends"] else 0.0
+    return comm_lookup_s(t, table, tokens) if t.coef[table]["sends"] > 0 else 0.0
 
 
 @inner
 def draft_batch_s(t, table, requests):
     """Guessing a token for so many requests."""
-    return lookup_s(t.draft_s[table], t.coef[table]["draft_slope_s"], requests) if requests > 0 else 0.0
+    return draft_lookup_s(t, table, requests) if requests > 0 else 0.0
 
 
 @inner

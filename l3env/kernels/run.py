@@ -8,7 +8,7 @@ import numpy as np
 
 from l3env.jit import inner, kernel
 from l3env.kernels.execute import execute
-from l3env.kernels.queue import absorb_arrivals, advance_root, next_arrival_s
+from l3env.kernels.queue import absorb_arrivals, advance_root, has_overdue, next_arrival_s, notice_hopeless
 from l3env.kernels.schedule import schedule
 from l3env.state import NOWHERE, SubBatching
 
@@ -32,7 +32,10 @@ class Until(IntEnum):
 
 @inner
 def ready(t, s, e):
-    """Lets arrivals in; where nothing is present, jumps to the next arrival. False at the end of all work."""
+    """Lets arrivals in; where nothing is present, jumps to the next arrival. Who has become hopeless steps back.
+
+    False at the end of all work.
+    """
     env = s.env[e]
     if next_arrival_s(s, e) <= env["clock_s"]:
         absorb_arrivals(t, s, e)
@@ -43,6 +46,8 @@ def ready(t, s, e):
             return False
         env["clock_s"] = when_s
         absorb_arrivals(t, s, e)
+    if has_overdue(s, e):
+        notice_hopeless(s, e)
     return True
 
 
