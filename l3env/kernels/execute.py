@@ -212,7 +212,7 @@ def step_decodes(s, e, lanes):
 def step_drafted(s, e, sub, lanes):
     """The decode step of a sub-batch whose requests emit at rates of their own."""
     for draft in range(s.group.shape[2]):
-        emitted = emits(s, e, sub, draft)
+        emitted = emits(s.env[e]["drafting"], s.sub[e, sub]["drafts"], draft)
         members = s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft]
         s.group[e, sub, draft]["clock"] += emitted
         s.group[e, sub, draft]["emitted"] = emitted
@@ -243,7 +243,7 @@ def record_gaps(s, e, now_s):
     if env["drafting"] > 0:
         for sub in range(SUB_BATCHES):
             for draft in range(s.group.shape[2]):
-                seconds = emits(s, e, sub, draft) - 1
+                seconds = emits(1, s.sub[e, sub]["drafts"], draft) - 1
                 add_gap(s, e, 0.0, seconds * s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft])
 
 

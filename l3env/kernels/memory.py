@@ -28,11 +28,10 @@ def clock_of(s, e, r):
 
 
 @inner
-def emits(s, e, sub, draft_class):
-    """Tokens that requests of a class emit in their sub-batch's next decode step: 1, or 2 where the guess holds."""
-    if s.env[e]["drafting"] == 0:
+def emits(drafting, drafts, draft_class):
+    """Tokens that requests of a class emit in a decode step: 1, or 2 where the guess holds, after so many guesses."""
+    if drafting == 0:
         return 1
-    drafts = s.sub[e, sub]["drafts"]
     return 1 + (drafts + 1) * draft_class // DRAFT_STEPS - drafts * draft_class // DRAFT_STEPS
 
 
@@ -42,19 +41,18 @@ def room(t, s, e, pool):
     table = s.env[e]["table_idx"]
     if t.coef[table]["spread_pool"] == 0 or pool == 0:
         return t.pool_blocks[table, pool]
-    return shared_room(t, s, e, pool)
+    spread, share = t.coef[table]["spread_pool"], t.coef[table]["spread_share"]
+    return shared_room(t.pool_blocks[table], s.pool[e], spread, share, pool)
 
 
 @helper
-def shared_room(t, s, e, pool):
+def shared_room(blocks, pools, spread, share, pool):
     """``room`` where latents and decompressed KV share the PIM side's memory."""
-    table = s.env[e]["table_idx"]
-    capacity = t.pool_blocks[table, pool]
-    spread, share = t.coef[table]["spread_pool"], t.coef[table]["spread_share"]
     if pool < spread:
-        return capacity - np.int64(np.ceil(s.pool[e, spread]["used"] * share))
+        return blocks[pool] - np.int64(np.ceil(pools[spread]["used"] * share))
+    capacity = blocks[pool]
     for other in range(1, spread):
-        capacity = min(capacity, np.int64((t.pool_blocks[table, other] - s.pool[e, other]["used"]) / share))
+        capacity = min(capacity, np.int64((blocks[other] - pools[other]["used"]) / share))
     return capacity
 
 
@@ -336,21 +334,21 @@ def finish(t, s, e, r):
 def growth_blocks(t, s, e, pool):
     """Blocks that one decode step of both sub-batches takes from a pool."""
     if s.group.shape[2] > 1:
-        return drafted_growth_blocks(t, s, e, pool)
+        block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
+        return drafted_growth_blocks(s.group[e], s.sub[e], s.phase[e], s.env[e]["drafting"], pool, block)
     block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
     now_0, now_1 = s.group[e, 0, 0]["clock"] % block, s.group[e, 1, 0]["clock"] % block
     return np.int64(s.phase[e, 0, pool, 0, now_0] + s.phase[e, 1, pool, 0, now_1])
 
 
 @helper
-def drafted_growth_blocks(t, s, e, pool):
+def drafted_growth_blocks(groups, subs, phase, drafting, pool, block):
     """``growth_blocks`` where requests emit at rates of their own."""
-    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
     need = np.int64(0)
     for sub in range(SUB_BATCHES):
-        for draft in range(s.group.shape[2]):
-            for i in range(emits(s, e, sub, draft)):
-                need += s.phase[e, sub, pool, draft, (s.group[e, sub, draft]["clock"] + i) % block]
+        for draft in range(groups.shape[1]):
+            for i in range(emits(drafting, subs[sub]["drafts"], draft)):
+                need += phase[sub, pool, draft, (groups[sub, draft]["clock"] + i) % block]
     return need
 
 
@@ -373,7 +371,7 @@ def choose_victim(t, s, e, pool, rule):
     return chosen
 
 
-@inner
+@helper
 def make_room_to_grow(t, s, e, rule):
     """Preempts until every pool holds one decode step of growth; then takes the blocks."""
     table = s.env[e]["table_idx"]

@@ -63,11 +63,11 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
     need = blocks_of(np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"])
     best, least = NOWHERE, np.inf
     spread = t.coef[table]["spread_lane"]
-    if pool == DECOMPRESSED or (spread > 0 and pool == t.coef[table]["spread_pool"]):
-        fits = s.pool[e, t.lane_pool[table, spread]]["used"] + need <= room(t, s, e, t.lane_pool[table, spread])
-        return spread if fits else NOWHERE
     first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0
-    for lane in range(first, stored_lanes(t, table)):
+    end = np.int64(stored_lanes(t, table))
+    if pool == DECOMPRESSED or (spread > 0 and pool == t.coef[table]["spread_pool"]):
+        first, end = spread, spread + 1
+    for lane in range(first, end):
         of = t.lane_pool[table, lane]
         if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= room(t, s, e, of):
             load = lane_load(s, e, sub, lane, interleaved)

@@ -71,25 +71,25 @@ def head_batch_s(t, table, rows):
 
 
 @helper
-def comm_lookup_s(t, table, tokens):
-    return lookup_s(t.comm_s[table], t.coef[table]["comm_slope_s"], tokens)
-
-
-@helper
-def draft_lookup_s(t, table, requests):
-    return lookup_s(t.draft_s[table], t.coef[table]["draft_slope_s"], requests)
+def rare_lookup_s(row, slope_s, tokens):
+    """``lookup_s`` where most models do not come."""
+    return lookup_s(row, slope_s, tokens)
 
 
 @inner
 def comm_batch_s(t, table, tokens):
     """All-to-all of a batch that computing hides; 0 where there is none."""
-    return comm_lookup_s(t, table, tokens) if t.coef[table]["sends"] > 0 else 0.0
+    if t.coef[table]["sends"] == 0:
+        return 0.0
+    return rare_lookup_s(t.comm_s[table], t.coef[table]["comm_slope_s"], np.int64(tokens))
 
 
 @inner
 def draft_batch_s(t, table, requests):
     """Guessing a token for so many requests."""
-    return draft_lookup_s(t, table, requests) if requests > 0 else 0.0
+    if requests == 0:
+        return 0.0
+    return rare_lookup_s(t.draft_s[table], t.coef[table]["draft_slope_s"], np.int64(requests))
 
 
 @inner

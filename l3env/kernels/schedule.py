@@ -110,10 +110,11 @@ def find_pim_lane(t, s, k, e, r, sub):
     too long for it lies as stored."""
     table = s.env[e]["table_idx"]
     spread, spread_pool = t.coef[table]["spread_lane"], t.coef[table]["spread_pool"]
+    first, end = np.int64(1), np.int64(stored_lanes(t, table))
     if spread > 0 and k[e]["pim_form"] == PimForm.DECOMPRESSED and could_ever_fit(t, s, e, r, spread_pool):
-        return spread if has_room(t, s, k, e, r, spread_pool) else NOWHERE
+        first, end = spread, spread + 1
     best, least = NOWHERE, np.inf
-    for lane in range(1, stored_lanes(t, table)):
+    for lane in range(first, end):
         load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0)
         if load < least:
             pool = t.lane_pool[table, lane]
