@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from experiments.reproduce.common import Row
 from l3env.errors import L3EnvError
 
-FIGURES = ("fig11", "fig12", "fig13", "fig14", "fig15", "fig16", "energy")
+FIGURES = ("fig11", "fig12", "fig13", "fig14", "fig15", "fig16", "energy", "deepseek-v3")
 
 
 def rows_of(name: str, progress: Callable[[int, int, str], None]) -> list[Row]:
@@ -23,7 +23,7 @@ def rows_of(name: str, progress: Callable[[int, int, str], None]) -> list[Row]:
     rows: list[Row] = []
     for done, each in enumerate(names):
         progress(done, len(names), each)
-        rows += importlib.import_module(f"experiments.reproduce.{each}").rows()
+        rows += importlib.import_module(f"experiments.reproduce.{each.replace('-', '_')}").rows()
     progress(len(names), len(names), "done")
     return rows
 
