@@ -36,9 +36,7 @@ def decode_tokens_per_s(tables: Tables, policy: Policy, batch: int, context_toke
 
     ``batch`` requests of the same prompt for each replica are there from the start.
     """
-    workload = Workload.build(
-        "equal", np.zeros(batch), np.full(batch, context_tokens), np.full(batch, 40 * STEPS)
-    )
+    workload = Workload.build("equal", np.zeros(batch), np.full(batch, context_tokens), np.full(batch, 40 * STEPS))
     engine = Engine(tables, 1, batch)
     policy.prepare(tables, None)
     engine.reset(0, workload)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import helper, inner
+from l3env.jit import helper, inner, rare
 from l3env.kernels.memory import emits, finish, join_decode, leave_prefill, pim_blocks_used
 from l3env.kernels.price import (
     back_batch_s,
@@ -208,7 +208,7 @@ def step_decodes(s, e, lanes):
         note_step_deadlines(s, e, now_s)
 
 
-@helper
+@rare
 def step_drafted(s, e, sub, lanes):
     """The decode step of a sub-batch whose requests emit at rates of their own."""
     for draft in range(s.group.shape[2]):

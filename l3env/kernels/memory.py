@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import helper, inner
+from l3env.jit import helper, inner, rare
 from l3env.kernels.heap import push, remove
 from l3env.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
 from l3env.kernels.slo import is_met, note_join, note_leave
@@ -29,34 +29,34 @@ def clock_of(s, e, r):
 
 @inner
 def emits(drafting, drafts, draft_class):
-    """Tokens that requests of a class emit in a decode step: 1, or 2 where the guess holds, after so many guesses."""
-    if drafting == 0:
-        return 1
-    return 1 + (drafts + 1) * draft_class // DRAFT_STEPS - drafts * draft_class // DRAFT_STEPS
+    """Tokens that requests of a class emit in a decode step: 1, or 2 where the guess holds, after so many guesses.
+
+    Without branches, as all here that loops over pools: what a loop tests in vain doubles its code each time.
+    """
+    return 1 + drafting * ((drafts + 1) * draft_class // DRAFT_STEPS - drafts * draft_class // DRAFT_STEPS)
 
 
 @inner
 def room(t, s, e, pool):
     """Blocks that a pool may hold: its capacity, less what KV of another form takes of the same memory."""
     table = s.env[e]["table_idx"]
-    if t.coef[table]["spread_pool"] == 0 or pool == 0:
-        return t.pool_blocks[table, pool]
     spread, share = t.coef[table]["spread_pool"], t.coef[table]["spread_share"]
-    return shared_room(t.pool_blocks[table], s.pool[e], spread, share, pool)
+    taken = s.pool[e, spread]["used"] * share  # 0 without decompressed KV: the share is 0
+    if pool > 0 and pool == spread:
+        return spread_room(t.pool_blocks[table], s.pool[e], spread, share)
+    return t.pool_blocks[table, pool] - np.int64(np.ceil(taken if pool > 0 else 0.0))
 
 
-@helper
-def shared_room(blocks, pools, spread, share, pool):
-    """``room`` where latents and decompressed KV share the PIM side's memory."""
-    if pool < spread:
-        return blocks[pool] - np.int64(np.ceil(pools[spread]["used"] * share))
-    capacity = blocks[pool]
+@rare
+def spread_room(blocks, pools, spread, share):
+    """``room`` of decompressed KV, which takes the same share of all other pools of the PIM side."""
+    capacity = blocks[spread]
     for other in range(1, spread):
         capacity = min(capacity, np.int64((blocks[other] - pools[other]["used"]) / share))
     return capacity
 
 
-@helper
+@rare
 def pim_blocks_used(t, s, e):
     """Blocks held on the PIM side, in blocks of KV as stored."""
     table = s.env[e]["table_idx"]
@@ -333,22 +333,13 @@ def finish(t, s, e, r):
 @inner
 def growth_blocks(t, s, e, pool):
     """Blocks that one decode step of both sub-batches takes from a pool."""
-    if s.group.shape[2] > 1:
-        block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
-        return drafted_growth_blocks(s.group[e], s.sub[e], s.phase[e], s.env[e]["drafting"], pool, block)
-    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
-    now_0, now_1 = s.group[e, 0, 0]["clock"] % block, s.group[e, 1, 0]["clock"] % block
-    return np.int64(s.phase[e, 0, pool, 0, now_0] + s.phase[e, 1, pool, 0, now_1])
-
-
-@helper
-def drafted_growth_blocks(groups, subs, phase, drafting, pool, block):
-    """``growth_blocks`` where requests emit at rates of their own."""
+    block, drafting = t.coef[s.env[e]["table_idx"]]["block_tokens"], s.env[e]["drafting"]
     need = np.int64(0)
-    for sub in range(SUB_BATCHES):
-        for draft in range(groups.shape[1]):
-            for i in range(emits(drafting, subs[sub]["drafts"], draft)):
-                need += phase[sub, pool, draft, (groups[sub, draft]["clock"] + i) % block]
+    for draft in range(s.group.shape[2]):
+        for sub in range(SUB_BATCHES):
+            now = s.group[e, sub, draft]["clock"]
+            second = emits(drafting, s.sub[e, sub]["drafts"], draft) - 1
+            need += s.phase[e, sub, pool, draft, now % block] + second * s.phase[e, sub, pool, draft, (now + 1) % block]
     return need
 
 
@@ -377,7 +368,7 @@ def make_room_to_grow(t, s, e, rule):
     table = s.env[e]["table_idx"]
     for pool in range(t.coef[table]["pools_count"]):
         need = growth_blocks(t, s, e, pool)
-        while need > 0 and s.pool[e, pool]["used"] + need > room(t, s, e, pool):
+        while s.pool[e, pool]["used"] + need > room(t, s, e, pool):
             preempt(t, s, e, choose_victim(t, s, e, pool, rule))
             need = growth_blocks(t, s, e, pool)
         if need > 0:

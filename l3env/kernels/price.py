@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import helper, inner
+from l3env.jit import inner, rare
 from l3env.tables import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS
 
 
@@ -70,7 +70,7 @@ def head_batch_s(t, table, rows):
     return lookup_s(t.head_s[table], t.coef[table]["head_slope_s"], rows)
 
 
-@helper
+@rare
 def rare_lookup_s(row, slope_s, tokens):
     """``lookup_s`` where most models do not come."""
     return lookup_s(row, slope_s, tokens)
