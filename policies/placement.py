@@ -54,7 +54,13 @@ class Steps:
         return min(hbm / share, pim / (1 - share))
 
     def tokens_per_s(self, place: Place, requests: int, context_tokens: float) -> float:
-        """Tokens that so many present requests emit a second, those that do not fit waiting; guesses left out."""
+        """Tokens that so many present requests emit a second, those that do not fit waiting; guesses left out.
+
+        A mixture is 0 where not all fit: whoever has waiting requests to place then fills both sides, whatever the
+        share.
+        """
+        if 0 < place.hbm_share_frac < 1 and requests > self.capacity(place, context_tokens):
+            return 0.0
         count = math.floor(min(requests, self.capacity(place, context_tokens)))
         if count == 0:
             return 0.0

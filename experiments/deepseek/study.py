@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.deepseek.router import over_gamma, serve
 from l3env import load
-from l3env.specs import SystemSpec
 
 PATH = Path(__file__).parents[1] / "data" / "deepseek_router.json"
 SYSTEMS = ("h800-ep32-prefill", "h800-ep144-decode", "h800-ep320-decode")
+LMSYS = "9 nodes, EP 72"  # as the decode unit of 18 nodes, with twice the slots a GPU
 
 
 def figures(layers: int = 8, tokens: int = 1024, interval_tokens: int = 16_384) -> dict[str, Any]:
     """Imbalance between ranks of each deployment, and of experts over gamma."""
     moe = load("model/deepseek-v3").moe
     out: dict[str, Any] = {"layers": layers, "interval_tokens": interval_tokens, "ranks": {}}
-    for name in SYSTEMS:
-        system: SystemSpec = load(f"system/{name}")
-        assert system.experts is not None
+    units = {name: load(f"system/{name}").experts for name in SYSTEMS}
+    for name, unit in {**units, LMSYS: replace(units[SYSTEMS[1]], ranks_count=72)}.items():
         served = serve(
             moe,
-            system.experts.ranks_count,
-            system.experts.slots_count,
+            unit.ranks_count,
+            unit.slots_count,
             layers=layers,
             steps=90,
             tokens=tokens,
             interval_tokens=interval_tokens,
-            shared_is_routed=system.experts.shared_is_routed,
+            shared_is_routed=unit.shared_is_routed,
         )
         out["ranks"][name] = {
             "fixed_mean": float(served.fixed.mean()),

@@ -116,15 +116,11 @@ def decode(model: ModelSpec) -> list[Row]:
         if user >= OI_USER_TOKENS_PER_S
     )
     out.append(line(f"{case}, same user speed", "output tokens/s a node", OI_NODE_TOKENS_PER_S, fastest, AVERAGE))
-    lmsys = compile_tables(_ep(tables.system, 72, 288, _imbalance(tables.system)), model)
+    imbalance_frac = study.stored()["ranks"][study.LMSYS]["rebalanced_mean"]
+    lmsys = compile_tables(_ep(tables.system, 72, 288, imbalance_frac), model)
     each = Steps(lmsys).tokens_per_s(HBM, 256, 2000)
     out.append(line("LMSYS decode, 9 nodes, batch 256, KV 2 K", "output tokens/s a node", 22_300, each * NODE_GPUS))
     return out
-
-
-def _imbalance(system: SystemSpec) -> float:
-    assert system.experts is not None
-    return system.experts.imbalance_frac
 
 
 def waiting_node_tokens_per_s(tables: Tables, requests: int) -> float:
