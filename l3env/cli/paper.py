@@ -13,7 +13,7 @@ from l3env.errors import L3EnvError
 
 @app.command()
 def reproduce(
-    figure: Annotated[str, typer.Argument(help="fig11 to fig16, energy, or all.")] = "all",
+    figure: Annotated[str, typer.Argument(help="fig11 to fig16, energy, deepseek-v3, or all.")] = "all",
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/reproduce"),
     as_json: Json = False,
 ) -> None:
