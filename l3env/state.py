@@ -415,7 +415,8 @@ def copy(state: State) -> State:
     return State._make(array.view(np.uint8).copy().view(array.dtype) for array in state)
 
 
-def row_bytes() -> int:
-    """Bytes that an environment takes for each request it can hold."""
+def row_bytes(*, drafts: bool = False) -> int:
+    """Bytes that an environment takes for each request it can hold; ``drafts`` as in ``allocate``."""
+    heaps_count = FINISH_HEAP + SUB_BATCHES * (DRAFT_CLASSES if drafts else 1)
     per_request = REQUEST_DTYPE.itemsize + LISTS_DTYPE.itemsize + np.dtype(np.int32).itemsize
-    return int(per_request + HEAPS_COUNT * HEAP_DTYPE.itemsize)
+    return int(per_request + heaps_count * HEAP_DTYPE.itemsize)

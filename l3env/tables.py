@@ -151,7 +151,8 @@ def compile_tables(
     """Compiles one replica of ``model`` on ``system``.
 
     Args:
-        tp: tensor-parallel degree, by default the model's (the system's, if it shares out experts); must divide the system's GPUs.
+        tp: tensor-parallel degree, by default the model's, or the system's where it shares out experts; must divide the
+            GPUs of a host.
         block_tokens: tokens per KV block.
 
     Raises:

@@ -1,9 +1,9 @@
 """Puts new KV where the next decode steps are predicted to be fastest: HBM, PIM as stored, PIM decompressed, or a share
 in each of HBM and PIM.
 
-For every place it works out, from the compiled tables, how many of the present requests would fit, what a decode step of
-them would take, interleaved or as one batch, and so the tokens per second; it takes the best place for what it admits
-until it looks again. Requests that run stay where they are.
+For every place it works out, from the compiled tables, how many of the present requests would fit, what a decode step
+of them would take, interleaved or as one batch, and so the tokens per second; it takes the best place for what it
+admits until it looks again. Requests that run stay where they are.
 """
 
 from __future__ import annotations

@@ -300,9 +300,9 @@ class ReferenceSimulator:
         return self.blocks(r.target + max(r.predicted - r.emitted, 1) - 1)
 
     def find_pim_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
-        if self.spread_lane and knobs.pim_form == PimForm.DECOMPRESSED:
-            if self.blocks(r.target) <= self.capacity[self.spread_pool]:
-                return self.spread_lane if self.has_room(knobs, r, self.spread_pool) else None
+        decompressed = self.spread_lane and knobs.pim_form == PimForm.DECOMPRESSED
+        if decompressed and self.blocks(r.target) <= self.capacity[self.spread_pool]:
+            return self.spread_lane if self.has_room(knobs, r, self.spread_pool) else None
         lanes = range(1, self.spread_lane or len(self.lane_pool))
         fitting = [lane for lane in lanes if self.has_room(knobs, r, self.lane_pool[lane])]
         return min(fitting, key=lambda lane: (self.lane_load(sub, lane, knobs.sub_batching), lane), default=None)

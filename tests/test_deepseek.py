@@ -31,8 +31,7 @@ EXPERT_PARAMETERS = 3 * 7168 * 2048
 
 
 def test_parameters_and_flop_as_published():
-    assert V3.attention_parameters_count == PLACEMENT = f"{Path(__file__).parents[1] / 'policies' / 'placement.py'}:AdaptivePlacement"
-MLA_PARAMETERS == pytest.approx(187.1e6, rel=1e-3)
+    assert V3.attention_parameters_count == MLA_PARAMETERS == pytest.approx(187.1e6, rel=1e-3)
     assert V3.expert_parameters_count == EXPERT_PARAMETERS == pytest.approx(44.04e6, rel=1e-3)
     assert V3.parameters_count == pytest.approx(671e9, rel=1e-3)
     assert V3.linear_flop_per_token == pytest.approx(73.25e9, rel=1e-3)

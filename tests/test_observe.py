@@ -157,7 +157,7 @@ def test_groups_lie_where_their_names_do() -> None:
         "has_pim": kernels.MACHINE,
     }
     assert {name: NAMES.index(name) for name in starts} == starts
-    assert FEATURES_COUNT == len(set(NAMES))
+    assert len(set(NAMES)) == FEATURES_COUNT
 
 
 def served(system: str, model: str, workload: Workload, held: Knobs, iterations: int, slo: Slo | None = None):

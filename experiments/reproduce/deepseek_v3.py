@@ -99,7 +99,7 @@ def node_tokens_per_s(tables: Tables, requests: float) -> tuple[float, float]:
 
 
 def decode(model: ModelSpec) -> list[Row]:
-    """The decode unit of 18 nodes, no guessing: at the concurrency of the published figures, and at their user speed."""
+    """The decode unit of 18 nodes, no guessing: at the published concurrency, and at the published user speed."""
     tables = compile_tables(load("system/h800-ep144-decode"), model)
     implied = OI_NODE_TOKENS_PER_S / NODE_GPUS / OI_USER_TOKENS_PER_S
     node, user = node_tokens_per_s(tables, implied)
@@ -124,8 +124,8 @@ def decode(model: ModelSpec) -> list[Row]:
 
 
 def waiting_node_tokens_per_s(tables: Tables, requests: int) -> float:
-    """Node throughput where attention takes as long as on the fullest rank: a sum of n contexts deviates by cv / sqrt n,
-    the largest of R ranks by about sqrt(2 ln R) deviations."""
+    """Node throughput where attention takes as long as on the fullest rank: a sum of n contexts deviates by
+    cv / sqrt(n), the largest of R ranks by about sqrt(2 ln R) deviations."""
     steps = Steps(tables)
     excess = math.sqrt(2 * math.log(tables.replicas_count)) / math.sqrt(requests)
     return steps.tokens_per_s(HBM, requests, OI_CONTEXT_TOKENS * (1 + excess)) * NODE_GPUS / tables.tp

@@ -143,8 +143,11 @@ def fc_and_all_to_all_s(system: SystemSpec, model: ModelSpec, tp: int, tokens: A
 
 
 def draft_s(system: SystemSpec, model: ModelSpec, tp: int, tokens: ArrayLike) -> Array:
-    """Guessing one more token for each of ``tokens`` requests outside attention: the module of arXiv 2412.19437, section
-    2.2: a projection of the hidden state and the embedding side by side, one layer like the last ones, the head."""
+    """Guessing one more token for each of ``tokens`` requests, outside attention.
+
+    The module of arXiv 2412.19437, section 2.2: a projection of the hidden state and the embedding side by side, one
+    layer like the last ones, the head.
+    """
     count = np.asarray(tokens, dtype=float)
     if model.draft_modules_count == 0:
         return np.zeros_like(count)

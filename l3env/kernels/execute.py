@@ -225,8 +225,10 @@ def step_drafted(s, e, sub, lanes):
 
 @helper
 def record_gaps(s, e, now_s):
-    """Adds this decode step's gaps: one and the same for all who took the last step, their own for those who joined; none
-    before a second token of the step."""
+    """Adds this decode step's gaps: one and the same for all who took the last step, their own for those who joined.
+
+    A second token of the step has none before it.
+    """
     env, req = s.env[e], s.req
     common_0, common_1 = decoding_count(s, e, 0), decoding_count(s, e, 1)
     for i in range(env["joining_count"]):

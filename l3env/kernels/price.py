@@ -151,8 +151,8 @@ def pim_side_s(t, table, slowest_s, requests, kv_pushed):
 
 @inner
 def one_batch_s(t, table, front_s, slowest_s, requests, kv_pushed, tokens, rows, guessed=0):
-    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head; no shorter than the
-    all-to-all.
+    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head; no shorter than
+    the all-to-all.
 
     Returns (T, GPU busy computing or sending, PIM busy, t_d, t_comm).
     """
