@@ -57,7 +57,8 @@ class Steps:
         """Tokens that so many present requests emit a second, those that do not fit waiting; guesses left out.
 
         A mixture is 0 where not all fit: whoever has waiting requests to place then fills both sides, whatever the
-        share.
+        share. It is priced as one batch: requests alternate between sub-batches as they do between places, so that a
+        sub-batch may have all its KV in one.
         """
         if 0 < place.hbm_share_frac < 1 and requests > self.capacity(place, context_tokens):
             return 0.0
@@ -65,7 +66,7 @@ class Steps:
         if count == 0:
             return 0.0
         whole_s = self._one_batch_s(place, count, context_tokens)
-        if self._coef["has_pim"]:
+        if self._coef["has_pim"] and place.hbm_share_frac in (0.0, 1.0):
             halves = [self._phase_s(place, count // 2, context_tokens, count - count // 2)]
             halves.append(self._phase_s(place, count - count // 2, context_tokens, count // 2))
             whole_s = min(whole_s, sum(halves))

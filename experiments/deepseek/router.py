@@ -146,7 +146,7 @@ def place(loads: Array, slots: int, ranks: int) -> tuple[NDArray[np.int64], NDAr
 def rank_loads(loads: Array, expert: NDArray[np.int64], rank: NDArray[np.int64], ranks: int) -> Array:
     """(ranks,) tokens of each rank; an expert's tokens are dealt evenly to its copies."""
     copies = np.bincount(expert, minlength=loads.size)
-    return np.bincount(rank, weights=(loads / copies)[expert], minlength=ranks)
+    return np.bincount(rank, weights=(loads / copies)[expert], minlength=ranks).astype(float)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def serve(
             weights = layer.drifted(weights)
             now = np.append(layer.loads(interval_tokens, weights), shared)
             where = place(before, slots, ranks)
-            without = np.bincount(contiguous(now.size, ranks), weights=now, minlength=ranks)
+            without = np.bincount(contiguous(now.size, ranks), weights=now, minlength=ranks).astype(float)
             seen.append((imbalance(without), imbalance(rank_loads(now, *where, ranks))))
             before = now
         fixed[i], rebalanced[i] = np.mean(seen, axis=0)
