@@ -150,7 +150,8 @@ class Prices:
         has_pim = self.coef["has_pim"]
         ttft = max(self.prefill_s((prompt, 0)), self.pim_s(0, 0, prompt if has_pim else 0))
         tbt = self.pim_s(self.lane_s(prompt + 1, 1), 1, 0) if has_pim else self.hbm_s(prompt + 1, 1)
-        return ttft + self.fc_s(prompt) + self.head_s(1), tbt + self.fc_s(1) + self.head_s(1)
+        ttft, tbt = ttft + self.fc_s(prompt) + self.head_s(1), tbt + self.fc_s(1) + self.head_s(1)
+        return max(ttft, self.comm_s(prompt)), max(tbt, self.comm_s(1))
 
 
 class ReferenceSimulator:

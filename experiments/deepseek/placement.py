@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
 from l3env import FixedKnobs, Knobs, PimForm, SubBatching, Workload, load
-from l3env.engine import Engine, Until
+from l3env.engine import Engine
+from l3env.kernels.run import Until
 from l3env.policy import Policy, View
 from l3env.tables import Tables, compile_tables
 from policies.placement import HEADROOM_FRAC, AdaptivePlacement
 
 MODELS = ("gpt-175b", "qwen-72b", "deepseek-v3")  # MHA, GQA-8, MLA
-SYSTEM = "l3-dgx-h200"
+SYSTEMS = ("l3-dgx-a100", "l3-dgx-h200")
 CONTEXTS = (512, 4096, 32_768)
 BATCHES = (8, 64, 512)
 STEPS = 16
@@ -60,6 +62,7 @@ def decode_tokens_per_s(tables: Tables, policy: Policy, batch: int, context_toke
 class Cell:
     """One cell of the table: tokens per second of a replica for each place, and for the policy that chooses."""
 
+    system: str
     model: str
     context_tokens: int
     batch: int
@@ -78,11 +81,11 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """The table, for one replica of each model."""
-    for model in MODELS:
-        tables = compile_tables(load(f"system/{SYSTEM}"), load(f"model/{model}"))
+    for system, model in product(SYSTEMS, MODELS):
+        tables = compile_tables(load(f"system/{system}"), load(f"model/{model}"))
         for context in CONTEXTS:
             for batch in BATCHES:
                 places = fixed_places(tables)
                 rates = {name: decode_tokens_per_s(tables, each, batch, context) for name, each in places.items()}
                 adaptive = decode_tokens_per_s(tables, AdaptivePlacement(), batch, context)
-                yield Cell(model, context, batch, rates, adaptive)
+                yield Cell(system, model, context, batch, rates, adaptive)

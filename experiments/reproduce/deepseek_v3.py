@@ -199,6 +199,6 @@ def places() -> list[Row]:
     out = []
     for cell in placement.cells():
         rates = ", ".join(f"{place} {rate:,.0f}" for place, rate in cell.rates.items())
-        case = f"{cell.model}, {cell.context_tokens:,} tokens, batch {cell.batch}: best {cell.best}"
+        case = f"{cell.model} on {cell.system}, {cell.context_tokens:,} tokens, batch {cell.batch}: best {cell.best}"
         out.append(line(case, "adaptive over best fixed place", None, cell.adaptive_ratio, f"tokens/s: {rates}"))
     return out
