@@ -260,7 +260,14 @@ def test_machines_side_by_side_in_one_engine_do_not_touch_each_other(first, seco
         engine.reset(e, first.workload, slo=first.slo)  # a used environment is cleared by the next reset
         engine.run(e, Until.ITERATIONS, 5)
         table_idx = 0 if case is first else 1
-        engine.reset(e, case.workload, table_idx=table_idx, slo=case.slo, predicted_tokens=case.predicted_tokens)
+        engine.reset(
+            e,
+            case.workload,
+            table_idx=table_idx,
+            slo=case.slo,
+            predicted_tokens=case.predicted_tokens,
+            acceptance_frac=case.acceptance_frac,
+        )
         setting.write(engine.knobs, e)
     for e in range(3):
         engine.run(e, Until.ITERATIONS, 7)
