@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from l3env import state as st
-from l3env.errors import L3EnvError, PlanError, WorkloadError
+from l3env.errors import PlanError, WorkloadError
 from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
 from l3env.state import SloForm
 from l3env.tables import TableArrays, Tables, stack
+from l3env.threads import share_out
 from l3env.workload import Workload
 
 FAULT_TEXT = {
@@ -36,24 +34,6 @@ FAULT_TEXT = {
 
 
 GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly
-
-
-def _threads() -> int:
-    own = os.environ.get("L3ENV_THREADS", "")
-    if own and (not own.isdecimal() or int(own) < 1):
-        raise L3EnvError(f"L3ENV_THREADS = {own!r}; expected a whole number >= 1")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(own) if own else cores
-
-
-THREADS = _threads()  # ``L3ENV_THREADS``, or the cores there are
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    """Kernels run without the interpreter's lock, so threads are enough."""
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="l3env")
-
 
 SLO_FORMS = {"mean-tbt": SloForm.MEAN_TBT, "p99-gap": SloForm.P99_GAP, "token-deadlines": SloForm.TOKEN_DEADLINES}
 
@@ -155,7 +135,7 @@ class Engine:
         if count > capacity:
             raise WorkloadError(f"{workload.name}: {count} requests; this engine was made for at most {capacity}")
         for array in self.state:
-            array[e] = np.zeros((), array.dtype)
+            array[e : e + 1].view(np.uint8)[...] = 0  # as bytes: records would be set field by field
         self.state.heap["pos"][e] = st.NOWHERE
         req = self.state.req
         req["arrival_s"][e, :count] = workload.arrival_s
@@ -173,26 +153,87 @@ class Engine:
         if model.draft_modules_count:
             chosen = np.full(count, model.draft_acceptance_frac) if acceptance_frac is None else acceptance_frac
             req["draft_class"][e, :count] = draft_classes(chosen)
-        self._set_slo(e, table_idx, workload, slo or Slo())
+        wanted = slo or Slo()
+        self.set_limits(e, workload, wanted, table_idx=table_idx)
+        self.state.env["slo_form"][e] = SLO_FORMS[wanted.form]
+        if wanted.form == "p99-gap":
+            self._rank_limits(e, count)
         self.state.env["table_idx"][e] = table_idx
         self.state.env["requests_count"][e] = count
         run.open_environment(self.tables, self.state, e)
 
-    def _set_slo(self, e: int, table_idx: int, workload: Workload, slo: Slo) -> None:
-        ttft_s, tbt_s = self.alone_latencies(workload.prompt_tokens, table_idx)
-        req, count = self.state.req, len(workload)
-        req["ttft_alone_s"][e, :count] = ttft_s
-        req["ttft_slo_s"][e, :count] = slo.ttft_scale * ttft_s if slo.ttft_s is None else slo.ttft_s
-        req["tbt_slo_s"][e, :count] = slo.tbt_scale * tbt_s if slo.tbt_s is None else slo.tbt_s
+    def append(
+        self,
+        e: int,
+        workload: Workload,
+        *,
+        slo: Slo | None = None,
+        predicted_tokens: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
+        """Adds requests to environment ``e`` while it runs; one that was done has work again.
+
+        Args:
+            workload: root requests, arriving at any time; those from the past enter at once.
+
+        Returns:
+            Indices of the new requests.
+
+        Raises:
+            WorkloadError: more requests than the capacity, a dependent one, or an SLO on the 99th percentile of gaps,
+                which is counted by the limits of the workload that the environment was opened with.
+        """
+        env, req = self.state.env, self.state.req
+        first, capacity = int(env["requests_count"][e]), self.state.req.shape[1]
+        rows = np.arange(first, first + len(workload))
+        if rows[-1] >= capacity:
+            raise WorkloadError(
+                f"{workload.name}: {rows.size} more requests; this engine was made for {capacity} in all"
+            )
+        if (workload.parent_idx != st.NOWHERE).any():
+            raise WorkloadError(f"{workload.name}: a request depends on another; only root requests can be added")
+        if env["slo_form"][e] == SloForm.P99_GAP:
+            raise WorkloadError(f"{workload.name}: requests cannot be added under an SLO of form p99-gap")
+        req["arrival_s"][e, rows] = workload.arrival_s
+        req["prompt_tokens"][e, rows] = workload.prompt_tokens
+        req["parent_idx"][e, rows] = st.ADDED
+        if predicted_tokens is not None:
+            req["predicted_tokens"][e, rows] = np.clip(predicted_tokens, 1, 2**30)
+        self.state.truth[e, rows] = workload.output_tokens
+        if self.pair(e).model.draft_modules_count:
+            usual = np.full(rows.size, self.pair(e).model.draft_acceptance_frac)
+            req["draft_class"][e, rows] = draft_classes(usual)
+        self.set_limits(e, workload, slo or Slo(), first, table_idx=int(env["table_idx"][e]))
+        env["requests_count"][e] = first + rows.size
+        env["stop"][e] = Stop.RUNNING
+        run.expect(self.state, e, first, first + rows.size)
+        return rows
+
+    def wait(self, e: int, until_s: float) -> None:
+        """Lets time pass in environment ``e`` without an iteration."""
+        env = self.state.env
+        idle_s = max(until_s - float(env["clock_s"][e]), 0.0)
+        env["queue_s"][e] += idle_s * env["waiting_count"][e]
+        env["present_s"][e] += idle_s * (env["waiting_count"][e] + env["running_count"][e])
+        env["clock_s"][e] += idle_s
+
+    def set_limits(self, e: int, workload: Workload, slo: Slo, first: int = 0, *, table_idx: int = 0) -> None:
+        """Writes the uncontended TTFT and the SLO of the requests from slot ``first`` on, and of a nominal one."""
+        req, env, rows = self.state.req, self.state.env, slice(first, first + len(workload))
+        prompts = np.append(workload.prompt_tokens, st.NOMINAL_PROMPT_TOKENS)
+        ttft_alone_s, tbt_alone_s = self.alone_latencies(prompts, table_idx)
+        ttft_slo_s = np.full(prompts.size, slo.ttft_s) if slo.ttft_s is not None else slo.ttft_scale * ttft_alone_s
+        tbt_slo_s = np.full(prompts.size, slo.tbt_s) if slo.tbt_s is not None else slo.tbt_scale * tbt_alone_s
+        req["ttft_alone_s"][e, rows] = ttft_alone_s[:-1]
+        req["ttft_slo_s"][e, rows], env["ttft_slo_s"][e] = ttft_slo_s[:-1], ttft_slo_s[-1]
+        req["tbt_slo_s"][e, rows], env["tbt_slo_s"][e] = tbt_slo_s[:-1], tbt_slo_s[-1]
+
+    def _rank_limits(self, e: int, count: int) -> None:
+        """Where each limit on the time between tokens is among those of the workload."""
+        req = self.state.req
         limits_s = req["tbt_slo_s"][e, :count]
         ranked = np.argsort(limits_s, kind="stable")
         self.state.lists["slo_s"][e, :count] = limits_s[ranked]
         req["slo_rank"][e, ranked] = np.arange(count)
-        ttft_s, tbt_s = self.alone_latencies(np.array([st.NOMINAL_PROMPT_TOKENS]), table_idx)
-        env = self.state.env
-        env["slo_form"][e] = SLO_FORMS[slo.form]
-        env["ttft_slo_s"][e] = slo.ttft_scale * ttft_s[0] if slo.ttft_s is None else slo.ttft_s
-        env["tbt_slo_s"][e] = slo.tbt_scale * tbt_s[0] if slo.tbt_s is None else slo.tbt_s
 
     def alone_latencies(
         self, prompt_tokens: NDArray[np.int64], table_idx: int = 0
@@ -218,19 +259,16 @@ class Engine:
             run.run(self.tables, self.state, self.knobs, first, last, int(until), limits)
             plan.await_work(self.tables, self.state, first, last)
 
-        edges = np.linspace(0, self.num_envs, min(THREADS, self.num_envs) + 1).astype(int).tolist()
-        if len(edges) == 2:
-            share(0, self.num_envs)
-        else:
-            list(_pool().map(share, edges[:-1], edges[1:]))
+        share_out(share, self.num_envs)
 
     def run_to_end(self) -> None:
         """Runs every environment under its knobs until nothing is left to do, each handed to the next free core."""
-        if THREADS == 1:
-            for e in range(self.num_envs):
-                self.run(e)
-        else:
-            list(_pool().map(self.run, range(self.num_envs)))
+        limits = np.zeros(self.num_envs)
+
+        def share(first: int, last: int) -> None:
+            run.run(self.tables, self.state, self.knobs, first, last, int(Until.END), limits)
+
+        share_out(share, self.num_envs, pieces=self.num_envs)
 
     def await_work(self, first: int, last: int) -> None:
         """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""

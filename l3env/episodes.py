@@ -17,7 +17,7 @@ from l3env.errors import L3EnvError
 from l3env.kernels.run import Until
 from l3env.policy import Policy, make_policy
 from l3env.reward import Reward, get_reward
-from l3env.runner import compile_pair, load_at_capacity, predictions, training_window
+from l3env.runner import compile_pair, load_at_capacity, predictions, replica_shares, training_window
 from l3env.tables import Tables
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -67,6 +67,7 @@ class Episodes:
     reward: Reward
     predictor: str | None
     _loads_at_capacity: dict[tuple[int, int], float] = field(default_factory=dict)
+    _shares: dict[tuple[int, int], list[Workload]] = field(default_factory=dict)
     _predictors: dict[tuple[int, int], Policy] = field(default_factory=dict)
 
     @classmethod
@@ -157,16 +158,23 @@ class Episodes:
         replica = int(wanted.get("replica", rng.integers(pair.replicas_count)))
         if not 0 <= replica < pair.replicas_count:
             raise L3EnvError(f"replica = {replica}; expected 0 to {pair.replicas_count - 1}")
-        rows = np.arange(replica, len(workload), pair.replicas_count)
-        count = min(self._count(pair, workload), rows.size)
-        first = int(wanted.get("start", rng.integers(rows.size - count + 1)))
-        if not 0 <= first < rows.size:
-            raise L3EnvError(f"start = {first}; expected 0 to {rows.size - 1}")
+        share = self._share(trace_idx, pair.replicas_count, replica)
+        count = min(self._count(pair, workload), len(share))
+        first = int(wanted.get("start", rng.integers(len(share) - count + 1)))
+        if not 0 <= first < len(share):
+            raise L3EnvError(f"start = {first}; expected 0 to {len(share) - 1}")
         part: Workload | None = wanted.get("workload")
         if part is None:
-            part = workload.select(rows[first : first + count])
-            part = part.window(float(part.arrival_s[0]), float("inf"))
+            part = share.stretch(first, min(first + count, len(share)))
         return Episode(pair_idx, trace_idx, load, part.at_load(load) if load != 1.0 else part, slo)
+
+    def _share(self, trace_idx: int, replicas_count: int, replica: int) -> Workload:
+        """The requests of one replica, as the offline runner deals them out; found on first use."""
+        key = trace_idx, replicas_count
+        if key not in self._shares:
+            workload = self.workloads[trace_idx]
+            self._shares[key] = [workload.select(rows) for rows in replica_shares(workload, replicas_count)]
+        return self._shares[key][replica]
 
     def _pair_idx(self, rng: np.random.Generator, system: str | None, model: str | None) -> int:
         fits = [i for i, name in enumerate(self.names) if system in (None, name[0]) and model in (None, name[1])]

@@ -18,17 +18,20 @@ from numpy.typing import NDArray
 
 from l3env.engine import Engine
 from l3env.errors import PlanError
+from l3env.kernels.batch import ACTION, step_batch
 from l3env.kernels.features import FEATURES_END, MACHINE, write_features
+from l3env.kernels.run import Until
 from l3env.policy import UNLIMITED, Knobs, View
 from l3env.state import MARK_DTYPE, Budget, Order, SubBatching
 from l3env.tables import Tables
+from l3env.threads import share_out
 
 LEVELS: dict[str, tuple[Any, ...]] = {
     "admit_max_count": (0, 1, 2, 4, 8, 16, 64, UNLIMITED),
     "prefill_budget_tokens": (256, 512, 1024, 2048, 4096, 8192, *Budget),
     "budget_counts_decodes": (False, True),
     "hbm_share_frac": (0.0, 0.05, 0.1, 0.25, 0.5, 1.0),
-    "order": tuple(Order),
+    "order": tuple(order for order in Order if order != Order.BY_SCORE),
     "headroom_frac": (0.0, 0.01, 0.05, 0.1, 0.2, 0.4),
     "sub_batching": tuple(SubBatching),
 }
@@ -126,14 +129,16 @@ assert FEATURES_COUNT == FEATURES_END
 class Observer:
     """Watches the environments of an engine: what happened since its last look at each is part of what it sees."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, has_predictor: bool = False) -> None:
         self.engine = engine
+        self.legal = static_masks(engine, has_predictor=has_predictor)
         self.marks = np.zeros(engine.num_envs, MARK_DTYPE)
         self.machine = np.zeros((engine.num_envs, FEATURES_COUNT - MACHINE), np.float32)
+        Knobs().write(engine.knobs, slice(None))  # what no action sets
 
     def forget(self, e: int) -> None:
         """Environment ``e`` starts anew."""
-        self.marks[e] = np.zeros((), MARK_DTYPE)
+        self.marks[e] = 0
 
     def look(self, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
         """(last - first, FEATURES_COUNT) fresh features of a range of environments, all by default."""
@@ -141,6 +146,39 @@ class Observer:
         out = np.empty((self.engine.num_envs, FEATURES_COUNT), np.float32)
         write_features(self.engine.tables, self.engine.state, self.marks, self.machine, first, end, out)
         return out[first:end]
+
+    def masks(self) -> NDArray[np.bool_]:
+        """(E, sum of levels) fresh: which levels do something in each environment now; at least one of each knob."""
+        return mask_rows(self.engine, self.legal)
+
+    def check(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """(E, knobs) actions as ``step`` takes them; see ``check_actions``."""
+        return check_actions(actions, self.engine.num_envs)
+
+    def shown(self, flat: NDArray[np.float32]) -> Any:
+        """Features as the observation space has them: as they are."""
+        return flat
+
+    def step(
+        self, actions: NDArray[Any], until: Until, limits: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Every environment runs under its (checked) action to its own limit, on all cores; fresh features and masks.
+
+        Each environment is run by one thread, so results do not depend on their number.
+        """
+        engine = self.engine
+        obs = np.empty((engine.num_envs, FEATURES_COUNT), np.float32)
+        masks = np.empty((engine.num_envs, self.legal.shape[1]), np.bool_)
+        how, tables, state, knobs, marks = int(until), engine.tables, engine.state, engine.knobs, self.marks
+
+        def share(first: int, last: int) -> None:
+            step_batch(
+                tables, state, knobs, actions, LEVEL_VALUES, how, limits,
+                marks, self.machine, self.legal, first, last, obs, masks,
+            )  # fmt: skip
+
+        share_out(share, engine.num_envs)
+        return obs, masks
 
 
 class ViewObserver:
@@ -154,9 +192,8 @@ class ViewObserver:
         """((FEATURES_COUNT,) features, (sum of levels,) mask) now; "since the last step" is since the last look."""
         engine, e = view._engine, view._e
         if self._observer is None:
-            self._observer = Observer(engine)
-            self._static = static_masks(engine, has_predictor=self._has_predictor)
-        mask = self._static[engine.state.env["table_idx"][e]].copy()
+            self._observer = Observer(engine, has_predictor=self._has_predictor)
+        mask = self._observer.legal[engine.state.env["table_idx"][e]].copy()
         mask[ADMIT_NONE] = engine.state.env["running_count"][e] > 0
         return self._observer.look(e, e + 1)[0], mask
 
@@ -187,23 +224,24 @@ def _nearest(levels: tuple[Any, ...], value: Any) -> int:
     return int(np.argmin([abs(float(level) - float(value)) for level in levels]))
 
 
-LEVEL_ARRAYS = {name: np.array([float(level) for level in levels]) for name, levels in LEVELS.items()}
 SIZES = np.array([len(levels) for levels in LEVELS.values()])
+LEVEL_VALUES = np.array(
+    [[float(level) for level in levels] + [0.0] * (SIZES.max() - len(levels)) for levels in LEVELS.values()]
+)
 ADMIT_NONE = 0  # place of the level that admits nobody: the first knob's first
-assert next(iter(LEVELS)) == "admit_max_count"
+assert tuple(LEVELS) == ACTION
 
 
-def write_knobs(actions: NDArray[np.int64], knobs: NDArray[np.void]) -> None:
-    """Puts (E, knobs) actions into E rows of KNOB_DTYPE; what no action sets keeps the default of ``Knobs``.
-
-    Raises PlanError for an action out of range.
-    """
-    if actions.shape != (knobs.size, len(LEVELS)) or (actions < 0).any() or (actions >= SIZES).any():
-        expected = (knobs.size, len(LEVELS))
-        raise PlanError(f"actions of shape {actions.shape}; expected shape {expected}, entries from 0 to below {SIZES}")
-    Knobs().write(knobs, slice(None))
-    for i, (name, levels) in enumerate(LEVEL_ARRAYS.items()):
-        knobs[name] = levels[actions[:, i]]
+def check_actions(actions: NDArray[Any], num_envs: int) -> NDArray[Any]:
+    """(E, knobs) actions as the engine takes them. Raises PlanError for a wrong shape or type or level."""
+    given = np.asarray(actions)
+    if given.dtype.kind in "iu" and given.shape == (num_envs, len(LEVELS)):
+        found = np.ascontiguousarray(given, np.int64)
+        if not (found.view(np.uint64) >= SIZES.view(np.uint64)).any():  # negative ones are large
+            return found
+    expected = (num_envs, len(LEVELS))
+    shown = f"{given.dtype} of shape {given.shape}"
+    raise PlanError(f"actions: {shown}; expected integers, expected shape {expected}, entries from 0 to below {SIZES}")
 
 
 def static_masks(engine: Engine, *, has_predictor: bool = False) -> NDArray[np.bool_]:

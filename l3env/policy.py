@@ -26,6 +26,7 @@ from l3env.engine import Engine, Slo
 from l3env.errors import PlanError, PolicyError
 from l3env.kernels import look
 from l3env.kernels.plan import ANY_PIM, AUTO, DECOMPRESSED, Op
+from l3env.rollout import Rollouts, present_idx
 from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Order, PimForm, Status, SubBatching, Victim
 from l3env.tables import Tables
 from l3env.workload import Workload
@@ -227,6 +228,28 @@ class View:
         """The prefilling ones in order of admission."""
         count = int(self._env["prefill_count"])
         return self._rows(self._engine.state.lists["prefill"][self._e, :count].astype(np.int64))
+
+    @property
+    def present(self) -> NDArray[np.void]:
+        """All requests that wait or run as ROW_DTYPE rows, by index."""
+        return self._rows(present_idx(self._engine, self._e))
+
+    def imagine(
+        self,
+        rollouts: Rollouts,
+        scenario: int,
+        output_tokens: NDArray[np.int64],
+        future: Workload | None = None,
+        slo: Slo | None = None,
+    ) -> None:
+        """Copies the present into a scenario of ``rollouts``, true output lengths and arrivals to come left out.
+
+        Args:
+            output_tokens: one for each of ``present``: imagined, and more than it has emitted.
+            future: imagined arrivals.
+        """
+        idx = present_idx(self._engine, self._e)
+        rollouts.imagine(self._engine, self._e, idx, scenario, output_tokens, future, slo or Slo())
 
     @property
     def decoding(self) -> NDArray[np.void]:

@@ -184,5 +184,5 @@ class ServingVecEnv(VecEnv):
 def setting_masks(masks: NDArray[np.bool_], settings: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(E, A) which settings use only legal levels; all of them where none does."""
     starts = np.cumsum([0, *(len(levels) for levels in LEVELS.values())][:-1])
-    legal = masks[:, starts + settings].all(axis=2)
-    return legal | ~legal.any(axis=1, keepdims=True)
+    legal: NDArray[np.bool_] = np.all(masks[:, starts + settings], axis=2)
+    return legal | ~np.any(legal, axis=1, keepdims=True)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 SUB_BATCHES = 2
 NOWHERE = -1
+ADDED = -2  # the parent of a request that was added while the environment ran
 
 
 class Status(IntEnum):
@@ -46,6 +47,7 @@ class Order(IntEnum):
     EARLIEST_DEADLINE_HOPELESS_LAST = 3
     NEWEST_FIRST = 4
     SHORTEST_PREDICTED_HOPELESS_LAST = 5  # prompt left to prefill + predicted output left
+    BY_SCORE = 6  # highest score first; those below 0 are held back while anything runs
 
 
 ORDERS_COUNT = len(Order)
@@ -57,6 +59,7 @@ class Victim(IntEnum):
     NEWEST_ADMITTED = 0
     MOST_PREDICTED_LEFT = 1
     LATEST_DEADLINE = 2
+    LOWEST_SCORE = 3
 
 
 class SloForm(IntEnum):
@@ -123,6 +126,7 @@ REQUEST_DTYPE = np.dtype(
         ("finish_s", np.float64),  # NaN before
         ("preemptions_count", np.int32),
         ("slo_met", np.int8),
+        ("score", np.float64),  # -1 to 1, given by an agent; 0 before
         # for the forms of SLO that look at single tokens
         ("missed_deadline", np.int8),
         ("slo_rank", np.int32),  # its TBT SLO among all of the workload
@@ -191,10 +195,15 @@ ENV_DTYPE = np.dtype(
         ("last_gpu_1_s", np.float64),
         ("last_attention_0_s", np.float64),  # of the GPU's: prefill and HBM attention; the rest is FC and head
         ("last_attention_1_s", np.float64),
+        ("last_prefill_0_s", np.float64),  # of that, the prefill
+        ("last_prefill_1_s", np.float64),
         ("last_pim_0_s", np.float64),
         ("last_pim_1_s", np.float64),
         ("last_transfer_0_s", np.float64),
         ("last_transfer_1_s", np.float64),
+        ("last_read_0_s", np.float64),  # decode attention of the slowest PIM lane
+        ("last_read_1_s", np.float64),
+        ("last_interleaved", np.int64),  # two sub-batches, or one batch
         ("last_prefill_tokens", np.int64),
         ("last_decode_tokens", np.int64),
         ("log_count", np.int64),

@@ -60,11 +60,16 @@ STARTS = (
 
 @dataclass(frozen=True)
 class Cell:
-    """What a setting is tried on: a machine and requests at their load."""
+    """What a setting is tried on: a machine and requests at their load.
+
+    Attributes:
+        one_replica: the requests are those of one replica, as an environment's episode; else all replicas share them.
+    """
 
     tables: Tables
     workload: Workload
     slo: Slo = field(default_factory=Slo)
+    one_replica: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,14 @@ class Tuned:
         goodput_frac: (C,) share of requests that met their SLO under it, by cell.
         tried: one row per setting tried: the knobs, ``goodput_frac`` (mean over cells), ``value`` (what was compared).
         around: for each knob of the grid, ``value`` at each of its levels while the others are the best ones.
+        grid: what was searched: of knobs that do nothing on the cells' machines, one level.
     """
 
     knobs: Knobs
     goodput_frac: NDArray[np.float64]
     tried: pd.DataFrame
     around: dict[str, NDArray[np.float64]]
+    grid: Grid
 
 
 def tune(
@@ -168,12 +175,13 @@ class _Search:
         for k, (name, levels) in enumerate(self.grid.items()):
             line = [(*best[:k], i, *best[k + 1 :]) for i in range(len(levels))]
             around[name] = np.array([self.value(each) for each in line])
-        return Tuned(_knobs(self.grid, best), self.met[self.row[best]].copy(), tried, around)
+        return Tuned(_knobs(self.grid, best), self.met[self.row[best]].copy(), tried, around, self.grid)
 
 
 def serve(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Serves a cell under each setting: (share of requests that met their SLO, mean time in the system (s))."""
-    shares = [rows for rows in replica_shares(cell.workload, cell.tables.replicas_count) if rows.size]
+    replicas = 1 if cell.one_replica else cell.tables.replicas_count
+    shares = [rows for rows in replica_shares(cell.workload, replicas) if rows.size]
     parts = [cell.workload.select(rows) for rows in shares]
     capacity = max(len(part) for part in parts)
     jobs = [(s, part) for s in range(len(knobs)) for part in parts]

@@ -10,6 +10,9 @@ import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from l3env.engine import Slo
 from l3env.errors import PolicyError
@@ -40,6 +43,11 @@ class BestConstant(FixedKnobs):
         self._tuned = _found[key]
         self.knobs = self._tuned.knobs
 
+    @property
+    def tried(self) -> pd.DataFrame:
+        """The settings the search tried, as ``Tuned`` has them."""
+        return self._tuned.tried
+
     def figures(self) -> dict[str, float]:
         """What the setting reached where it was searched."""
         return {"training_slo_attainment_frac": float(self._tuned.goodput_frac[0])}
@@ -61,7 +69,7 @@ def read_knobs(path: Path) -> Knobs:
     if unknown := sorted(set(raw) - {each.name for each in fields(Knobs)}):
         raise PolicyError(f"{path}: unknown knobs {', '.join(unknown)}")
     try:
-        values = {name: KINDS[name][value] if name in KINDS else value for name, value in raw.items()}
+        values: dict[str, Any] = {name: KINDS[name][value] if name in KINDS else value for name, value in raw.items()}
     except KeyError as error:
         raise PolicyError(f"{path}: no such level {error} of a knob") from None
     budget = values.get("prefill_budget_tokens", Budget.UNLIMITED)

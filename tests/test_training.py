@@ -145,9 +145,11 @@ def test_weights_go_back_into_torch(tmp_path: Path) -> None:
         np.testing.assert_array_equal(linear.bias.detach().numpy(), bias)
     started = replace(config("maskable-ppo", total_steps=64), init=str(tmp_path / "best_model.npz"))
     train(started, tmp_path / "further")
-    hyper = started.hyperparams | {"policy_kwargs": {"net_arch": [8], "activation_fn": "tanh"}}
+    replace(network, layers=[*network.layers[:-1], (network.layers[-1][0][1:], network.layers[-1][1][1:])]).save(
+        tmp_path / "narrow.npz"
+    )
     with pytest.raises(L3EnvError, match="do not fit"):
-        train(replace(started, hyperparams=hyper), tmp_path / "narrow")
+        train(replace(started, init=str(tmp_path / "narrow.npz")), tmp_path / "narrow")
 
 
 def test_value_warm_up_leaves_the_policy_alone(tmp_path: Path) -> None:
@@ -177,8 +179,9 @@ def test_a_learned_policy_acts_in_the_runner_as_in_its_environment(tmp_path: Pat
         done = False
         while not done:
             obs, _, done, _, info = env.step(algorithms.act(model, obs, env.action_masks()))
-        part = env.episodes.draw(np.random.default_rng(0), {"start": 5, "replica": 0})
-        outcome = run_policy(env.episodes.tables, part, Learned(tmp_path / "best_model.npz"), slo=env.episodes.slo)
+        episode = env.episodes.draw(np.random.default_rng(0), {"start": 5, "replica": 0})
+        part, pair = episode.workload, env.episodes.pairs[0]
+        outcome = run_policy(pair, part, Learned(tmp_path / "best_model.npz"), slo=episode.slo)
         assert env.engine is not None
         np.testing.assert_array_equal(outcome.requests["finish_s"], env.engine.state.req["finish_s"][0, : len(part)])
         assert outcome.metrics["slo_attainment_frac"] == info["metrics"]["slo_attainment_frac"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import l3env.engine
+import l3env.threads
 from l3env import specs
 from l3env.engine import Slo
 from l3env.errors import PolicyError
@@ -42,7 +42,7 @@ def runner_goodput(which: Cell, knobs: Knobs) -> float:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_scores_are_those_of_the_runner(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two replicas; batches smaller than the settings change nothing, neither do threads."""
-    monkeypatch.setattr(l3env.engine, "THREADS", threads)
+    monkeypatch.setattr(l3env.threads, "_limit", threads)
     which = cell()
     assert which.tables.replicas_count == 2
     settings = [Knobs(), Knobs(prefill_budget_tokens=256), Knobs(order=Order.NEWEST_FIRST, headroom_frac=0.2)]

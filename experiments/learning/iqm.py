@@ -6,18 +6,19 @@ and its 95 % interval from a bootstrap that draws seeds anew within each cell (s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
+
+from l3env.errors import L3EnvError
 
 CELL = ["system", "model", "trace", "utilization"]
 GOODPUT = "slo_attainment_frac"
 TRIM_FRAC = 0.25
+POLICIES = {"l3": "l3", "best_constant": "best-constant", "best_constant_global": "best-constant-global"}
 RESAMPLES = 2000
 LEVEL = 0.95
 
@@ -57,45 +58,47 @@ def summarise(rows: Sequence[dict[str, Any]], learned: str, heuristics: Sequence
         learned: the policy that is judged.
         heuristics: those that ``best heuristic`` is chosen among, in each cell by its mean goodput over seeds.
     """
-    table = pd.DataFrame(rows).pivot_table(index=CELL, columns=["policy", "seed"], values=GOODPUT, sort=False)
-    least = (
-        1.0 / pd.DataFrame(rows).groupby(CELL, sort=False)["requests_count"].max()
-    )  # one request: no ratio is infinite
-    ours = table[learned].to_numpy()
-    present = list(dict.fromkeys(table.columns.get_level_values("policy")))
-    means = table.T.groupby(level="policy").mean().T
-    known = [name for name in heuristics if name in present]
-    best_names = means[known].idxmax(axis=1) if known else None
-    figures: dict[str, Any] = {"policy": learned, "cells_count": len(table), "seeds_count": ours.shape[1]}
-    ratios = {}
-    if best_names is not None:
-        best = np.array([table.loc[cell, name].to_numpy() for cell, name in best_names.items()])
-        ratios["best_heuristic"] = _ratio(ours, best, least)
-    for name, policy in (
-        ("l3", "l3"),
-        ("best_constant", "best-constant"),
-        ("best_constant_global", "best-constant-global"),
-    ):
-        if policy in present:
-            ratios[name] = _ratio(ours, table[policy].to_numpy(), least)
+    goodput, requests_count, cells = _arrays(rows)
+    ours = goodput[learned]
+    known = [name for name in heuristics if name in goodput]
+    opponents = {name: goodput[policy] for name, policy in POLICIES.items() if policy in goodput}
+    best_names: list[str | None] = [None] * len(cells)
+    if known:
+        means = np.array([goodput[name].mean(axis=1) for name in known])
+        best = np.argmax(means, axis=0)
+        best_names = [known[k] for k in best]
+        opponents["best_heuristic"] = np.array([goodput[known[k]][c] for c, k in enumerate(best)])
+    floor = 1.0 / requests_count[:, None]  # one request: no ratio is infinite
+    ratios = {name: np.maximum(ours, floor) / np.maximum(theirs, floor) for name, theirs in opponents.items()}
+    figures: dict[str, Any] = {"policy": learned, "cells_count": len(cells), "seeds_count": ours.shape[1]}
     for name, ratio in ratios.items():
         low, high = interval(ratio)
         figures |= {f"iqm_vs_{name}": float(interquartile_mean(ratio)), f"iqm_vs_{name}_low": low}
         figures |= {f"iqm_vs_{name}_high": high, f"worst_cell_vs_{name}": float(ratio.mean(axis=1).min())}
     figures["cells"] = [
         dict(zip(CELL, cell, strict=True))
-        | {"best_heuristic": None if best_names is None else best_names.iloc[i]}
-        | {f"vs_{name}": float(ratio[i].mean()) for name, ratio in ratios.items()}
-        | {"goodput_frac": {policy: _number(means.iloc[i][policy]) for policy in present}}
-        for i, cell in enumerate(table.index)
+        | {"best_heuristic": best_names[c]}
+        | {f"vs_{name}": float(ratio[c].mean()) for name, ratio in ratios.items()}
+        | {"goodput_frac": {policy: float(values[c].mean()) for policy, values in goodput.items()}}
+        for c, cell in enumerate(cells)
     ]
     return figures
 
 
-def _ratio(ours: NDArray[np.float64], theirs: NDArray[np.float64], least: pd.Series[Any]) -> NDArray[np.float64]:
-    floor = least.to_numpy()[:, None]
-    return np.maximum(ours, floor) / np.maximum(theirs, floor)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _arrays(
+    rows: Sequence[dict[str, Any]],
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64], list[tuple[Any, ...]]]:
+    """((C, S) goodput by policy, (C,) requests, cells). Raises L3EnvError where a run is missing."""
+    cells = {cell: c for c, cell in enumerate(dict.fromkeys(tuple(row[name] for name in CELL) for row in rows))}
+    seeds_count = 1 + max(row["seed"] for row in rows)
+    policies = dict.fromkeys(row["policy"] for row in rows)
+    goodput = {policy: np.full((len(cells), seeds_count), np.nan) for policy in policies}
+    requests_count = np.ones(len(cells))
+    for row in rows:
+        c = cells[tuple(row[name] for name in CELL)]
+        goodput[row["policy"]][c, row["seed"]] = row[GOODPUT]
+        requests_count[c] = max(requests_count[c], row["requests_count"])
+    for policy, values in goodput.items():
+        if np.isnan(values).any():
+            raise L3EnvError(f"evaluation: {policy} lacks {int(np.isnan(values).sum())} of {values.size} runs")
+    return goodput, requests_count, list(cells)

@@ -14,7 +14,7 @@ from experiments.train.export import load_weights
 from experiments.train.grpo import GRPO
 from l3env.errors import L3EnvError
 from l3env.sb3 import ServingVecEnv
-from policies.network import load_network
+from policies.network import Network, load_network
 
 CLASSES: dict[str, type[Any]] = {"ppo": PPO, "maskable-ppo": MaskablePPO, "a2c": A2C, "dqn": DQN, "grpo": GRPO}
 MASKED = ("maskable-ppo", "grpo")
@@ -36,13 +36,24 @@ def env_arguments(hyperparams: dict[str, Any]) -> dict[str, Any]:
 def build(algo: str, env: ServingVecEnv, hyperparams: dict[str, Any], seed: int, init: str | None = None) -> Any:
     """A fresh model. Raises L3EnvError for hyperparameters that the algorithm does not know."""
     arguments = {name: _value(name, value) for name, value in hyperparams.items() if name not in OF_THE_ENVIRONMENT}
+    network = None if init is None else load_network(Path(init))
+    if network is not None:
+        arguments["policy_kwargs"] = _shaped_like(network, arguments.get("policy_kwargs", {}))
     try:
         model = CLASSES[algo]("MlpPolicy", env, seed=seed, device="cpu", **arguments)
     except TypeError as error:
         raise L3EnvError(f"hyperparameters of {algo}: {error}") from None
-    if init is not None:
-        load_weights(model, load_network(Path(init)))
+    if network is not None:
+        load_weights(model, network)
     return model
+
+
+def _shaped_like(network: Network, policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Hidden layers of the actor as those of the network that it starts from."""
+    hidden = [bias.size for _, bias in network.layers[:-1]]
+    given = policy_kwargs.get("net_arch")
+    net_arch: Any = {"pi": hidden, "vf": given["vf"]} if isinstance(given, dict) else hidden
+    return policy_kwargs | {"net_arch": net_arch, "activation_fn": ACTIVATIONS[network.config["activation"]]}
 
 
 def _value(name: str, value: Any) -> Any:

@@ -63,13 +63,13 @@ class TrainConfig:
 
     def env_kwargs(self, window: str) -> dict[str, Any]:
         """Keyword arguments of the environment over one part of the traces."""
-        return {
+        kwargs: dict[str, Any] = {
             "system": list(self.systems),
             "model": list(self.models),
             "trace": [in_window(trace, window) for trace in self.traces],
             "utilization": list(self.utilization),
-            **self.env,
         }
+        return kwargs | self.env
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
@@ -79,7 +79,9 @@ class TrainConfig:
         """The inverse of ``to_yaml``. Raises L3EnvError naming the file."""
         raw = read_yaml(path)
         try:
-            tuples = {name: tuple(raw[name]) for name in ("systems", "models", "traces", "utilization") if name in raw}
+            tuples: dict[str, Any] = {
+                name: tuple(raw[name]) for name in ("systems", "models", "traces", "utilization") if name in raw
+            }
             return cls(**{**raw, **tuples})
         except TypeError as error:
             raise L3EnvError(f"{path}: {error}") from None

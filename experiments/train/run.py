@@ -69,6 +69,12 @@ def train(config: TrainConfig, out: Path, *, command: str = "", progress: Progre
     return out / "best_model.npz"
 
 
+def evaluations(out: Path) -> list[dict[str, float]]:
+    """Rows of ``evaluations.csv``: steps, goodput_frac, standard_error, wall_s."""
+    table = pd.read_csv(out / "evaluations.csv")
+    return [{name: float(row[name]) for name in table.columns} for _, row in table.iterrows()]
+
+
 def _claim(out: Path, config: TrainConfig) -> None:
     path = out / "config.yml"
     if path.exists() and path.read_text(encoding="utf-8") != config.to_yaml():

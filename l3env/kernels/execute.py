@@ -100,33 +100,35 @@ def execute(t, s, e, decode, mode):
 
     # price
     gpu_0_s, gpu_1_s, pim_0_s, pim_1_s, move_0_s, move_1_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    front_0_s, front_1_s, read_s, slowest_s, duration_s, batches = 0.0, 0.0, 0.0, 0.0, np.inf, 0
+    prefill_0_s, prefill_1_s, hbm_0_s, hbm_1_s = 0.0, 0.0, 0.0, 0.0
+    read_0_s, read_1_s, slowest_s, duration_s = 0.0, 0.0, 0.0, np.inf
+    interleaved, batches = 0, 0
     if mode != SubBatching.OFF:
-        front_0_s = attention_0 + prefill_launch_s(t, table, chunks_0, histories_0)
-        front_0_s += hbm_attention_s(t, table, hbm_kv_0, hbm_n_0, queries)
-        front_1_s = attention_1 + prefill_launch_s(t, table, chunks_1, histories_1)
-        front_1_s += hbm_attention_s(t, table, hbm_kv_1, hbm_n_1, queries)
-        gpu_0_s = front_0_s + back_batch_s(t, table, tokens_0 + rows_1, ends_0 + rows_1, guessed_1)
+        prefill_0_s = attention_0 + prefill_launch_s(t, table, chunks_0, histories_0)
+        prefill_1_s = attention_1 + prefill_launch_s(t, table, chunks_1, histories_1)
+        hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0, queries)
+        hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1, queries)
+        gpu_0_s = prefill_0_s + hbm_0_s + back_batch_s(t, table, tokens_0 + rows_1, ends_0 + rows_1, guessed_1)
         gpu_0_s = max(gpu_0_s, comm_batch_s(t, table, tokens_0 + rows_1))
-        gpu_1_s = front_1_s + back_batch_s(t, table, tokens_1 + rows_0, ends_1 + rows_0, guessed_0)
+        gpu_1_s = prefill_1_s + hbm_1_s + back_batch_s(t, table, tokens_1 + rows_0, ends_1 + rows_0, guessed_0)
         gpu_1_s = max(gpu_1_s, comm_batch_s(t, table, tokens_1 + rows_0))
         pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0_s + spread_0_s, moved_0, pushed_1)
         pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1_s + spread_1_s, moved_1, pushed_0)
-        read_s = read_0_s + read_1_s
         slowest_s = slowest_0_s + slowest_1_s
         duration_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
         batches = (1 if tokens_0 + decodes_1 > 0 else 0) + (1 if tokens_1 + decodes_0 > 0 else 0)
+        interleaved = 1
     if mode != SubBatching.ON:
-        front_s = attention_0 + attention_1
-        front_s += prefill_launch_s(t, table, chunks_0 + chunks_1, histories_0 + histories_1)
-        front_s += hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1, queries)
+        prefill_s = attention_0 + attention_1
+        prefill_s += prefill_launch_s(t, table, chunks_0 + chunks_1, histories_0 + histories_1)
+        hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1, queries)
         batch = tokens_0 + tokens_1 + rows_0 + rows_1
         rows = ends_0 + ends_1 + rows_0 + rows_1
         pushed = pushed_0 + pushed_1
         one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s = one_batch_s(
             t,
             table,
-            front_s,
+            prefill_s + hbm_s,
             slowest_both_s + spread_0_s + spread_1_s,
             moved_0 + moved_1,
             pushed,
@@ -135,9 +137,10 @@ def execute(t, s, e, decode, mode):
             guessed_0 + guessed_1,
         )
         if one_s < duration_s:
-            duration_s, gpu_0_s, pim_0_s, read_s, move_0_s = one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s
-            gpu_1_s, pim_1_s, move_1_s = 0.0, 0.0, 0.0
-            front_0_s, front_1_s = front_s, 0.0
+            duration_s, gpu_0_s, pim_0_s, read_0_s, move_0_s = one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s
+            gpu_1_s, pim_1_s, read_1_s, move_1_s = 0.0, 0.0, 0.0, 0.0
+            prefill_0_s, prefill_1_s, hbm_0_s, hbm_1_s = prefill_s, 0.0, hbm_s, 0.0
+            interleaved = 0
             slowest_s = slowest_both_s
             batches = 1 if batch > 0 else 0
 
@@ -153,7 +156,7 @@ def execute(t, s, e, decode, mode):
     env["gpu_busy_s"] += gpu_0_s + gpu_1_s
     env["pim_busy_s"] += pim_0_s + pim_1_s
     env["transfer_s"] += move_0_s + move_1_s
-    env["transfer_exposed_s"] += pim_0_s + pim_1_s - read_s
+    env["transfer_exposed_s"] += pim_0_s + pim_1_s - (read_0_s + read_1_s)
     env["energy_j"] += energy_j
     env["queue_s"] += duration_s * env["waiting_count"]
     env["present_s"] += duration_s * (env["waiting_count"] + env["running_count"])
@@ -163,8 +166,11 @@ def execute(t, s, e, decode, mode):
         env["imbalance_s"] += slowest_s - lane_attention_s(t, table, pim_kv, pim_n, queries) / (lanes - 1)
     env["last_iteration_s"] = duration_s
     env["last_gpu_0_s"], env["last_gpu_1_s"] = gpu_0_s, gpu_1_s
-    env["last_attention_0_s"], env["last_attention_1_s"] = front_0_s, front_1_s
+    env["last_attention_0_s"], env["last_attention_1_s"] = prefill_0_s + hbm_0_s, prefill_1_s + hbm_1_s
+    env["last_prefill_0_s"], env["last_prefill_1_s"] = prefill_0_s, prefill_1_s
     env["last_pim_0_s"], env["last_pim_1_s"] = pim_0_s, pim_1_s
+    env["last_read_0_s"], env["last_read_1_s"] = read_0_s, read_1_s
+    env["last_interleaved"] = interleaved
     env["last_transfer_0_s"], env["last_transfer_1_s"] = move_0_s, move_1_s
     env["last_prefill_tokens"], env["last_decode_tokens"] = tokens, decodes
 
@@ -176,7 +182,7 @@ def execute(t, s, e, decode, mode):
         for sub in range(SUB_BATCHES):
             heap, now = FINISH_HEAP + sub + SUB_BATCHES * draft, s.group[e, sub, draft]["clock"]
             while s.heap_len[e, heap] > 0 and s.heap[e, heap, s.heap[e, heap, 0]["item"]]["key"] <= now:
-                finish(t, s, e, s.heap[e, heap, 0]["item"])
+                finish(t, s, e, np.int64(s.heap[e, heap, 0]["item"]))
     if s.log.shape[1] > 1:
         write_log(t, s, e, duration_s, gpu_0_s + gpu_1_s, pim_0_s + pim_1_s, decodes, tokens)
 
@@ -263,7 +269,7 @@ def step_prefills(t, s, e):
     now_s = env["clock_s"]
     i = 0
     while i < env["prefill_count"]:
-        r = s.lists[e, i]["prefill"]
+        r = np.int64(s.lists[e, i]["prefill"])
         chunk = req[e, r]["chunk_tokens"]
         req[e, r]["chunk_tokens"] = 0
         req[e, r]["prefilled_tokens"] += chunk
@@ -285,7 +291,7 @@ def step_prefills(t, s, e):
         req[e, r]["emitted_tokens"] += 1
         env["output_tokens"] += 1
         req[e, r]["kv_tokens"] = req[e, r]["target_tokens"]
-        join_decode(t, s, e, r, req[e, r]["sub"])
+        join_decode(t, s, e, r, np.int64(req[e, r]["sub"]))
 
 
 @helper

@@ -176,8 +176,13 @@ def stored_pools(t, table):
     return spread if spread > 0 else t.coef[table]["pools_count"]
 
 
-@helper
+@inner
 def fc_head_s(t, table, tokens, rows):
+    return _fc_head_s(t, table, np.int64(tokens), np.int64(rows))
+
+
+@helper
+def _fc_head_s(t, table, tokens, rows):
     return fc_batch_s(t, table, tokens) + head_batch_s(t, table, rows)
 
 
@@ -321,22 +326,27 @@ def write_machine(t, s, e, mark, row, i):
     row[i + 14] = squash(coef["transfer_token_s"] * PACE_TOKENS, fc_head_s(t, table, PACE_TOKENS, 1))
 
 
+@inner
+def write_row(t, s, mark, machine, e, row):
+    """All features of environment ``e`` into ``row``; moves its mark.
+
+    ``machine`` keeps the last group between calls; it is filled where the mark is new.
+    """
+    if mark["is_old"] == 0:
+        write_machine(t, s, e, mark, machine, 0)
+        mark["is_old"] = 1
+    write_memory(t, s, e, mark, row, MEMORY)
+    write_queue(t, s, e, mark, row, QUEUE)
+    write_running(s, e, mark, row, RUNNING)
+    write_prices(t, s, e, mark, row, PRICES)
+    write_interval(s, e, mark, row, INTERVAL)
+    write_arrivals(s, e, mark, row, ARRIVALS)
+    for i in range(FEATURES_END - MACHINE):
+        row[MACHINE + i] = machine[i]
+
+
 @kernel
 def write_features(t, s, marks, machine, first, last, out):
-    """Features of environments first..last - 1 into ``out`` (E, F), ordered as observe.FEATURES; moves the marks.
-
-    ``machine`` (E, F - MACHINE) keeps the last group between calls; it is filled where a mark is new.
-    """
+    """Features of environments first..last - 1 into ``out`` (E, F), ordered as observe.FEATURES; moves the marks."""
     for e in range(first, last):
-        mark, row = marks[e], out[e]
-        if mark["is_old"] == 0:
-            write_machine(t, s, e, mark, machine[e], 0)
-            mark["is_old"] = 1
-        write_memory(t, s, e, mark, row, MEMORY)
-        write_queue(t, s, e, mark, row, QUEUE)
-        write_running(s, e, mark, row, RUNNING)
-        write_prices(t, s, e, mark, row, PRICES)
-        write_interval(s, e, mark, row, INTERVAL)
-        write_arrivals(s, e, mark, row, ARRIVALS)
-        for k in range(FEATURES_END - MACHINE):
-            row[MACHINE + k] = machine[e, k]
+        write_row(t, s, marks[e], machine[e], e, out[e])

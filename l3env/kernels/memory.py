@@ -357,6 +357,8 @@ def choose_victim(t, s, e, pool, rule):
             badness = float(req[e, r]["predicted_tokens"] - emitted_now(s, e, r))
         elif rule == Victim.LATEST_DEADLINE:
             badness = req[e, r]["arrival_s"] + req[e, r]["ttft_slo_s"]
+        elif rule == Victim.LOWEST_SCORE:
+            badness = -req[e, r]["score"]
         if badness > worst:
             chosen, worst = r, badness
     return chosen

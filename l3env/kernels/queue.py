@@ -51,7 +51,7 @@ def has_overdue(s, e):
 def notice_hopeless(s, e):
     """Waiting requests that have become hopeless step back in the orders that heed it (once: it cannot heal)."""
     while has_overdue(s, e):
-        r = s.heap[e, SLACK_HEAP, 0]["item"]
+        r = np.int64(s.heap[e, SLACK_HEAP, 0]["item"])
         remove(s.heap[e, SLACK_HEAP], s.heap_len[e], SLACK_HEAP, r)
         s.req[e, r]["hopeless"] = 1
         for order in range(ORDERS_COUNT):
@@ -71,12 +71,14 @@ def order_key(req, e, r, order):
     if order == Order.SHORTEST_PREDICTED_HOPELESS_LAST:
         left = max(req[e, r]["predicted_tokens"] - req[e, r]["emitted_tokens"], 1)
         return float(req[e, r]["target_tokens"] + left)
+    if order == Order.BY_SCORE:
+        return -req[e, r]["score"]
     return req[e, r]["arrival_s"]
 
 
 @inner
 def heeds_hopeless(order):
-    return order != Order.FCFS and order != Order.NEWEST_FIRST
+    return order != Order.FCFS and order != Order.NEWEST_FIRST and order != Order.BY_SCORE
 
 
 @inner
@@ -157,12 +159,15 @@ def build_order(s, e, order):
 
 @inner
 def next_waiting(s, e, order):
-    """The request to admit next, or -1."""
+    """The request to admit next, or -1 where none waits or all are held back."""
     if s.env[e]["waiting_count"] == 0:
         return NOWHERE
     if not s.env[e]["heaps_built"] >> order & 1:
         build_order(s, e, order)
-    return s.heap[e, order, 0]["item"]
+    r = s.heap[e, order, 0]["item"]
+    if order == Order.BY_SCORE and s.req[e, r]["score"] < 0 and s.env[e]["running_count"] > 0:
+        return NOWHERE
+    return r
 
 
 @inner

@@ -8,9 +8,10 @@ import numpy as np
 
 from l3env.jit import inner, kernel
 from l3env.kernels.execute import execute
+from l3env.kernels.heap import push
 from l3env.kernels.queue import absorb_arrivals, advance_root, has_overdue, next_arrival_s, notice_hopeless
 from l3env.kernels.schedule import schedule
-from l3env.state import NOWHERE, SubBatching
+from l3env.state import ARRIVAL_HEAP, NOWHERE, SubBatching
 
 
 class Stop(IntEnum):
@@ -118,3 +119,11 @@ def open_environment(t, s, e):
             req[e, parent]["first_child_idx"] = r
     advance_root(s, e, 0)
     absorb_arrivals(t, s, e)
+
+
+@kernel
+def expect(s, e, first, last):
+    """Requests that were added to the table will arrive at their times."""
+    for r in range(first, last):
+        push(s.heap[e, ARRIVAL_HEAP], s.heap_len[e], ARRIVAL_HEAP, r, s.req[e, r]["arrival_s"])
+    advance_root(s, e, s.env[e]["next_root_idx"])

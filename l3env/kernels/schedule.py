@@ -180,7 +180,7 @@ def balance_subs(t, s, e):
         return
     heavy = 0 if first > second else 1
     for i in range(s.env[e]["running_count"] - 1, -1, -1):
-        r = s.lists[e, i]["running"]
+        r = np.int64(s.lists[e, i]["running"])
         if s.req[e, r]["status"] == Status.DECODE and s.req[e, r]["sub"] == heavy:
             move(t, s, e, r, 1 - heavy)
             return
@@ -315,7 +315,7 @@ def can_admit(t, s, k, e):
     if s.env[e]["waiting_count"] == 0 or most_admissions(s, k, e) <= 0:
         return False
     r = next_waiting(s, e, k[e]["order"])
-    return find_lane(t, s, k, e, r, lighter_sub(s, e)) != NOWHERE
+    return r != NOWHERE and find_lane(t, s, k, e, r, lighter_sub(s, e)) != NOWHERE
 
 
 @helper

@@ -63,7 +63,7 @@ def note_step_gaps(s, e, now_s):
                 s.long_steps[e, sub, place - 1] += 1
                 place += place & -place
     for i in range(env["joining_count"]):
-        r = s.lists[e, i]["joining"]
+        r = np.int64(s.lists[e, i]["joining"])
         if req[e, r]["status"] == Status.DECODE:
             note_own_gap(s, e, r, now_s)
             req[e, r]["long_steps_before"] = steps_too_long(s, e, r)
@@ -81,7 +81,7 @@ def note_step_deadlines(s, e, now_s):
     """A decode step has ended; called with clocks moved and before requests join."""
     req, heap, lengths = s.req, s.heap[e, DUE_HEAP], s.heap_len[e]
     while lengths[DUE_HEAP] > 0 and heap[heap[0]["item"]]["key"] < now_s:
-        r = heap[0]["item"]
+        r = np.int64(heap[0]["item"])
         group = s.group[e, req[e, r]["sub"], req[e, r]["draft_class"]]
         emitted = req[e, r]["emitted_tokens"] + group["clock"] - req[e, r]["joined_clock"]
         remove(heap, lengths, DUE_HEAP, r)
