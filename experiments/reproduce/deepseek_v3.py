@@ -7,6 +7,7 @@ their reproduction of the deployment, TRT TensorRT-LLM's figures of R1's experts
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,21 @@ HBM = Place(1.0)
 AVERAGE = "the published figure is a day's mean over changing load, the model's is at saturation without gaps"
 
 
-def rows() -> list[Row]:
+def rows(progress: Callable[[int, int, str], None], *, quick: bool = False) -> list[Row]:
+    """All comparisons; ``quick`` leaves the table of places out."""
     model = load("model/deepseek-v3")
+    progress(0, 2, "figures")
     found = shapes(model) + attention(model) + all_to_all(model) + decode(model) + prefill(model)
-    return found + guessing(model) + balance() + places()
+    found += guessing(model) + balance()
+    progress(1, 2, "places")
+    found += [] if quick else places()
+    progress(2, 2, "done")
+    return found
+
+
+def assumptions() -> str:
+    """What the rows rest on, in a sentence."""
+    return "H800 systems as in their presets; imbalance from the router study; steady state, equal requests"
 
 
 def line(case: str, quantity: str, paper: float | None, ours: float, note: str = "") -> Row:

@@ -6,6 +6,7 @@ import importlib
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -22,22 +23,26 @@ def rows_of(name: str, progress: Callable[[int, int, str], None], *, quick: bool
     if name not in (*FIGURES, *OTHER_PAPERS, "all"):
         raise L3EnvError(f"unknown figure {name!r}; expected one of {', '.join((*FIGURES, *OTHER_PAPERS))}, or all")
     if name in OTHER_PAPERS:
-        return list(importlib.import_module(f"experiments.reproduce.{name}").rows(progress, quick=quick))
+        return list(_module(name).rows(progress, quick=quick))
     if quick:
         raise L3EnvError(f"{name} has no quick version; expected one of {', '.join(OTHER_PAPERS)}")
     names = FIGURES if name == "all" else (name,)
     rows: list[Row] = []
     for done, each in enumerate(names):
         progress(done, len(names), each)
-        rows += importlib.import_module(f"experiments.reproduce.{each.replace('-', '_')}").rows()
+        rows += _module(each).rows()
     progress(len(names), len(names), "done")
     return rows
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"experiments.reproduce.{name.replace('-', '_')}")
 
 
 def assumed(name: str) -> str:
     """What the rows of a figure rest on, in a sentence."""
     if name in OTHER_PAPERS:
-        return str(importlib.import_module(f"experiments.reproduce.{name}").assumptions())
+        return str(_module(name).assumptions())
     return DEFAULT.text()
 
 
