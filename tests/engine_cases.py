@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from l3env import specs
 from l3env.engine import Engine, Slo
 from l3env.policy import UNLIMITED, Knobs
-from l3env.state import Budget, Order, Victim
+from l3env.state import Budget, Order, PimForm, Victim
 from l3env.tables import Tables, compile_tables
 from l3env.workload import Workload
 
@@ -29,6 +29,8 @@ PAIRS = (
     ("hbm-pim-ext-dgx-a100", "llama-3-8b"),
     ("rank-pim-dgx-a100", "llama-3-8b"),
     ("cpu-offload-dgx-a100", "llama-2-7b"),
+    ("l3-dgx-h200", "deepseek-v3"),  # a latent that may lie decompressed, and a token guessed in each step
+    ("l3-h800-ep144-decode", "deepseek-v3"),  # and an all-to-all that computing hides
 )
 
 
@@ -64,6 +66,7 @@ class Case:
     workload: Workload
     predicted_tokens: np.ndarray
     slo: Slo
+    acceptance_frac: np.ndarray | None = None  # of guessed tokens, where the model guesses
 
     def __repr__(self) -> str:
         coef, w = self.tables.arrays.coef, self.workload
@@ -79,7 +82,13 @@ class Case:
 
     def engine(self, *, record: bool = True) -> Engine:
         engine = Engine(self.tables, 1, len(self.workload), record=record)
-        engine.reset(0, self.workload, slo=self.slo, predicted_tokens=self.predicted_tokens)
+        engine.reset(
+            0,
+            self.workload,
+            slo=self.slo,
+            predicted_tokens=self.predicted_tokens,
+            acceptance_frac=self.acceptance_frac,
+        )
         return engine
 
 
@@ -117,6 +126,11 @@ def machines(draw, longest_tokens: int, pairs=PAIRS) -> Tables:
     sizes = [max(math.ceil(tokens * part / block), 1) for part in parts]
     if tables.arrays.pool_blocks[0, 0] == 0:
         sizes[0] = 0  # no KV in HBM on this system
+    spread = int(tables.arrays.coef["spread_pool"][0])
+    if spread:  # decompressed KV in the memory of the pools before it
+        share = draw(st.sampled_from([0.3, 1.0, 2.5]))
+        sizes[spread] = int(min(sizes[1:spread]) / share)
+        tables = with_coef(tables, spread_share=share)
     return with_memory(tables, block, sizes)
 
 
@@ -132,7 +146,8 @@ def cases(draw, pairs=PAIRS, **sizes) -> Case:
     # at exactly 1 the last bit of a sum would decide what is late
     scale = draw(st.sampled_from([1.001, 1.5, 5.0, 100.0]))
     absolute = draw(st.sampled_from([None, None, 0.05, 2.0]))
-    return Case(tables, workload, predicted, Slo(scale, scale, absolute, absolute))
+    acceptance_frac = rng.choice([0.0, 0.3, 0.5, 0.85, 1.0], truth.size)
+    return Case(tables, workload, predicted, Slo(scale, scale, absolute, absolute), acceptance_frac)
 
 
 def knobs(*, align: bool = True, headroom=(0.0, 0.01, 0.1, 0.5, 1.0)) -> st.SearchStrategy[Knobs]:
@@ -151,4 +166,6 @@ def knobs(*, align: bool = True, headroom=(0.0, 0.01, 0.1, 0.5, 1.0)) -> st.Sear
         reserve_predicted=st.booleans(),
         sub_batching=st.sampled_from([True, True, False]),
         victim=st.sampled_from(list(Victim)),
+        pim_form=st.sampled_from(list(PimForm)),
+        multi_token=st.booleans(),
     )
