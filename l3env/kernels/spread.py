@@ -1,4 +1,4 @@
-"""A latent's KV decompressed on the PIM side, as the other kernels see it: one more lane and pool, spread over all ranks.
+"""A latent's KV decompressed on the PIM side, as other kernels see it: one more lane and pool, spread over all ranks.
 
 Where no model stores a latent, ``t.forms`` has one entry. The functions begin with ``if len(forms) == 1``, which numba
 decides by type when it compiles, dropping the other branch: kernels are then compiled as if there were no other form,
