@@ -343,7 +343,8 @@ def test_a_faster_part_never_lengthens_an_iteration_of_the_same_plan(part):
         upgraded = compile_tables(specs.load(f"system/{system.name}", **changes), case.tables.model).arrays
         tables = case.tables.arrays
         coef = upgraded.coef.copy()
-        coef["block_tokens"] = tables.coef["block_tokens"]
+        for name in ("block_tokens", "spread_share"):  # as the case drew them
+            coef[name] = tables.coef[name]
         fast.tables = upgraded._replace(coef=coef, pool_blocks=tables.pool_blocks)
         held.write(slow.knobs, 0)
         held.write(fast.knobs, 0)
