@@ -134,7 +134,7 @@ class Engine:
         count = len(workload)
         if count > capacity:
             raise WorkloadError(f"{workload.name}: {count} requests; this engine was made for at most {capacity}")
-        for array in self.state:
+        for array in st.arrays(self.state):
             array[e : e + 1].view(np.uint8)[...] = 0  # as bytes: records would be set field by field
         self.state.heap["pos"][e] = st.NOWHERE
         req = self.state.req

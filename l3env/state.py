@@ -15,8 +15,9 @@ where no model guesses.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -364,14 +365,18 @@ class PimForm(IntEnum):
 
 
 class State(NamedTuple):
-    """All of the engine's memory. Copying these arrays copies the environments."""
+    """All of the engine's memory. Copying these arrays copies the environments.
+
+    ``lane_class`` is ``()`` where no model guesses: kernels are compiled for that type without any of the code that
+    works on it (see ``kernels.drafts``).
+    """
 
     env: NDArray[np.void]  # (E,) ENV_DTYPE
     req: NDArray[np.void]  # (E, N) REQUEST_DTYPE
     truth: NDArray[np.int32]  # (E, N) output tokens; kernels and oracle-* policies only
     sub: NDArray[np.void]  # (E, S) SUB_DTYPE
     lane: NDArray[np.void]  # (E, S, L) LANE_DTYPE
-    lane_class: NDArray[np.int32]  # (E, S, L, D) decoding requests by draft class; kept where D > 1
+    lane_class: NDArray[np.int32] | tuple[()]  # (E, S, L, D) decoding requests by draft class
     group: NDArray[np.void]  # (E, S, D) GROUP_DTYPE
     pool: NDArray[np.void]  # (E, P) POOL_DTYPE
     phase: NDArray[np.int32]  # (E, S, P, D, B) decoding requests by the clock phase at which they need a block
@@ -405,7 +410,7 @@ def allocate(
         truth=np.zeros((e, n), np.int32),
         sub=np.zeros((e, s), SUB_DTYPE),
         lane=np.zeros((e, s, lanes_count), LANE_DTYPE),
-        lane_class=np.zeros((e, s, lanes_count, d), np.int32),
+        lane_class=np.zeros((e, s, lanes_count, d), np.int32) if drafts else (),
         group=np.zeros((e, s, d), GROUP_DTYPE),
         pool=np.zeros((e, pools_count), POOL_DTYPE),
         phase=np.zeros((e, s, pools_count, d, block_tokens), np.int32),
@@ -419,9 +424,19 @@ def allocate(
     )
 
 
+def arrays(state: State) -> Iterator[NDArray[Any]]:
+    """All arrays that a state has."""
+    return (array for array in state if not isinstance(array, tuple))
+
+
 def copy(state: State) -> State:
-    """An independent copy, for snapshots and planning; as bytes, since NumPy copies padded records field by field."""
-    return State._make(array.view(np.uint8).copy().view(array.dtype) for array in state)
+    """An independent copy, for snapshots and planning."""
+    return State._make(map(_copy, state))
+
+
+def _copy(array: NDArray[Any] | tuple[()]) -> NDArray[Any] | tuple[()]:
+    """As bytes, since NumPy copies padded records field by field."""
+    return () if isinstance(array, tuple) else array.view(np.uint8).copy().view(array.dtype)
 
 
 def row_bytes(*, drafts: bool = False) -> int:

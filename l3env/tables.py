@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 from l3env.costs import energy, experts, gpu, link, memory, pim
 from l3env.errors import SpecError
 from l3env.specs import GpuSpec, ModelSpec, SystemSpec
+from l3env.state import PimForm
 
 DENSE_TOKENS = 8192  # FC times are tabulated for every count up to here,
 STRIDE_TOKENS = 64  # then every 64 tokens, linear in between,
 TABLE_TOKENS = 32768  # up to here; beyond, the last slope goes on (compute-bound: exact)
 SLOPE_STEPS = 256  # strides behind that slope where times rise in steps (waves of tiles)
 DEFAULT_BLOCK_TOKENS = 16
+ROWS = ("fc", "head", "comm", "draft")  # what is tabulated by tokens, see ``TableArrays``
+FC, HEAD, COMM, DRAFT = range(len(ROWS))
 
 COEF_DTYPE = np.dtype(
     [
@@ -89,12 +92,30 @@ class TableArrays(NamedTuple):
     """What kernels receive. T tables, L lanes and P pools (padded to the largest)."""
 
     coef: NDArray[np.void]  # (T,) COEF_DTYPE
-    fc_s: NDArray[np.float64]  # (T, K) see fc_grid_tokens
-    head_s: NDArray[np.float64]  # (T, K)
-    comm_s: NDArray[np.float64]  # (T, K) all-to-all beside the FC of a batch
-    draft_s: NDArray[np.float64]  # (T, K) the module that guesses tokens, for so many requests
+    rows_s: NDArray[np.float64]  # (T, len(ROWS), K) times, see ROWS and fc_grid_tokens
     lane_pool: NDArray[np.int64]  # (T, L)
     pool_blocks: NDArray[np.int64]  # (T, P) capacity
+    forms: tuple[int, ...]  # PimForm in which KV may lie; a tuple, since kernels are compiled for its length
+
+    @property
+    def fc_s(self) -> NDArray[np.float64]:
+        """(T, K) fully connected layers."""
+        return self.rows_s[:, FC]
+
+    @property
+    def head_s(self) -> NDArray[np.float64]:
+        """(T, K) language-model head."""
+        return self.rows_s[:, HEAD]
+
+    @property
+    def comm_s(self) -> NDArray[np.float64]:
+        """(T, K) all-to-all beside the FC of a batch."""
+        return self.rows_s[:, COMM]
+
+    @property
+    def draft_s(self) -> NDArray[np.float64]:
+        """(T, K) the module that guesses tokens, for so many requests."""
+        return self.rows_s[:, DRAFT]
 
 
 @dataclass(frozen=True)
@@ -200,8 +221,9 @@ def compile_tables(
         coef[f"{name}_slope_s"] = (row[-1] - row[-1 - back]) / (back * STRIDE_TOKENS)
     coef["sends"] = rows["comm"].any()
     lanes, blocks = np.array([lane_pool], dtype=np.int64), np.array([pool_blocks], dtype=np.int64)
-    fc, head, comm, draft = (rows[name][None, :] for name in ("fc", "head", "comm", "draft"))
-    return Tables(system, model, degree, replicas, TableArrays(coef, fc, head, comm, draft, lanes, blocks))
+    forms = tuple(map(int, PimForm)) if coef["spread_lane"][0] else (int(PimForm.STORED),)
+    times = np.array([[rows[name] for name in ROWS]])
+    return Tables(system, model, degree, replicas, TableArrays(coef, times, lanes, blocks, forms))
 
 
 def _rows(system: SystemSpec, model: ModelSpec, tp: int) -> dict[str, NDArray[np.float64]]:
@@ -286,10 +308,8 @@ def stack(tables: list[Tables]) -> TableArrays:
 
     return TableArrays(
         np.concatenate([t.arrays.coef for t in tables]),
-        np.concatenate([t.arrays.fc_s for t in tables]),
-        np.concatenate([t.arrays.head_s for t in tables]),
-        np.concatenate([t.arrays.comm_s for t in tables]),
-        np.concatenate([t.arrays.draft_s for t in tables]),
+        np.concatenate([t.arrays.rows_s for t in tables]),
         np.concatenate([padded(t.arrays.lane_pool, lanes) for t in tables]),
         np.concatenate([padded(t.arrays.pool_blocks, pools) for t in tables]),
+        max((t.arrays.forms for t in tables), key=len),
     )

@@ -11,10 +11,13 @@ import pytest
 from experiments.deepseek import placement, router, study
 from l3env import FixedKnobs, Knobs, PimForm, Plan, Workload, load
 from l3env.costs import energy, experts, gpu, link, memory, pim
-from l3env.engine import Engine, draft_classes
+from l3env.engine import Engine, Slo, draft_classes
 from l3env.errors import PlanError, PolicyError, SpecError, WorkloadError
+from l3env.kernels.run import Until
 from l3env.policy import make_policy, policy_names
+from l3env.rollout import Rollouts, present_idx
 from l3env.runner import run_policy
+from l3env.state import Status
 from l3env.tables import compile_tables
 from policies.placement import Place, Steps
 
@@ -320,6 +323,34 @@ def test_every_policy_serves_it(name, system):
     outcome = run_policy(tables, workload, policy, training=workload)
     assert outcome.metrics["finished_count"] == 24
     assert math.isfinite(outcome.metrics["output_tokens_per_s"])
+
+
+@pytest.mark.parametrize("form", list(PimForm))
+def test_a_copy_of_its_present_goes_on_as_the_original(form):
+    """Clocks of every draft class are in the copy that planning policies try things out on."""
+    tables = compile_tables(load("system/l3-h800-ep144-decode"), V3)
+    rng = np.random.default_rng(0)
+    count = 60
+    work = Workload.build("busy", np.zeros(count), rng.integers(20, 3000, count), rng.integers(50, 400, count))
+    live = Engine(tables, 1, count)
+    live.reset(0, work, acceptance_frac=rng.random(count))
+    held = Knobs(pim_form=form, prefill_budget_tokens=4096)
+    held.write(live.knobs, 0)
+    live.run(0, Until.ITERATIONS, 60)
+    idx = present_idx(live, 0)
+    decoding = live.state.req["status"][0] == Status.DECODE
+    assert len(set(live.state.req["draft_class"][0, decoding].tolist())) > 5
+    rollouts = Rollouts(tables, 2, 1)
+    rollouts.imagine(live, 0, idx, 0, live.state.truth[0, idx].astype(np.int64), None, Slo())
+    for trial in (0, 1):
+        rollouts.start(trial, 0)
+        held.write(rollouts.engine.knobs, trial)
+    rollouts.run_until(np.full(2, 1e9))
+    live.run(0)
+    for trial in (0, 1):
+        finish_s = rollouts.engine.state.req["finish_s"][trial, : idx.size]
+        np.testing.assert_array_equal(finish_s, live.state.req["finish_s"][0, idx])
+        assert rollouts.env["output_tokens"][trial] == live.state.env["output_tokens"][0]
 
 
 def test_decompressed_kv_takes_71_times_the_memory():

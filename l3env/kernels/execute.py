@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import helper, inner, rare
-from l3env.kernels.memory import emits, finish, join_decode, leave_prefill, pim_blocks_used
+from l3env.jit import helper, inner
+from l3env.kernels.drafts import classes_count, drafting_now, second_tokens_count, step_clocks
+from l3env.kernels.memory import finish, join_decode, leave_prefill
 from l3env.kernels.price import (
     back_batch_s,
     causal_pairs,
@@ -16,10 +17,10 @@ from l3env.kernels.price import (
     pim_side_s,
     prefill_launch_s,
     prefill_work_s,
-    spread_attention_s,
 )
-from l3env.kernels.schedule import decoding_count, moved_requests, stored_lanes
+from l3env.kernels.schedule import decoding_count, moved_requests
 from l3env.kernels.slo import note_prefill_token, note_step_deadlines, note_step_gaps
+from l3env.kernels.spread import pim_blocks_used, spread_load, stored_lanes, stored_tokens
 from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, SloForm, Status, SubBatching
 
 LOG_GAP_RATIO = np.log(GAP_RATIO)
@@ -53,9 +54,7 @@ def execute(t, s, e, decode, mode):
         chunk_s = prefill_work_s(t, table, chunk, history)
         joined = 1 if history > 0 else 0
         ends = 1 if history + chunk == req[e, r]["target_tokens"] else 0
-        pushed = float(chunk) if req[e, r]["lane"] > 0 else 0.0
-        if coef["spread_lane"] > 0 and req[e, r]["lane"] == coef["spread_lane"]:
-            pushed *= coef["spread_token_ratio"]
+        pushed = stored_tokens(t.forms, coef, req[e, r]["lane"], chunk) if req[e, r]["lane"] > 0 else 0.0
         if req[e, r]["sub"] == 0:
             attention_0, chunks_0, histories_0 = attention_0 + chunk_s, chunks_0 + 1, histories_0 + joined
             tokens_0, pushed_0, ends_0 = tokens_0 + chunk, pushed_0 + pushed, ends_0 + ends
@@ -70,8 +69,8 @@ def execute(t, s, e, decode, mode):
     hbm_n_0, hbm_n_1, hbm_kv_0, hbm_kv_1 = 0.0, 0.0, 0.0, 0.0
     slowest_0_s, slowest_1_s, slowest_both_s, pim_kv = 0.0, 0.0, 0.0, 0.0
     spread_0_s, spread_1_s, spread_kv, moved_0, moved_1 = 0.0, 0.0, 0.0, 0.0, 0.0
-    lanes = stored_lanes(t, table)
-    queries = 1 + env["drafting"]
+    lanes, drafting = stored_lanes(t.forms, coef), drafting_now(s.lane_class, env)
+    queries = 1 + drafting
     if decode:
         decodes_0, decodes_1 = decoding_count(s, e, 0), decoding_count(s, e, 1)
         hbm_n_0, hbm_n_1 = s.lane[e, 0, 0]["count"], s.lane[e, 1, 0]["count"]
@@ -87,16 +86,12 @@ def execute(t, s, e, decode, mode):
             slowest_0_s, slowest_1_s = max(slowest_0_s, lane_0_s), max(slowest_1_s, lane_1_s)
             slowest_both_s = max(slowest_both_s, lane_0_s + lane_1_s)
             pim_kv += kv_0 + kv_1
-        spread = coef["spread_lane"]
-        if spread > 0:
-            kv_0 = s.lane[e, 0, spread]["kv"] + queries * s.lane[e, 0, spread]["count"]
-            kv_1 = s.lane[e, 1, spread]["kv"] + queries * s.lane[e, 1, spread]["count"]
-            spread_kv = kv_0 + kv_1
-            spread_0_s = spread_attention_s(t, table, kv_0, queries)
-            spread_1_s = spread_attention_s(t, table, kv_1, queries)
+        spread_kv_0, spread_0_s = spread_load(t.forms, t, table, s.lane[e, 0], queries)
+        spread_kv_1, spread_1_s = spread_load(t.forms, t, table, s.lane[e, 1], queries)
+        spread_kv = spread_kv_0 + spread_kv_1
     pim_n = decodes_0 + decodes_1 - hbm_n_0 - hbm_n_1
     rows_0, rows_1 = queries * decodes_0, queries * decodes_1
-    guessed_0, guessed_1 = env["drafting"] * decodes_0, env["drafting"] * decodes_1
+    guessed_0, guessed_1 = drafting * decodes_0, drafting * decodes_1
 
     # price
     gpu_0_s, gpu_1_s, pim_0_s, pim_1_s, move_0_s, move_1_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -178,7 +173,7 @@ def execute(t, s, e, decode, mode):
         step_decodes(s, e, coef["lanes_count"])
     if tokens > 0:
         step_prefills(t, s, e)
-    for draft in range(s.group.shape[2]):
+    for draft in range(classes_count(s.lane_class)):
         for sub in range(SUB_BATCHES):
             heap, now = FINISH_HEAP + sub + SUB_BATCHES * draft, s.group[e, sub, draft]["clock"]
             while s.heap_len[e, heap] > 0 and s.heap[e, heap, s.heap[e, heap, 0]["item"]]["key"] <= now:
@@ -201,32 +196,10 @@ def step_decodes(s, e, lanes):
             s.req[e, s.lists[e, i]["joining"]]["joining"] = 0
     env["joining_count"] = 0
     for sub in range(SUB_BATCHES):
-        if s.group.shape[2] == 1:
-            env["output_tokens"] += decoding_count(s, e, sub)
-            s.group[e, sub, 0]["clock"] += 1
-            s.group[e, sub, 0]["emitted"] = 1
-            for lane in range(lanes):
-                s.lane[e, sub, lane]["kv"] += s.lane[e, sub, lane]["count"]
-        else:
-            step_drafted(s, e, sub, lanes)
+        step_clocks(s.lane_class, s, e, sub, lanes)
         s.sub[e, sub]["last_step_s"] = now_s
     if env["slo_form"] == SloForm.TOKEN_DEADLINES:
         note_step_deadlines(s, e, now_s)
-
-
-@rare
-def step_drafted(s, e, sub, lanes):
-    """The decode step of a sub-batch whose requests emit at rates of their own."""
-    for draft in range(s.group.shape[2]):
-        emitted = emits(s.env[e]["drafting"], s.sub[e, sub]["drafts"], draft)
-        members = s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft]
-        s.group[e, sub, draft]["clock"] += emitted
-        s.group[e, sub, draft]["emitted"] = emitted
-        s.env[e]["output_tokens"] += emitted * members
-        if members > 0:
-            for lane in range(lanes):
-                s.lane[e, sub, lane]["kv"] += emitted * s.lane_class[e, sub, lane, draft]
-    s.sub[e, sub]["drafts"] += s.env[e]["drafting"]
 
 
 @helper
@@ -248,11 +221,7 @@ def record_gaps(s, e, now_s):
                 common_1 -= 1
     add_gap(s, e, now_s - s.sub[e, 0]["last_step_s"], common_0)
     add_gap(s, e, now_s - s.sub[e, 1]["last_step_s"], common_1)
-    if env["drafting"] > 0:
-        for sub in range(SUB_BATCHES):
-            for draft in range(s.group.shape[2]):
-                seconds = emits(1, s.sub[e, sub]["drafts"], draft) - 1
-                add_gap(s, e, 0.0, seconds * s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft])
+    add_gap(s, e, 0.0, second_tokens_count(s.lane_class, s, e))
 
 
 @inner
@@ -321,7 +290,7 @@ def write_log(t, s, e, duration_s, gpu_s, pim_s, decodes, tokens):
     log[e, row]["waiting_count"] = env["waiting_count"]
     log[e, row]["running_count"] = env["running_count"]
     log[e, row]["hbm_blocks"] = s.pool[e, 0]["used"]
-    log[e, row]["pim_blocks"] = pim_blocks_used(t, s, e)
+    log[e, row]["pim_blocks"] = pim_blocks_used(t.forms, t.coef[env["table_idx"]], s.pool[e])
     env["log_count"] = row + 1
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner, kernel
-from l3env.kernels.memory import growth_blocks, pim_blocks_used
+from l3env.kernels.drafts import classes_count, drafting_now
+from l3env.kernels.memory import growth_blocks
 from l3env.kernels.price import (
     comm_batch_s,
     draft_batch_s,
@@ -18,10 +19,10 @@ from l3env.kernels.price import (
     head_batch_s,
     lane_attention_s,
     pim_side_s,
-    spread_attention_s,
     ttft_alone_s,
 )
-from l3env.kernels.schedule import decoding_count, moved_requests, stored_lanes
+from l3env.kernels.schedule import decoding_count, moved_requests
+from l3env.kernels.spread import pim_blocks_used, spread_load, spread_scale, stored_lanes, stored_pools
 from l3env.state import FINISH_HEAP, NOMINAL_PROMPT_TOKENS, PROMPT_BINS, SLACK_HEAP, SUB_BATCHES
 
 QUEUE, RUNNING, MEMORY, PRICES, INTERVAL, ARRIVALS, MACHINE = 0, 11, 23, 31, 41, 51, 61  # where each group starts
@@ -107,7 +108,7 @@ def write_running(s, e, mark, row, i):
         return
     age, age2, kv, kv2, predicted, late, slo_s, due_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for sub in range(SUB_BATCHES):
-        for draft in range(s.group.shape[2]):
+        for draft in range(classes_count(s.lane_class)):
             group = s.group[e, sub, draft]
             members = float(s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft])
             clock = float(group["clock"])
@@ -135,19 +136,15 @@ def write_memory(t, s, e, mark, row, i):
     table = s.env[e]["table_idx"]
     block = t.coef[table]["block_tokens"]
     used, blocks, promised, growth, fullest = 0, 0, 0, 0, 0.0
-    for pool in range(1, stored_pools(t, table)):
+    for pool in range(1, stored_pools(t.forms, t.coef[table])):
         used += s.pool[e, pool]["used"]
         blocks += t.pool_blocks[table, pool]
         promised += s.pool[e, pool]["promised"]
         growth += growth_blocks(t, s, e, pool)
         fullest = max(fullest, share(float(s.pool[e, pool]["used"]), float(t.pool_blocks[table, pool])))
-    if t.coef[table]["spread_pool"] > 0:  # decompressed KV takes blocks of all of them
-        pool = t.coef[table]["spread_pool"]
-        scale = t.coef[table]["spread_share"] * (pool - 1)
-        used = pim_blocks_used(t, s, e)
-        promised += np.int64(scale * s.pool[e, pool]["promised"])
-        growth += np.int64(scale * growth_blocks(t, s, e, pool))
-        fullest = max(fullest, share(float(used), float(blocks)))
+    used, more_promised, more_growth = with_spread(t.forms, t, s, e, used)
+    promised, growth = promised + more_promised, growth + more_growth
+    fullest = max(fullest, share(float(used), float(blocks)))
     hbm_used, hbm_blocks = s.pool[e, 0]["used"], t.pool_blocks[table, 0]
     free = blocks + hbm_blocks - used - hbm_used
     mark["free_tokens"] = float(free * block) + 1.0
@@ -161,7 +158,7 @@ def write_memory(t, s, e, mark, row, i):
     row[i + 4] = squash(pim_free, 256.0 * pim_count) if pim_count > 0 else 1.0
     row[i + 5] = squash(float(growth + growth_blocks(t, s, e, 0)), float(free) + 1.0)
     row[i + 6] = squash(float(promised + s.pool[e, 0]["promised"]), float(blocks + hbm_blocks))
-    slowest, total, lanes = 0.0, 0.0, stored_lanes(t, table)
+    slowest, total, lanes = 0.0, 0.0, stored_lanes(t.forms, t.coef[table])
     for lane in range(1, lanes):
         load = s.lane[e, 0, lane]["kv"] + s.lane[e, 1, lane]["kv"]
         slowest = max(slowest, load)
@@ -170,10 +167,15 @@ def write_memory(t, s, e, mark, row, i):
 
 
 @inner
-def stored_pools(t, table):
-    """Pools of KV as the model stores it, HBM's included."""
-    spread = t.coef[table]["spread_pool"]
-    return spread if spread > 0 else t.coef[table]["pools_count"]
+def with_spread(forms, t, s, e, used):
+    """Blocks used, promised and to grow of decompressed KV, which takes blocks of all PIM pools; the first added to
+    ``used``."""
+    if len(forms) == 1:
+        return used, 0, 0
+    coef = t.coef[s.env[e]["table_idx"]]
+    pool, scale = coef["spread_pool"], spread_scale(forms, coef)
+    promised, growth = scale * s.pool[e, pool]["promised"], scale * growth_blocks(t, s, e, pool)
+    return pim_blocks_used(forms, coef, s.pool[e]), np.int64(promised), np.int64(growth)
 
 
 @inner
@@ -195,7 +197,7 @@ def guess_s(t, table, requests):
 def write_prices(t, s, e, mark, row, i):
     """The next decode step as the tables price it, in both ways of running it, over the TBT SLO."""
     table = s.env[e]["table_idx"]
-    lanes, queries = stored_lanes(t, table), 1 + s.env[e]["drafting"]
+    lanes, queries = stored_lanes(t.forms, t.coef[table]), 1 + drafting_now(s.lane_class, s.env[e])
     n_0, n_1 = decoding_count(s, e, 0), decoding_count(s, e, 1)
     hbm_n_0, hbm_n_1 = s.lane[e, 0, 0]["count"], s.lane[e, 1, 0]["count"]
     hbm_kv_0, hbm_kv_1 = s.lane[e, 0, 0]["kv"] + queries * hbm_n_0, s.lane[e, 1, 0]["kv"] + queries * hbm_n_1
@@ -206,13 +208,10 @@ def write_prices(t, s, e, mark, row, i):
         lane_1_s = lane_attention_s(t, table, s.lane[e, 1, lane]["kv"] + queries * c_1, c_1, queries)
         slowest_0_s, slowest_1_s = max(slowest_0_s, lane_0_s), max(slowest_1_s, lane_1_s)
         slowest_both_s = max(slowest_both_s, lane_0_s + lane_1_s)
-    spread = t.coef[table]["spread_lane"]
-    if spread > 0:
-        c_0, c_1 = s.lane[e, 0, spread]["count"], s.lane[e, 1, spread]["count"]
-        lane_0_s = spread_attention_s(t, table, s.lane[e, 0, spread]["kv"] + queries * c_0, queries)
-        lane_1_s = spread_attention_s(t, table, s.lane[e, 1, spread]["kv"] + queries * c_1, queries)
-        slowest_0_s, slowest_1_s = slowest_0_s + lane_0_s, slowest_1_s + lane_1_s
-        slowest_both_s += lane_0_s + lane_1_s
+    spread_0_s = spread_load(t.forms, t, table, s.lane[e, 0], queries)[1]
+    spread_1_s = spread_load(t.forms, t, table, s.lane[e, 1], queries)[1]
+    slowest_0_s, slowest_1_s = slowest_0_s + spread_0_s, slowest_1_s + spread_1_s
+    slowest_both_s += spread_0_s + spread_1_s
     slo_s = mark["tbt_slo_s"]
     hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1, queries)
     moved_0, moved_1 = moved_requests(t, s, e, 0), moved_requests(t, s, e, 1)
@@ -297,9 +296,9 @@ def write_machine(t, s, e, mark, row, i):
     env = s.env[e]
     table = env["table_idx"]
     coef = t.coef[table]
-    block, lanes = coef["block_tokens"], stored_lanes(t, table)
+    block, lanes = coef["block_tokens"], stored_lanes(t.forms, t.coef[table])
     hbm_tokens, pim_tokens = float(t.pool_blocks[table, 0] * block), 0.0
-    for pool in range(1, stored_pools(t, table)):
+    for pool in range(1, stored_pools(t.forms, t.coef[table])):
         pim_tokens += float(t.pool_blocks[table, pool] * block)
     mark["capacity_tokens"] = hbm_tokens + pim_tokens
     mark["prefill_token_s"] = ttft_alone_s(t, table, PACE_TOKENS) / PACE_TOKENS

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import helper, inner, rare
+from l3env.jit import helper, inner
+from l3env.kernels.drafts import class_of, classes_count, count_class, drop_surplus, second_tokens
 from l3env.kernels.heap import push, remove
 from l3env.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
 from l3env.kernels.slo import is_met, note_join, note_leave
-from l3env.state import DRAFT_STEPS, FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SUB_BATCHES, SloForm, Status, Victim
+from l3env.kernels.spread import room
+from l3env.state import FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SUB_BATCHES, SloForm, Status, Victim
 
 
 @inner
@@ -24,50 +26,7 @@ def blocks_of(tokens, block):
 @inner
 def clock_of(s, e, r):
     """The decode clock that a request goes by."""
-    return s.group[e, s.req[e, r]["sub"], s.req[e, r]["draft_class"]]["clock"]
-
-
-@inner
-def emits(drafting, drafts, draft_class):
-    """Tokens that requests of a class emit in a decode step: 1, or 2 where the guess holds, after so many guesses.
-
-    Without branches, as all here that loops over pools: what a loop tests in vain doubles its code each time.
-    """
-    return 1 + drafting * ((drafts + 1) * draft_class // DRAFT_STEPS - drafts * draft_class // DRAFT_STEPS)
-
-
-@inner
-def room(t, s, e, pool):
-    """Blocks that a pool may hold: its capacity, less what KV of another form takes of the same memory."""
-    table = s.env[e]["table_idx"]
-    spread, share = t.coef[table]["spread_pool"], t.coef[table]["spread_share"]
-    taken = s.pool[e, spread]["used"] * share  # 0 without decompressed KV: the share is 0
-    if pool > 0 and pool == spread:
-        return spread_room(t.pool_blocks[table], s.pool[e], spread, share)
-    return t.pool_blocks[table, pool] - np.int64(np.ceil(taken if pool > 0 else 0.0))
-
-
-@rare
-def spread_room(blocks, pools, spread, share):
-    """``room`` of decompressed KV, which takes the same share of all other pools of the PIM side."""
-    capacity = blocks[spread]
-    for other in range(1, spread):
-        capacity = min(capacity, np.int64((blocks[other] - pools[other]["used"]) / share))
-    return capacity
-
-
-@rare
-def pim_blocks_used(t, s, e):
-    """Blocks held on the PIM side, in blocks of KV as stored."""
-    table = s.env[e]["table_idx"]
-    spread = t.coef[table]["spread_pool"]
-    stored = spread if spread > 0 else t.coef[table]["pools_count"]
-    used = 0
-    for pool in range(1, stored):
-        used += s.pool[e, pool]["used"]
-    if spread > 0:
-        used += np.int64(s.pool[e, spread]["used"] * t.coef[table]["spread_share"] * (spread - 1))
-    return used
+    return s.group[e, s.req[e, r]["sub"], class_of(s.lane_class, s.req[e, r])]["clock"]
 
 
 @inner
@@ -150,7 +109,7 @@ def admit(t, s, e, r, lane, sub):
 @inner
 def count_decoding(s, e, sub, r, sign):
     """Adds a request that joins to its group's sums, or takes out one that leaves (before it is written down)."""
-    req, draft = s.req[e, r], s.req[e, r]["draft_class"]
+    req, draft = s.req[e, r], class_of(s.lane_class, s.req[e, r])
     group = s.group[e, sub, draft]
     joined = req["joined_clock"]
     age, kv = req["emitted_tokens"] - joined, req["kv_tokens"] - joined
@@ -175,14 +134,14 @@ def join_decode(t, s, e, r, sub):
     block = t.coef[table]["block_tokens"]
     lane = req[e, r]["lane"]
     kv = np.int64(req[e, r]["kv_tokens"])
-    draft = req[e, r]["draft_class"]
+    draft = class_of(s.lane_class, req[e, r])
     now = s.group[e, sub, draft]["clock"]
     req[e, r]["status"] = Status.DECODE
     req[e, r]["sub"] = sub
     req[e, r]["joined_clock"] = now
     s.lane[e, sub, lane]["count"] += 1
     s.lane[e, sub, lane]["kv"] += kv
-    s.lane_class[e, sub, lane, draft] += 1
+    count_class(s.lane_class, e, sub, lane, draft, 1)
     s.sub[e, sub]["decoding"] += 1
     s.phase[e, sub, t.lane_pool[table, lane], draft, (now - kv) % block] += 1
     tokens_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
@@ -207,11 +166,11 @@ def leave_decode(t, s, e, r):
     if s.env[e]["slo_form"] != SloForm.MEAN_TBT:
         note_leave(s, e, r)
     kv, emitted = kv_now(s, e, r), emitted_now(s, e, r)
-    joined, draft = req[e, r]["joined_clock"], req[e, r]["draft_class"]
+    joined, draft = req[e, r]["joined_clock"], class_of(s.lane_class, req[e, r])
     s.phase[e, sub, t.lane_pool[table, lane], draft, (joined - req[e, r]["kv_tokens"]) % block] -= 1
     s.lane[e, sub, lane]["count"] -= 1
     s.lane[e, sub, lane]["kv"] -= kv
-    s.lane_class[e, sub, lane, draft] -= 1
+    count_class(s.lane_class, e, sub, lane, draft, -1)
     s.sub[e, sub]["decoding"] -= 1
     heap = FINISH_HEAP + sub + SUB_BATCHES * draft
     remove(s.heap[e, heap], s.heap_len[e], heap, r)
@@ -311,10 +270,7 @@ def finish(t, s, e, r):
     req, env = s.req, s.env[e]
     release(t, s, e, r)
     now_s = env["clock_s"]
-    if req[e, r]["emitted_tokens"] > s.truth[e, r]:  # the guessed token after its last one is dropped
-        env["output_tokens"] -= 1
-        if s.gap_hist.shape[1] > 1:
-            s.gap_hist[e, 0] -= 1
+    drop_surplus(s.lane_class, s, e, r)
     req[e, r]["status"] = Status.FINISHED
     req[e, r]["finish_s"] = now_s
     req[e, r]["last_token_s"] = now_s
@@ -333,12 +289,12 @@ def finish(t, s, e, r):
 @inner
 def growth_blocks(t, s, e, pool):
     """Blocks that one decode step of both sub-batches takes from a pool."""
-    block, drafting = t.coef[s.env[e]["table_idx"]]["block_tokens"], s.env[e]["drafting"]
+    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
     need = np.int64(0)
-    for draft in range(s.group.shape[2]):
+    for draft in range(classes_count(s.lane_class)):
         for sub in range(SUB_BATCHES):
             now = s.group[e, sub, draft]["clock"]
-            second = emits(drafting, s.sub[e, sub]["drafts"], draft) - 1
+            second = second_tokens(s.lane_class, s.env[e], s.sub[e, sub]["drafts"], draft)
             need += s.phase[e, sub, pool, draft, now % block] + second * s.phase[e, sub, pool, draft, (now + 1) % block]
     return need
 
@@ -364,13 +320,13 @@ def choose_victim(t, s, e, pool, rule):
     return chosen
 
 
-@helper
+@inner
 def make_room_to_grow(t, s, e, rule):
     """Preempts until every pool holds one decode step of growth; then takes the blocks."""
     table = s.env[e]["table_idx"]
     for pool in range(t.coef[table]["pools_count"]):
         need = growth_blocks(t, s, e, pool)
-        while s.pool[e, pool]["used"] + need > room(t, s, e, pool):
+        while s.pool[e, pool]["used"] + need > room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool):
             preempt(t, s, e, choose_victim(t, s, e, pool, rule))
             need = growth_blocks(t, s, e, pool)
         if need > 0:

@@ -7,6 +7,7 @@ from enum import IntEnum
 import numpy as np
 
 from l3env.jit import helper, kernel
+from l3env.kernels.drafts import set_drafting
 from l3env.kernels.execute import execute
 from l3env.kernels.memory import (
     admit,
@@ -18,10 +19,10 @@ from l3env.kernels.memory import (
     pause,
     preempt,
     resume,
-    room,
 )
 from l3env.kernels.run import Stop, ready, skip_idle
-from l3env.kernels.schedule import decoding_count, lighter_sub, stored_lanes
+from l3env.kernels.schedule import decoding_count, lighter_sub
+from l3env.kernels.spread import room, stored_lanes
 from l3env.state import NOWHERE, SUB_BATCHES, Status, SubBatching, Victim
 
 AUTO = -1  # sub-batch or place left to the engine
@@ -64,12 +65,14 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
     best, least = NOWHERE, np.inf
     spread = t.coef[table]["spread_lane"]
     first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0
-    end = np.int64(stored_lanes(t, table))
+    end = np.int64(stored_lanes(t.forms, t.coef[table]))
     if pool == DECOMPRESSED or (spread > 0 and pool == t.coef[table]["spread_pool"]):
         first, end = spread, spread + 1
     for lane in range(first, end):
         of = t.lane_pool[table, lane]
-        if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= room(t, s, e, of):
+        if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= room(
+            t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], of
+        ):
             load = lane_load(s, e, sub, lane, interleaved)
             if load < least:
                 best, least = lane, load
@@ -144,7 +147,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved, multi_token
     env, req = s.env[e], s.req
     for i in range(env["prefill_count"]):
         req[e, s.lists[e, i]["prefill"]]["chunk_tokens"] = 0
-    env["drafting"] = 1 if multi_token and t.coef[env["table_idx"]]["drafts_count"] > 0 else 0
+    set_drafting(s.lane_class, t, env, multi_token)
     grown = not decode_wanted
     for i in range(ops.shape[0]):
         if ops[i, 0] >= Op.ADMIT and not grown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import inner, rare
-from l3env.tables import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS
+from l3env.tables import COMM, DENSE_TOKENS, DRAFT, FC, HEAD, STRIDE_TOKENS, TABLE_TOKENS
 
 
 @inner
@@ -61,13 +61,13 @@ def prefill_attention_s(t, table, chunk, history):
 @inner
 def fc_batch_s(t, table, tokens):
     """t_batch: the fully connected layers for a batch of tokens."""
-    return lookup_s(t.fc_s[table], t.coef[table]["fc_slope_s"], tokens)
+    return lookup_s(t.rows_s[table, FC], t.coef[table]["fc_slope_s"], tokens)
 
 
 @inner
 def head_batch_s(t, table, rows):
     """Language-model head for the tokens that are emitted."""
-    return lookup_s(t.head_s[table], t.coef[table]["head_slope_s"], rows)
+    return lookup_s(t.rows_s[table, HEAD], t.coef[table]["head_slope_s"], rows)
 
 
 @rare
@@ -81,7 +81,7 @@ def comm_batch_s(t, table, tokens):
     """All-to-all of a batch that computing hides; 0 where there is none."""
     if t.coef[table]["sends"] == 0:
         return 0.0
-    return rare_lookup_s(t.comm_s[table], t.coef[table]["comm_slope_s"], np.int64(tokens))
+    return rare_lookup_s(t.rows_s[table, COMM], t.coef[table]["comm_slope_s"], np.int64(tokens))
 
 
 @inner
@@ -89,7 +89,7 @@ def draft_batch_s(t, table, requests):
     """Guessing a token for so many requests."""
     if requests == 0:
         return 0.0
-    return rare_lookup_s(t.draft_s[table], t.coef[table]["draft_slope_s"], np.int64(requests))
+    return rare_lookup_s(t.rows_s[table, DRAFT], t.coef[table]["draft_slope_s"], np.int64(requests))
 
 
 @inner

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner
-from l3env.kernels.memory import admit, blocks_of, lane_load, make_room_to_grow, move, room
+from l3env.kernels.drafts import drafting_now, set_drafting
+from l3env.kernels.memory import admit, blocks_of, lane_load, make_room_to_grow, move
 from l3env.kernels.price import (
     back_batch_s,
     comm_batch_s,
@@ -17,9 +18,9 @@ from l3env.kernels.price import (
     pim_side_s,
     prefill_launch_s,
     prefill_work_s,
-    spread_attention_s,
 )
 from l3env.kernels.queue import next_waiting
+from l3env.kernels.spread import pim_lanes, room, spread_load, stored_lanes, stored_requests
 from l3env.state import NOWHERE, Budget, PimForm, Status
 
 LARGE_TOKENS = 1 << 40
@@ -32,39 +33,25 @@ def decoding_count(s, e, sub):
 
 
 @inner
-def stored_lanes(t, table):
-    """Lanes of KV as the model stores it, HBM's included: all but the one of decompressed KV."""
-    spread = t.coef[table]["spread_lane"]
-    return spread if spread > 0 else t.coef[table]["lanes_count"]
-
-
-@inner
 def slowest_lane_s(t, s, e, sub):
     """The slowest PIM lane's attention in this sub-batch's next decode step, the new tokens included."""
     table = s.env[e]["table_idx"]
-    queries = 1 + s.env[e]["drafting"]
+    queries = 1 + drafting_now(s.lane_class, s.env[e])
     slowest_s = 0.0
-    for lane in range(1, stored_lanes(t, table)):
+    for lane in range(1, stored_lanes(t.forms, t.coef[table])):
         count = s.lane[e, sub, lane]["count"]
         kv = s.lane[e, sub, lane]["kv"] + queries * count
         slowest_s = max(slowest_s, lane_attention_s(t, table, kv, count, queries))
-    spread = t.coef[table]["spread_lane"]
-    if spread > 0:
-        kv = s.lane[e, sub, spread]["kv"] + queries * s.lane[e, sub, spread]["count"]
-        slowest_s += spread_attention_s(t, table, kv, queries)
-    return slowest_s
+    return slowest_s + spread_load(t.forms, t, table, s.lane[e, sub], queries)[1]
 
 
 @inner
 def moved_requests(t, s, e, sub):
     """Decoding requests on the PIM side in transfers of one query: two queries move twice as much, and requests with
     decompressed KV in proportion."""
-    table = s.env[e]["table_idx"]
     count = float(decoding_count(s, e, sub)) - s.lane[e, sub, 0]["count"]
-    spread = t.coef[table]["spread_lane"]
-    if spread > 0:
-        count += (t.coef[table]["spread_request_ratio"] - 1.0) * s.lane[e, sub, spread]["count"]
-    return count * (1 + s.env[e]["drafting"])
+    moved = stored_requests(t.forms, t.coef[s.env[e]["table_idx"]], s.lane[e, sub], count)
+    return moved * (1 + drafting_now(s.lane_class, s.env[e]))
 
 
 @inner
@@ -73,7 +60,7 @@ def has_room(t, s, k, e, r, pool):
     table = s.env[e]["table_idx"]
     block = t.coef[table]["block_tokens"]
     target = np.int64(s.req[e, r]["target_tokens"])
-    capacity = room(t, s, e, pool)
+    capacity = room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool)
     used = s.pool[e, pool]["used"]
     need = blocks_of(target, block)
     if used == 0:  # an empty pool takes any request that fits; one that outgrows it is preempted and goes elsewhere
@@ -109,10 +96,10 @@ def find_pim_lane(t, s, k, e, r, sub):
     """The least loaded PIM lane whose pool has room, or -1. Where KV is to lie decompressed there is one lane; what is
     too long for it lies as stored."""
     table = s.env[e]["table_idx"]
-    spread, spread_pool = t.coef[table]["spread_lane"], t.coef[table]["spread_pool"]
-    first, end = np.int64(1), np.int64(stored_lanes(t, table))
-    if spread > 0 and k[e]["pim_form"] == PimForm.DECOMPRESSED and could_ever_fit(t, s, e, r, spread_pool):
-        first, end = spread, spread + 1
+    decompressed = k[e]["pim_form"] == PimForm.DECOMPRESSED
+    if decompressed:
+        decompressed = could_ever_fit(t, s, e, r, t.coef[table]["spread_pool"])
+    first, end = pim_lanes(t.forms, t.coef[table], decompressed)
     best, least = NOWHERE, np.inf
     for lane in range(first, end):
         load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0)
@@ -219,7 +206,7 @@ def plan_by_budget(t, s, k, e):
 def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
     """T_GPU of a phase with the given prefill: attention of ``sub``, FC with the other sub-batch's decodes."""
     table = s.env[e]["table_idx"]
-    drafting = s.env[e]["drafting"]
+    drafting = drafting_now(s.lane_class, s.env[e])
     queries = 1 + drafting
     others = decoding_count(s, e, 1 - sub)
     rows = queries * others
@@ -333,7 +320,7 @@ def schedule(t, s, k, e):
     env = s.env[e]
     interleaved = k[e]["sub_batching"] and t.coef[env["table_idx"]]["has_pim"]
     prefill_first = k[e]["prefill_first"]
-    env["drafting"] = 1 if k[e]["multi_token"] and t.coef[env["table_idx"]]["drafts_count"] > 0 else 0
+    set_drafting(s.lane_class, t, env, k[e]["multi_token"])
     if not prefill_first:
         make_room_to_grow(t, s, e, k[e]["victim"])
     planned = 0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner
+from l3env.kernels.drafts import class_of, emitted_last
 from l3env.kernels.heap import push, remove
 from l3env.state import DUE_HEAP, SUB_BATCHES, SloForm, Status
 
@@ -82,10 +83,10 @@ def note_step_deadlines(s, e, now_s):
     req, heap, lengths = s.req, s.heap[e, DUE_HEAP], s.heap_len[e]
     while lengths[DUE_HEAP] > 0 and heap[heap[0]["item"]]["key"] < now_s:
         r = np.int64(heap[0]["item"])
-        group = s.group[e, req[e, r]["sub"], req[e, r]["draft_class"]]
+        group = s.group[e, req[e, r]["sub"], class_of(s.lane_class, req[e, r])]
         emitted = req[e, r]["emitted_tokens"] + group["clock"] - req[e, r]["joined_clock"]
         remove(heap, lengths, DUE_HEAP, r)
-        if now_s > token_due_s(req[e, r], emitted - group["emitted"]):  # the step's first token
+        if now_s > token_due_s(req[e, r], emitted - emitted_last(s.lane_class, group)):  # the step's first token
             req[e, r]["missed_deadline"] = 1
         else:
             push(heap, lengths, DUE_HEAP, r, token_due_s(req[e, r], emitted))

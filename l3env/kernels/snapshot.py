@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import kernel
+from l3env.kernels.drafts import copy_classes
 from l3env.kernels.heap import push
 from l3env.kernels.run import Stop
 from l3env.state import ARRIVAL_HEAP, FINISH_HEAP, NOWHERE, ORDERS_COUNT, SUB_BATCHES, SloForm, Status
@@ -49,11 +50,10 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
             d.lane[m, sub, lane] = s.lane[e, sub, lane]
         for draft in range(s.group.shape[2]):
             d.group[m, sub, draft] = s.group[e, sub, draft]
-            for lane in range(s.lane.shape[2]):
-                d.lane_class[m, sub, lane, draft] = s.lane_class[e, sub, lane, draft]
             for pool in range(s.phase.shape[2]):
                 for phase in range(s.phase.shape[4]):
                     d.phase[m, sub, pool, draft, phase] = s.phase[e, sub, pool, draft, phase]
+    copy_classes(s.lane_class, e, d.lane_class, m)
     for pool in range(s.pool.shape[1]):
         d.pool[m, pool] = s.pool[e, pool]
     for i in range(s.prompts.shape[1]):
