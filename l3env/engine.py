@@ -16,6 +16,7 @@ from l3env.errors import PlanError, WorkloadError
 from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
+from l3env.prefix import segments
 from l3env.tables import TableArrays, Tables, stack
 from l3env.workload import Workload
 
@@ -71,12 +72,19 @@ class Engine:
         num_envs: E.
         requests_capacity: N, the largest workload an environment will be given.
         record: keep the time line and the histogram of gaps between tokens (offline runs).
+        prefix_cache: keep and share the KV of equal prompt beginnings (workloads with prefix ids); which goes first.
     """
 
     LOG_ROWS = 4096
 
     def __init__(
-        self, tables: Tables | Sequence[Tables], num_envs: int, requests_capacity: int, *, record: bool = False
+        self,
+        tables: Tables | Sequence[Tables],
+        num_envs: int,
+        requests_capacity: int,
+        *,
+        record: bool = False,
+        prefix_cache: st.Eviction = st.Eviction.OFF,
     ) -> None:
         self.pairs = [tables] if isinstance(tables, Tables) else list(tables)
         self.tables: TableArrays = stack(self.pairs)
@@ -90,6 +98,7 @@ class Engine:
             max(blocks),
             log_rows=self.LOG_ROWS if record else 0,
         )
+        self.prefix_cache = prefix_cache
         self.knobs = np.zeros(num_envs, st.KNOB_DTYPE)
         self._limits = np.zeros(num_envs)
 
@@ -112,7 +121,7 @@ class Engine:
             predicted_tokens: (N,) predicted output tokens for the policies that order or reserve by them.
 
         Raises:
-            WorkloadError: more requests than the capacity.
+            WorkloadError: more requests than the capacity, or prefix ids that do not fit their prompts.
         """
         capacity = self.state.req.shape[1]
         count = len(workload)
@@ -136,7 +145,28 @@ class Engine:
         self._set_slo(e, table_idx, workload, slo or Slo())
         self.state.env["table_idx"][e] = table_idx
         self.state.env["requests_count"][e] = count
+        if self.prefix_cache and workload.prefix_ids.size:
+            self._open_prefix_cache(e, table_idx, workload)
         run.open_environment(self.tables, self.state, e)
+
+    def _open_prefix_cache(self, e: int, table_idx: int, workload: Workload) -> None:
+        found, block = segments(workload), self.pairs[table_idx].block_tokens
+        count, blocks = len(workload), -(-found.tokens // block)
+        # a pool holds a segment once, in a block at least
+        slots = min(int(self.tables.pool_blocks[table_idx].max()), found.tokens.size)
+        self.state = state = st.with_prefix_room(self.state, found.ids.size, found.tokens.size, slots)
+        state.ids[e, : found.ids.size] = found.ids
+        segment = state.segment[e, : found.tokens.size]
+        segment["tokens"], segment["blocks"], segment["depth"] = found.tokens, blocks, found.depth
+        segment["end_tokens"], segment["first_copy"] = found.end_tokens, st.NOWHERE
+        state.slot["next_copy"][e] = np.arange(1, state.slot.shape[2] + 1)
+        state.idle["pos"][e] = st.NOWHERE
+        offsets = workload.prefix_offsets
+        sums = np.concatenate([[0], np.cumsum(blocks[found.ids])])
+        req = state.req[e, :count]
+        req["ids_first"], req["ids_count"] = offsets[:-1], np.diff(offsets)
+        req["ids_tokens"], req["ids_blocks"] = found.request_tokens, np.diff(sums[offsets])
+        state.env["eviction"][e] = self.prefix_cache
 
     def _set_slo(self, e: int, table_idx: int, workload: Workload, slo: Slo) -> None:
         ttft_s, tbt_s = self.alone_latencies(workload.prompt_tokens, table_idx)

@@ -26,7 +26,7 @@ from l3env.engine import Engine
 from l3env.errors import PlanError, PolicyError
 from l3env.kernels import look
 from l3env.kernels.plan import ANY_PIM, AUTO, Op
-from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Order, Status, SubBatching, Victim
+from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Eviction, Order, Status, SubBatching, Victim
 from l3env.tables import Tables
 from l3env.workload import Workload
 
@@ -50,6 +50,7 @@ class Knobs:
         reserve_predicted: admit only what fits together with the predicted growth of all residents.
         sub_batching: two interleaved sub-batches (systems with PIM): off, on, or adaptive (whichever is shorter).
         victim: who is preempted when a pool runs over.
+        eviction: which cached segment of a prompt goes first, where the prefix cache is on; OFF keeps the rule in use.
     """
 
     admit_max_count: int = UNLIMITED
@@ -62,6 +63,7 @@ class Knobs:
     reserve_predicted: bool = False
     sub_batching: SubBatching | bool = SubBatching.ON
     victim: Victim = Victim.NEWEST_ADMITTED
+    eviction: Eviction = Eviction.OFF
 
     def __post_init__(self) -> None:
         if self.admit_max_count < 0:
@@ -77,6 +79,8 @@ class Knobs:
             raise PlanError(f"knobs: sub_batching = {self.sub_batching}; expected off (0), on (1) or adaptive (2)")
         if self.victim not in list(Victim):
             raise PlanError(f"knobs: victim = {self.victim}; expected one of {', '.join(v.name for v in Victim)}")
+        if self.eviction not in list(Eviction):
+            raise PlanError(f"knobs: eviction = {self.eviction}; expected one of {', '.join(v.name for v in Eviction)}")
 
     def write(self, row: NDArray[np.void], e: int | slice) -> None:
         """Puts the settings into row (or rows) ``e`` of a KNOB_DTYPE array."""

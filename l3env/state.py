@@ -46,6 +46,15 @@ class Order(IntEnum):
 ORDERS_COUNT = len(Order)
 
 
+class Eviction(IntEnum):
+    """Which cached segment of a prompt goes first where a pool needs its room; see ``kernels.prefix.eviction_key``."""
+
+    OFF = 0  # no prefix cache; as a knob: what the run was opened with
+    LRU = 1  # the one whose last holder left longest ago
+    LFU = 2  # the one held by the fewest requests since it came in, of these the least recent
+    TREE = 3  # the deepest in its prompt, of these the least recent
+
+
 class Victim(IntEnum):
     """Who is preempted when a pool runs over."""
 
@@ -84,6 +93,15 @@ REQUEST_DTYPE = np.dtype(
         ("kv_tokens", np.int32),  # as of ``joined_clock``
         ("chunk_tokens", np.int32),  # prefill planned for the next iteration
         ("promised_blocks", np.int32),  # predicted blocks at its end, for reserving admission
+        # its prompt's segments, see ``prefix.py``; all 0 without ids
+        ("ids_first", np.int32),  # place of its first id in ``ids``
+        ("ids_count", np.int32),
+        ("ids_tokens", np.int32),  # prompt tokens that lie in segments
+        ("ids_blocks", np.int32),  # blocks of these segments
+        ("held_count", np.int32),  # leading segments it holds a reference on
+        ("held_blocks", np.int32),  # and their blocks
+        ("hit_tokens", np.int32),  # prompt tokens found cached at its first admission
+        ("moving_tokens", np.int32),  # cached KV that its first chunk waits for, times the links it crosses
         ("running_pos", np.int32),  # its place in ``running``
         ("joined_clock", np.int64),
         ("admitted_seq", np.int64),  # order of admission
@@ -111,6 +129,8 @@ ENV_DTYPE = np.dtype(
         ("admitted_seq", np.int64),
         ("stop", np.int64),  # see kernels.run.Stop
         ("bad_request_idx", np.int64),  # which request an illegal plan is about
+        ("eviction", np.int64),  # of cached prompt segments, see Eviction
+        ("eviction_seq", np.int64),  # order in which segments became idle
         # what happened, summed from the start
         ("arrived_count", np.int64),
         ("finished_count", np.int64),
@@ -123,6 +143,11 @@ ENV_DTYPE = np.dtype(
         ("prefill_tokens", np.int64),  # recomputed ones included
         ("recomputed_tokens", np.int64),
         ("decode_tokens", np.int64),
+        ("prefix_ids_count", np.int64),  # of requests at their first admission: prefix ids,
+        ("prefix_hits_count", np.int64),  # those of them found cached,
+        ("prefix_prompt_tokens", np.int64),  # prompt tokens,
+        ("prefix_hit_tokens", np.int64),  # those of them found cached
+        ("prefix_evictions_count", np.int64),
         ("busy_s", np.float64),  # time with an iteration under way
         ("gpu_busy_s", np.float64),
         ("pim_busy_s", np.float64),
@@ -187,6 +212,7 @@ KNOB_DTYPE = np.dtype(
         ("reserve_predicted", np.int64),  # admit only what fits with all predicted growth
         ("sub_batching", np.int64),  # SubBatching
         ("victim", np.int64),
+        ("eviction", np.int64),  # of the prefix cache, where it is on; OFF: leave it
     ],
     align=True,
 )
@@ -237,9 +263,13 @@ LANE_DTYPE = np.dtype(
 
 POOL_DTYPE = np.dtype(
     [
-        ("used", np.int64),  # blocks held
+        ("used", np.int64),  # blocks held by running requests; one that several share counts once
         ("peak", np.int64),  # most blocks ever held
         ("promised", np.int64),  # predicted blocks of the residents at their ends
+        ("cached", np.int64),  # blocks of idle segments: nobody holds them, and they go when their room is needed
+        ("free_slot", np.int64),  # first of the free slots, linked
+        ("offer_tokens", np.int64),  # what it holds of the prefix last asked about,
+        ("offer_blocks", np.int64),  # and blocks of that which are in use
     ],
     align=True,
 )
@@ -249,6 +279,28 @@ HEAP_DTYPE = np.dtype(
         ("key", np.float64),  # by request
         ("item", np.int32),  # by place: the request
         ("pos", np.int32),  # by request: its place, NOWHERE where absent
+    ],
+    align=True,
+)
+
+SEGMENT_DTYPE = np.dtype(
+    [
+        ("tokens", np.int32),
+        ("blocks", np.int32),
+        ("depth", np.int32),  # its place in the prompt
+        ("end_tokens", np.int32),  # prompt tokens up to its end
+        ("first_copy", np.int64),  # slot x P + pool of one of its copies, or NOWHERE
+    ],
+    align=True,
+)
+
+SLOT_DTYPE = np.dtype(
+    [
+        ("segment", np.int32),
+        ("refs", np.int32),  # running requests that hold it; 0: idle
+        ("uses", np.int32),  # requests that held it since it came in
+        ("idle_seq", np.int64),  # when it last became idle
+        ("next_copy", np.int64),  # the next copy of the same segment; of a free slot: the next free one
     ],
     align=True,
 )
@@ -282,10 +334,15 @@ class State(NamedTuple):
     pool: NDArray[np.void]  # (E, P) POOL_DTYPE
     phase: NDArray[np.int32]  # (E, S, P, B) decoding requests by the clock phase at which they need a block
     heap: NDArray[np.void]  # (E, H, N) HEAP_DTYPE
-    heap_len: NDArray[np.int64]  # (E, H)
+    heap_len: NDArray[np.int64]  # (E, H + P); the last P are lengths of ``idle``
     lists: NDArray[np.void]  # (E, N) LISTS_DTYPE
     gap_hist: NDArray[np.int64]  # (E, GAP_BINS) tokens by gap, or (E, 1): not recorded
     log: NDArray[np.void]  # (E, rows) LOG_DTYPE, rows merged in pairs when full; (E, 1): not recorded
+    # the prefix cache: M ids in all, U segments, K slots a pool; all of length 1 where there is none
+    ids: NDArray[np.int32]  # (E, M) segments of the prompts, one request after the other
+    segment: NDArray[np.void]  # (E, U) SEGMENT_DTYPE
+    slot: NDArray[np.void]  # (E, P, K) SLOT_DTYPE: copies of segments
+    idle: NDArray[np.void]  # (E, P, K) HEAP_DTYPE: slots nobody holds, the first to go on top
 
 
 def allocate(
@@ -302,11 +359,27 @@ def allocate(
         pool=np.zeros((e, pools_count), POOL_DTYPE),
         phase=np.zeros((e, s, pools_count, block_tokens), np.int32),
         heap=np.zeros((e, HEAPS_COUNT, n), HEAP_DTYPE),
-        heap_len=np.zeros((e, HEAPS_COUNT), np.int64),
+        heap_len=np.zeros((e, HEAPS_COUNT + pools_count), np.int64),
         lists=np.zeros((e, n), LISTS_DTYPE),
         gap_hist=np.zeros((e, GAP_BINS if log_rows else 1), np.int64),
         log=np.zeros((e, max(log_rows, 1)), LOG_DTYPE),
+        ids=np.zeros((e, 1), np.int32),
+        segment=np.zeros((e, 1), SEGMENT_DTYPE),
+        slot=np.zeros((e, pools_count, 1), SLOT_DTYPE),
+        idle=np.zeros((e, pools_count, 1), HEAP_DTYPE),
     )
+
+
+def with_prefix_room(state: State, ids_count: int, segments_count: int, slots_count: int) -> State:
+    """The same state with room for at least so much in the prefix cache; what is there stays valid."""
+    wanted = {"ids": ids_count, "segment": segments_count, "slot": slots_count, "idle": slots_count}
+    grown = {}
+    for name, count in wanted.items():
+        array = getattr(state, name)
+        if array.shape[-1] < count:
+            grown[name] = np.zeros((*array.shape[:-1], count), array.dtype)
+            grown[name][..., : array.shape[-1]] = array
+    return state._replace(**grown)
 
 
 def copy(state: State) -> State:

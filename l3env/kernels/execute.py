@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner
-from l3env.kernels.memory import finish, join_decode, leave_prefill
+from l3env.kernels.memory import finish, join_decode, leave_prefill, pool_of
+from l3env.kernels.prefix import publish
 from l3env.kernels.price import (
     causal_pairs,
     fc_batch_s,
@@ -37,7 +38,7 @@ def execute(t, s, e, decode, mode):
     # prefill of each sub-batch
     attention_0, attention_1 = 0.0, 0.0  # t_p
     tokens_0, tokens_1 = 0, 0
-    pushed_0, pushed_1 = 0, 0  # tokens whose KV goes to the PIM side
+    pushed_0, pushed_1 = 0, 0  # tokens whose KV goes to the PIM side, or comes from it
     ends_0, ends_1 = 0, 0
     energy_j = 0.0
     for i in range(env["prefill_count"]):
@@ -48,7 +49,7 @@ def execute(t, s, e, decode, mode):
         history = np.int64(req[e, r]["prefilled_tokens"])
         chunk_s = prefill_attention_s(t, table, chunk, history)
         ends = 1 if history + chunk == req[e, r]["target_tokens"] else 0
-        pushed = chunk if req[e, r]["lane"] > 0 else 0
+        pushed = (chunk if req[e, r]["lane"] > 0 else 0) + req[e, r]["moving_tokens"]
         if req[e, r]["sub"] == 0:
             attention_0, tokens_0, pushed_0, ends_0 = (
                 attention_0 + chunk_s,
@@ -212,6 +213,9 @@ def step_prefills(t, s, e):
         req[e, r]["prefilled_tokens"] += chunk
         if req[e, r]["emitted_tokens"] > 0:
             env["recomputed_tokens"] += chunk
+        if chunk > 0 and env["eviction"]:
+            req[e, r]["moving_tokens"] = 0
+            publish(s, e, r, pool_of(t, s, e, r))
         if chunk == 0 or req[e, r]["prefilled_tokens"] < req[e, r]["target_tokens"]:
             i += 1
             continue

@@ -10,13 +10,9 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, remove
+from l3env.kernels.prefix import evict_to_fit, footprint_blocks, hold_prefix, release_prefix
 from l3env.kernels.queue import dequeue, enqueue, release_children
 from l3env.state import FINISH_HEAP, NOWHERE, Status, Victim
-
-
-@inner
-def blocks_of(tokens, block):
-    return (tokens + block - 1) // block
 
 
 @inner
@@ -41,11 +37,10 @@ def emitted_now(s, e, r):
 
 @inner
 def held_blocks(t, s, e, r):
-    """Blocks a running request holds, growth of the present step included only once its clock has moved."""
-    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
+    """Blocks a running request holds, shared ones too; growth of the present step only once its clock has moved."""
     if s.req[e, r]["status"] == Status.PREFILL:
-        return blocks_of(np.int64(s.req[e, r]["target_tokens"]), block)
-    return blocks_of(kv_now(s, e, r), block)
+        return footprint_blocks(t, s, e, r, np.int64(s.req[e, r]["target_tokens"]))
+    return footprint_blocks(t, s, e, r, kv_now(s, e, r))
 
 
 @inner
@@ -67,22 +62,22 @@ def admit(t, s, e, r, lane, sub):
     """Takes a request from the queue and gives it a lane and the blocks of its prompt. The caller checked the room."""
     req, env = s.req, s.env[e]
     table = env["table_idx"]
-    block = t.coef[table]["block_tokens"]
     dequeue(s, e, r)
     pool = t.lane_pool[table, lane]
     target = np.int64(req[e, r]["target_tokens"])
-    held = blocks_of(target, block)
     left = max(req[e, r]["predicted_tokens"] - req[e, r]["emitted_tokens"], 1)
-    promised = blocks_of(target + left - 1, block)
+    promised = footprint_blocks(t, s, e, r, target + left - 1)
     req[e, r]["promised_blocks"] = promised
-    s.pool[e, pool]["used"] += held
+    req[e, r]["prefilled_tokens"] = 0
+    s.pool[e, pool]["used"] += footprint_blocks(t, s, e, r, target)
+    if env["eviction"]:
+        hold_prefix(t, s, e, r, pool)
     s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
     s.pool[e, pool]["promised"] += promised
     s.lane[e, sub, lane]["pending"] += target
     req[e, r]["status"] = Status.PREFILL
     req[e, r]["lane"] = lane
     req[e, r]["sub"] = sub
-    req[e, r]["prefilled_tokens"] = 0
     req[e, r]["chunk_tokens"] = 0
     env["admitted_seq"] += 1
     req[e, r]["admitted_seq"] = env["admitted_seq"]
@@ -109,7 +104,7 @@ def join_decode(t, s, e, r, sub):
     req[e, r]["joined_clock"] = now
     s.lane[e, sub, lane]["count"] += 1
     s.lane[e, sub, lane]["kv"] += kv
-    s.phase[e, sub, t.lane_pool[table, lane], (now - kv) % block] += 1
+    s.phase[e, sub, t.lane_pool[table, lane], (now - kv + req[e, r]["ids_tokens"]) % block] += 1
     steps_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
     push(s.heap[e, FINISH_HEAP + sub], s.heap_len[e], FINISH_HEAP + sub, r, float(now + steps_left))
     if not req[e, r]["joining"]:
@@ -127,7 +122,8 @@ def leave_decode(t, s, e, r):
     lane, sub = req[e, r]["lane"], req[e, r]["sub"]
     kv, emitted = kv_now(s, e, r), emitted_now(s, e, r)
     joined = req[e, r]["joined_clock"]
-    s.phase[e, sub, t.lane_pool[table, lane], (joined - req[e, r]["kv_tokens"]) % block] -= 1
+    own = req[e, r]["kv_tokens"] - req[e, r]["ids_tokens"]
+    s.phase[e, sub, t.lane_pool[table, lane], (joined - own) % block] -= 1
     s.lane[e, sub, lane]["count"] -= 1
     s.lane[e, sub, lane]["kv"] -= kv
     remove(s.heap[e, FINISH_HEAP + sub], s.heap_len[e], FINISH_HEAP + sub, r)
@@ -144,7 +140,9 @@ def release(t, s, e, r):
     req, env = s.req, s.env[e]
     lane, status = req[e, r]["lane"], req[e, r]["status"]
     pool = pool_of(t, s, e, r)
-    s.pool[e, pool]["used"] -= held_blocks(t, s, e, r)
+    s.pool[e, pool]["used"] -= held_blocks(t, s, e, r) - req[e, r]["held_blocks"]
+    if req[e, r]["held_count"] > 0:
+        release_prefix(s, e, r, pool)
     s.pool[e, pool]["promised"] -= req[e, r]["promised_blocks"]
     if status == Status.DECODE:
         leave_decode(t, s, e, r)
@@ -277,6 +275,8 @@ def make_room_to_grow(t, s, e, rule):
         if need > 0:
             s.pool[e, pool]["used"] += need
             s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
+            if s.pool[e, pool]["cached"] > 0:
+                evict_to_fit(t, s, e, pool)
 
 
 @helper

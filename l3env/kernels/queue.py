@@ -6,6 +6,7 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, rekey, remove
+from l3env.kernels.prefix import footprint_blocks
 from l3env.state import ARRIVAL_HEAP, NOWHERE, ORDERS_COUNT, Order, Status
 
 # the key of a request that gives way is scaled by a power of two: exact, so that the order among them stays, and larger
@@ -126,9 +127,7 @@ def arrive(t, s, e, r):
     env["arrived_count"] += 1
     req[e, r]["target_tokens"] = req[e, r]["prompt_tokens"]
     table = env["table_idx"]
-    block = t.coef[table]["block_tokens"]
-    need_tokens = np.int64(req[e, r]["prompt_tokens"]) + s.truth[e, r] - 1
-    need_blocks = (need_tokens + block - 1) // block
+    need_blocks = footprint_blocks(t, s, e, r, np.int64(req[e, r]["prompt_tokens"]) + s.truth[e, r] - 1)
     for pool in range(t.coef[table]["pools_count"]):
         if need_blocks <= t.pool_blocks[table, pool]:
             enqueue(s, e, r)

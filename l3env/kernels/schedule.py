@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner
-from l3env.kernels.memory import admit, blocks_of, lane_load, make_room_to_grow, move
+from l3env.kernels.memory import admit, lane_load, make_room_to_grow, move
+from l3env.kernels.prefix import ask_pools, footprint_blocks
 from l3env.kernels.price import (
     fc_batch_s,
     hbm_attention_s,
@@ -44,18 +45,17 @@ def slowest_lane_s(t, s, e, sub):
 def has_room(t, s, k, e, r, pool):
     """May a waiting request start in a pool, given the headroom and the promises the knobs ask to keep?"""
     table = s.env[e]["table_idx"]
-    block = t.coef[table]["block_tokens"]
     target = np.int64(s.req[e, r]["target_tokens"])
     capacity = t.pool_blocks[table, pool]
     used = s.pool[e, pool]["used"]
-    need = blocks_of(target, block)
+    need = footprint_blocks(t, s, e, r, target) - s.pool[e, pool]["offer_blocks"]
     if used == 0:  # an empty pool takes any request that fits; one that outgrows it is preempted and goes elsewhere
         return need <= capacity
     if used + need > capacity - np.int64(np.ceil(k[e]["headroom_frac"] * capacity)):
         return False
     if k[e]["reserve_predicted"]:
         left = max(s.req[e, r]["predicted_tokens"] - s.req[e, r]["emitted_tokens"], 1)
-        return s.pool[e, pool]["promised"] + blocks_of(target + left - 1, block) <= capacity
+        return s.pool[e, pool]["promised"] + footprint_blocks(t, s, e, r, target + left - 1) <= capacity
     return True
 
 
@@ -63,9 +63,7 @@ def has_room(t, s, k, e, r, pool):
 def could_ever_fit(t, s, e, r, pool):
     """Would the KV to build now fit in the pool if it were empty?"""
     table = s.env[e]["table_idx"]
-    return (
-        blocks_of(np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"]) <= t.pool_blocks[table, pool]
-    )
+    return footprint_blocks(t, s, e, r, np.int64(s.req[e, r]["target_tokens"])) <= t.pool_blocks[table, pool]
 
 
 @inner
@@ -79,13 +77,13 @@ def only_hbm_holds(t, s, e, r):
 
 @inner
 def find_pim_lane(t, s, k, e, r, sub):
-    """The least loaded PIM lane whose pool has room, or -1."""
+    """The least loaded PIM lane whose pool has room, or -1; cached tokens of its prompt count for their pool."""
     table = s.env[e]["table_idx"]
     best, least = NOWHERE, np.inf
     for lane in range(1, t.coef[table]["lanes_count"]):
-        load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0)
+        pool = t.lane_pool[table, lane]
+        load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0) - s.pool[e, pool]["offer_tokens"]
         if load < least:
-            pool = t.lane_pool[table, lane]
             if has_room(t, s, k, e, r, pool):
                 best, least = lane, load
     return best
@@ -95,6 +93,8 @@ def find_pim_lane(t, s, k, e, r, sub):
 def find_lane(t, s, k, e, r, sub):
     """Where a waiting request would live now, or -1: PIM where there is one, HBM up to its share of the KV."""
     table = s.env[e]["table_idx"]
+    if s.env[e]["eviction"]:
+        ask_pools(s, e, r)
     hbm_fits = has_room(t, s, k, e, r, 0)
     if not t.coef[table]["has_pim"]:
         return 0 if hbm_fits else NOWHERE
@@ -175,7 +175,7 @@ def plan_by_budget(t, s, k, e):
         r = admit_next(t, s, k, e, lighter_sub(s, e))
         if r == NOWHERE:
             break
-        chunk = min(np.int64(req[e, r]["target_tokens"]), left)
+        chunk = min(np.int64(req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]), left)
         req[e, r]["chunk_tokens"] = chunk
         planned += chunk
         left -= chunk
