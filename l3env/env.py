@@ -37,6 +37,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         reward: a name of ``reward.REWARDS`` or a function.
         ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies.
         predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
+        prefix_cache: "off", or the rule by which cached prompt segments are given up: "lru", "lfu", "tree".
         seed: of the trace, where it is generated.
     """
 
@@ -57,7 +58,8 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         super().reset(seed=seed)
         part = self.episodes.draw(self.np_random, options)
         if self.engine is None or self.engine.state.req.shape[1] < len(part):
-            self.engine = Engine(self.episodes.tables, 1, len(part), record=True)
+            rule = self.episodes.prefix_cache
+            self.engine = Engine(self.episodes.tables, 1, len(part), record=True, prefix_cache=rule)
         self.episodes.open(self.engine, 0, part)
         self.marks[:] = np.zeros((), MARK_DTYPE)
         return observe(self.engine, self.marks)[0], self._info(0.0)

@@ -11,8 +11,10 @@ from l3env.engine import Engine, Slo
 from l3env.errors import L3EnvError
 from l3env.kernels.run import Until
 from l3env.policy import Policy, make_policy
+from l3env.prefix import eviction_rule
 from l3env.reward import Reward, get_reward
 from l3env.runner import compile_pair, load_at_capacity, predictions, training_window
+from l3env.state import Eviction
 from l3env.tables import Tables
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -39,6 +41,7 @@ class Episodes:
     reward: Reward
     slo: Slo
     predictor: Policy | None
+    prefix_cache: Eviction
 
     @classmethod
     def build(
@@ -57,6 +60,7 @@ class Episodes:
         tbt_scale: float = 5.0,
         predictor: str | None = None,
         tp: int | None = None,
+        prefix_cache: str = "off",
         seed: int = 0,
     ) -> Episodes:
         """From an environment's keyword arguments; see ``ServingEnv``. Raises L3EnvError for what is wrong."""
@@ -67,10 +71,11 @@ class Episodes:
         if episode_requests is not None and episode_requests < 1:
             raise L3EnvError(f"episode_requests = {episode_requests}; expected at least 1, or None")
         chosen_reward = get_reward(reward)
+        eviction = eviction_rule(prefix_cache)
         tables = compile_pair(system, model, tp)
         workload = load_trace(trace, seed=seed)
         if utilization is not None:
-            load = utilization * load_at_capacity(tables, workload)
+            load = utilization * load_at_capacity(tables, workload, prefix_cache=prefix_cache)
         policy = None if predictor is None else make_policy(predictor)
         if policy is not None:
             policy.prepare(tables, training_window(workload))
@@ -85,6 +90,7 @@ class Episodes:
             reward=chosen_reward,
             slo=Slo(ttft_scale, tbt_scale),
             predictor=policy,
+            prefix_cache=eviction,
         )
 
     def draw(self, rng: np.random.Generator, options: dict[str, Any] | None = None) -> Workload:

@@ -3,7 +3,8 @@
 Definitions. TTFT: first token minus arrival. TBT: time between consecutive tokens of a request, over all tokens (stalls
 and recomputation included; percentiles from bins of 1 %). TPOT: a request's mean TBT, over requests. Goodput: requests
 that met their SLO per second. Makespan: the clock when the last replica is done. Busy: device time over makespan and
-replicas. Bubble: share of iteration time that a device waits for the other.
+replicas. Bubble: share of iteration time that a device waits for the other. Prefix hits: share of the prompts' prefix
+ids (blocks), or of their tokens, found cached at a request's first admission; 0 where the prefix cache is off.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def request_frame(engine: Engine, e: int, rows: NDArray[np.int64]) -> pd.DataFra
             "tbt_slo_s": req["tbt_slo_s"],
             "slo_met": req["slo_met"].astype(bool),
             "preemptions_count": req["preemptions_count"].astype(np.int64),
+            "prefix_hit_tokens": req["hit_tokens"].astype(np.int64),
         }
     )
 
@@ -145,6 +147,10 @@ def summary(engine: Engine, replicas: Sequence[int], requests: pd.DataFrame) -> 
         "kv_hbm_peak_frac": _peak(engine, replicas, 0, 1),
         "kv_pim_peak_frac": _peak(engine, replicas, 1, None),
         "recomputed_tokens_frac": float(env["recomputed_tokens"].sum()) / max(int(env["prefill_tokens"].sum()), 1),
+        "prefix_hit_frac": float(env["prefix_hits_count"].sum()) / max(int(env["prefix_ids_count"].sum()), 1),
+        "prefix_hit_tokens_frac": float(env["prefix_hit_tokens"].sum())
+        / max(int(env["prefix_prompt_tokens"].sum()), 1),
+        "prefix_evictions_count": int(env["prefix_evictions_count"].sum()),
         "energy_j_per_token": (float(env["energy_j"].sum()) + static_j) / max(tokens, 1),
     }
     return row

@@ -23,6 +23,7 @@ from l3env.errors import L3EnvError, PolicyError
 from l3env.kernels.run import Stop, Until
 from l3env.metrics import Outcome, collect
 from l3env.policy import Knobs, Policy, View, make_policy
+from l3env.prefix import eviction_rule
 from l3env.tables import DEFAULT_BLOCK_TOKENS, Tables, compile_tables
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -39,10 +40,15 @@ def run_policy(
     slo: Slo | None = None,
     training: Workload | None = None,
     record: bool = True,
+    prefix_cache: str = "off",
 ) -> Outcome:
     """Serves a workload on all replicas of a system under one policy.
 
     Requests go to the replicas in turn (a session stays where it began); replicas do not interact.
+
+    Args:
+        record: keep time line and gaps between tokens.
+        prefix_cache: ``off``, or the rule by which cached prompt segments are given up: ``lru``, ``lfu``, ``tree``.
 
     Raises:
         PolicyError: the policy leaves requests waiting for ever.
@@ -50,7 +56,8 @@ def run_policy(
     """
     shares = replica_shares(workload, tables.replicas_count)
     shares = [rows for rows in shares if rows.size]
-    engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record)
+    rule = eviction_rule(prefix_cache)
+    engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record, prefix_cache=rule)
     own: list[dict[str, float]] = []
     for e, rows in enumerate(shares):
         part = workload.select(rows)
@@ -132,9 +139,12 @@ def reference_policy(tables: Tables) -> str:
     return "l3-model" if tables.has_pim else "sarathi"
 
 
-def capacity_requests_per_s(tables: Tables, workload: Workload, policy: Policy | None = None) -> float:
+def capacity_requests_per_s(
+    tables: Tables, workload: Workload, policy: Policy | None = None, *, prefix_cache: str = "off"
+) -> float:
     """What a system serves at saturation: all requests present at once, rate at which the first 90 % finish."""
-    outcome = run_policy(tables, workload.closed_loop(), policy or make_policy(reference_policy(tables)), record=False)
+    chosen = policy or make_policy(reference_policy(tables))
+    outcome = run_policy(tables, workload.closed_loop(), chosen, record=False, prefix_cache=prefix_cache)
     finish_s = np.sort(outcome.requests["finish_s"].dropna().to_numpy())
     if finish_s.size == 0:
         raise L3EnvError(f"{workload.name}: no request ever fits on {tables.system.name} with {tables.model.name}")
@@ -142,7 +152,7 @@ def capacity_requests_per_s(tables: Tables, workload: Workload, policy: Policy |
     return count / float(finish_s[count - 1])
 
 
-def load_at_capacity(tables: Tables, workload: Workload) -> float:
+def load_at_capacity(tables: Tables, workload: Workload, *, prefix_cache: str = "off") -> float:
     """The load at which a trace's arrival rate equals the capacity: utilization 1.
 
     Raises:
@@ -150,7 +160,7 @@ def load_at_capacity(tables: Tables, workload: Workload) -> float:
     """
     if not math.isfinite(workload.rate_per_s):
         raise L3EnvError(f"{workload.name}: all requests arrive at once, so utilization has no meaning; use load")
-    return capacity_requests_per_s(tables, workload) / workload.rate_per_s
+    return capacity_requests_per_s(tables, workload, prefix_cache=prefix_cache) / workload.rate_per_s
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,7 @@ class CompareConfig:
     tp: int | None = None
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     slo: Slo = field(default_factory=Slo)
+    prefix_cache: str = "off"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -230,6 +241,7 @@ def compare(
     seeds: int = 1,
     slo: Slo | None = None,
     tp: int | None = None,
+    prefix_cache: str = "off",
     out: str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
@@ -242,6 +254,7 @@ def compare(
         load: arrival rates as multiples of the trace's own.
         utilization: instead, as multiples of what the reference policy serves at saturation on this system.
         seeds: seed 0 is the trace itself, further ones are resampled from it (generated traces are drawn anew).
+        prefix_cache: ``off``, or how cached prompt segments are given up: ``lru``, ``lfu``, ``tree``.
         out: folder for the cells' results; cells found there from the same configuration are not run again.
         progress: called with (cells done, cells in all, name of the one now starting).
 
@@ -251,7 +264,8 @@ def compare(
     utilizations = () if utilization is None else tuple(np.atleast_1d(utilization).tolist())
     loads = () if utilizations else tuple(np.atleast_1d(load).tolist())
     config = CompareConfig(
-        tuple(policies), system, model, trace, loads, utilizations, seeds, tp, DEFAULT_BLOCK_TOKENS, slo or Slo()
+        *(tuple(policies), system, model, trace, loads, utilizations, seeds, tp, DEFAULT_BLOCK_TOKENS, slo or Slo()),
+        prefix_cache,
     )
     return run_comparison(config, out=out, progress=progress)
 
@@ -268,6 +282,7 @@ def run_comparison(
     tables = compile_pair(config.system, config.model, config.tp, config.block_tokens)
     for ref in config.policies:
         make_policy(ref)
+    eviction_rule(config.prefix_cache)
     store = None if out is None else CellStore(Path(out), config)
     base = load_trace(config.trace, seed=0)
     training = training_window(base)
@@ -285,7 +300,14 @@ def run_comparison(
             if cell.load != 1.0:
                 workload = workload.at_load(cell.load)
             start = time.perf_counter()
-            outcome = run_policy(tables, workload, make_policy(cell.policy), slo=config.slo, training=training)
+            outcome = run_policy(
+                tables,
+                workload,
+                make_policy(cell.policy),
+                slo=config.slo,
+                training=training,
+                prefix_cache=config.prefix_cache,
+            )
             row = _identity(config, cell) | outcome.metrics | {"wall_s": time.perf_counter() - start}
             stored = (row, outcome.requests, outcome.timeline)
             if store is not None:
@@ -300,7 +322,7 @@ def run_comparison(
 def _cells(config: CompareConfig, tables: Tables, base: Workload) -> Iterator[Cell]:
     pairs: list[tuple[float, float | None]] = [(load, None) for load in config.loads]
     if config.utilizations:
-        full = load_at_capacity(tables, base)
+        full = load_at_capacity(tables, base, prefix_cache=config.prefix_cache)
         pairs = [(utilization * full, utilization) for utilization in config.utilizations]
     for load, utilization in pairs:
         for seed in range(config.seeds_count):
@@ -317,6 +339,7 @@ def _identity(config: CompareConfig, cell: Cell) -> dict[str, Any]:
         "load": cell.load,
         "utilization": cell.utilization,
         "seed": cell.seed,
+        "prefix_cache": config.prefix_cache,
     }
 
 
@@ -335,7 +358,7 @@ class CellStore:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise L3EnvError(f"{path}: not JSON: {error}; remove the folder or choose another --out") from None
-            if found != wanted:
+            if {"prefix_cache": "off", **found} != wanted:  # folders from before there was one
                 raise L3EnvError(f"{folder} holds results of another configuration; remove it or choose another --out")
         for name in ("cells", "requests", "timelines"):
             (folder / name).mkdir(parents=True, exist_ok=True)

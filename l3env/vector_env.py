@@ -43,7 +43,8 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.episodes = Episodes.build(**kwargs)
-        self.engine = Engine(self.episodes.tables, num_envs, self.episodes.requests_count)
+        rule = self.episodes.prefix_cache
+        self.engine = Engine(self.episodes.tables, num_envs, self.episodes.requests_count, prefix_cache=rule)
         self.marks = np.zeros(num_envs, MARK_DTYPE)
         self._rngs: list[np.random.Generator] = []
         self._steps = np.zeros(num_envs, np.int64)

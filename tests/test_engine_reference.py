@@ -46,7 +46,7 @@ def start(case: Case):
     engine = case.engine()
     req = engine.state.req[0]
     return engine, ReferenceSimulator(
-        case.tables, case.workload, case.predicted_tokens, req["ttft_slo_s"], req["ttft_alone_s"]
+        case.tables, case.workload, case.predicted_tokens, req["ttft_slo_s"], req["ttft_alone_s"], case.eviction
     )
 
 

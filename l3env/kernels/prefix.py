@@ -124,10 +124,8 @@ def hold_prefix(t, s, e, r, pool):
         if slot != NOWHERE:
             take_slot(s, e, pool, slot)
         size = s.segment[e, segment]["tokens"]
-        moving += size if pool > 0 else 0
-        if slot == NOWHERE or pool > 0:
-            in_hbm = slot == NOWHERE and find_copy(s, e, segment, 0) != NOWHERE
-            moving += 0 if in_hbm else size
+        moving += size if find_copy(s, e, segment, 0) == NOWHERE else 0
+        moving += size if pool > 0 and slot == NOWHERE else 0
         count += 1
         tokens += size
         blocks += s.segment[e, segment]["blocks"]
@@ -150,7 +148,7 @@ def hold_prefix(t, s, e, r, pool):
 
 @helper
 def publish(s, e, r, pool):
-    """After a chunk: the segments it completed are there for others. A copy that came in meanwhile is shared instead."""
+    """After a chunk: the segments it completed are there for others; a copy that came in meanwhile is shared instead."""
     req = s.req
     i = req[e, r]["held_count"]
     while i < req[e, r]["ids_count"]:
