@@ -115,12 +115,6 @@ def compare(
     tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
     ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
     tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
-    prefix_cache: Annotated[
-        str,
-        typer.Option(
-            help="KV of equal prompt beginnings, for traces with prefix ids: off, or what goes first: lru, lfu, tree."
-        ),
-    ] = "off",
     config: Annotated[Path | None, typer.Option(help="A config.json of an earlier run: repeats it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -142,7 +136,6 @@ def compare(
             seeds,
             tp,
             slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s),
-            prefix_cache=prefix_cache,
         )
     run_and_report(wanted, out, as_json)
 

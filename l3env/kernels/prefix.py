@@ -148,7 +148,7 @@ def hold_prefix(t, s, e, r, pool):
 
 @helper
 def publish(s, e, r, pool):
-    """After a chunk: the segments it completed are there for others; a copy that came in meanwhile is shared instead."""
+    """After a chunk: the segments it completed are there for others; copies that came in meanwhile are shared."""
     req = s.req
     i = req[e, r]["held_count"]
     while i < req[e, r]["ids_count"]:
