@@ -140,8 +140,14 @@ def attention_arrays(device: GpuSpec, model: ModelSpec, tp: int) -> Arrays:
 
 
 def plain(kernel: Any) -> Any:
-    """A compiled kernel as the Python function it was written as."""
+    """A compiled kernel that calls no other as the Python function it was written as."""
     return getattr(kernel, "py_func", kernel)
+
+
+def prefill_attention_s(arrays: Any, batch: int, chunk: int, history: int) -> float:
+    """Prefill attention of ``batch`` requests in one call: ``chunk`` new tokens of each on ``history`` earlier ones."""
+    work_s = batch * plain(price.prefill_work_s)(arrays, 0, chunk, history)
+    return work_s + plain(price.prefill_launch_s)(arrays, 0, batch, batch if history else 0)
 
 
 def predict_ms(device: GpuSpec, points: Iterable[Point], models: Mapping[str, ModelSpec] | None = None) -> np.ndarray:
@@ -162,8 +168,7 @@ def predict_ms(device: GpuSpec, points: Iterable[Point], models: Mapping[str, Mo
                 attend = plain(price.hbm_attention_s)
                 times = np.array([attend(arrays, 0, p.batch * float(p.kv_len), float(p.batch)) for p in chosen])
             else:
-                attend = plain(price.prefill_attention_s)
-                times = np.array([attend(arrays, 0, p.tokens, p.kv_len - p.tokens) for p in chosen])
+                times = np.array([prefill_attention_s(arrays, 1, p.tokens, p.kv_len - p.tokens) for p in chosen])
         out[places] = times * 1e3
     return out
 

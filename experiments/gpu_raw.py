@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.gpu_fit import Linear, Small
-from experiments.gpu_profile import NEEDS, Point, ProfileError, load_model, plain, statistics
+from experiments.gpu_profile import NEEDS, Point, ProfileError, load_model, plain, prefill_attention_s, statistics
 from l3env import specs
 from l3env.kernels import price
 from l3env.specs import GpuSpec
@@ -77,9 +77,7 @@ def stacks(table: pd.DataFrame) -> pd.DataFrame:
 
 def predict_stacks_ms(device: GpuSpec, rows: pd.DataFrame) -> np.ndarray:
     """Iteration times of the same stacks, from the engine's tables for one GPU."""
-    lookup, prefill, decode = (
-        plain(kernel) for kernel in (price.lookup_s, price.prefill_attention_s, price.hbm_attention_s)
-    )
+    lookup, decode = plain(price.lookup_s), plain(price.hbm_attention_s)
     out = []
     for r in _rows(rows):
         model = replace(load_model(r.model), layers_count=r.n)
@@ -87,7 +85,7 @@ def predict_stacks_ms(device: GpuSpec, rows: pd.DataFrame) -> np.ndarray:
         arrays = compile_tables(system, model, tp=1).arrays
         time_s = lookup(arrays.fc_s[0], arrays.coef["fc_slope_s"][0], r.tokens * r.batch)
         if r.tokens > 1:
-            time_s += r.batch * prefill(arrays, 0, r.tokens, r.kv_len - r.tokens)
+            time_s += prefill_attention_s(arrays, r.batch, r.tokens, r.kv_len - r.tokens)
         else:
             time_s += decode(arrays, 0, r.batch * float(r.kv_len), float(r.batch))
         out.append(time_s * 1e3)

@@ -36,9 +36,9 @@ COEF_DTYPE = np.dtype(
         ("prefill_pair_s", np.float64),  # compute, per causal (query, key) pair
         ("prefill_kv_s", np.float64),  # memory, per KV token read
         ("prefill_query_s", np.float64),  # memory, per query token
-        ("prefill_fixed_s", np.float64),  # per request and chunk
+        ("prefill_fixed_s", np.float64),  # per batch of chunks
         ("prefill_new_s", np.float64),  # compute, per new token
-        ("prefill_history_fixed_s", np.float64),  # more per request and chunk on a history
+        ("prefill_history_fixed_s", np.float64),  # more per batch with a chunk on a history
         ("prefill_tile_tokens", np.float64),  # fewer new tokens cost as much on a history
         ("prefill_chunk_ratio", np.float64),  # cost of new tokens among themselves when there is a history
         ("prefill_history_ratio", np.float64),  # cost of a pair with history over that of a pair without

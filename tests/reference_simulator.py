@@ -92,8 +92,17 @@ class Prices:
     def head_s(self, rows: int) -> float:
         return self._along(self.head_row, rows, self.coef["head_slope_s"])
 
-    def prefill_s(self, chunk: int, done: int) -> float:
-        """t_p: every query sees the history and the part of its chunk up to itself; with a history the kernel's rates
+    def prefill_s(self, *chunks: tuple[int, int]) -> float:
+        """t_p of (chunk, done) pairs: one launch for all, one more where any has a history."""
+        if not chunks:
+            return 0.0
+        launch_s = self.coef["prefill_fixed_s"]
+        if any(done for _, done in chunks):
+            launch_s += self.coef["prefill_history_fixed_s"]
+        return launch_s + sum(self.chunk_s(chunk, done) for chunk, done in chunks)
+
+    def chunk_s(self, chunk: int, done: int) -> float:
+        """Every query sees the history and the part of its chunk up to itself; with a history the kernel's rates
         differ, and fewer rows than a tile cost a tile."""
         c = self.coef
         triangle = chunk * (chunk + 1) / 2 * c["prefill_pair_s"] + chunk * c["prefill_new_s"]
@@ -102,7 +111,7 @@ class Prices:
             triangle *= c["prefill_chunk_ratio"]
             triangle += square * c["prefill_history_ratio"] * c["prefill_pair_s"]
         reading_s = c["prefill_kv_s"] * (done + chunk) + c["prefill_query_s"] * chunk
-        return max(triangle, reading_s) + c["prefill_fixed_s"] + (c["prefill_history_fixed_s"] if done else 0.0)
+        return max(triangle, reading_s)
 
     def hbm_s(self, kv: int, requests: int) -> float:
         """Reading, a launch, and what the last wave of (request, KV head) blocks wastes."""
@@ -130,7 +139,7 @@ class Prices:
     def alone_s(self, prompt: int) -> tuple[float, float]:
         """(TTFT, time between tokens) of a prompt on the empty system."""
         has_pim = self.coef["has_pim"]
-        ttft = max(self.prefill_s(prompt, 0), self.pim_s(0, 0, prompt if has_pim else 0))
+        ttft = max(self.prefill_s((prompt, 0)), self.pim_s(0, 0, prompt if has_pim else 0))
         tbt = self.pim_s(self.lane_s(prompt + 1, 1), 1, 0) if has_pim else self.hbm_s(prompt + 1, 1)
         return ttft + self.fc_s(prompt) + self.head_s(1), tbt + self.fc_s(1) + self.head_s(1)
 
@@ -416,7 +425,7 @@ class ReferenceSimulator:
         """T_GPU of a phase in which ``sub`` prefills (chunk, done) pairs, as the aligning planner foresees it."""
         hbm = [r for r in self.decoding(sub) if r.lane == 0]
         others = len(self.decoding(1 - sub))
-        attention_s = sum(self.price.prefill_s(*chunk) for chunk in chunks)
+        attention_s = self.price.prefill_s(*chunks)
         fc_s = self.price.fc_s(sum(chunk for chunk, _ in chunks) + others) + self.price.head_s(others)
         return attention_s + fc_s + self.price.hbm_s(sum(r.kv + 1 for r in hbm), len(hbm))
 
@@ -489,7 +498,7 @@ class ReferenceSimulator:
             pushed += sum(r.moving for r in chunked if other in (None, r.sub))
             batch = sum(r.chunk for r in mine) + len(fc_decodes)
             rows = sum(r.prefilled + r.chunk == r.target for r in mine) + len(fc_decodes)
-            front_s = sum(price.prefill_s(r.chunk, r.prefilled) for r in mine)
+            front_s = price.prefill_s(*((r.chunk, r.prefilled) for r in mine))
             front_s += price.hbm_s(sum(r.kv + 1 for r in hbm), len(hbm))
             fc_s = price.fc_s(batch) + price.head_s(rows)
             side_s = price.pim_s(self.slowest_lane_s(pim), len(pim), pushed)

@@ -15,7 +15,8 @@ from l3env.kernels.price import (
     lane_attention_s,
     one_batch_s,
     pim_side_s,
-    prefill_attention_s,
+    prefill_launch_s,
+    prefill_work_s,
 )
 from l3env.kernels.schedule import decoding_count
 from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, Status, SubBatching
@@ -36,7 +37,8 @@ def execute(t, s, e, decode, mode):
     coef = t.coef[table]
 
     # prefill of each sub-batch
-    attention_0, attention_1 = 0.0, 0.0  # t_p
+    attention_0, attention_1 = 0.0, 0.0  # t_p, launches apart
+    chunks_0, chunks_1, histories_0, histories_1 = 0, 0, 0, 0
     tokens_0, tokens_1 = 0, 0
     pushed_0, pushed_1 = 0, 0  # tokens whose KV goes to the PIM side, or comes from it
     ends_0, ends_1 = 0, 0
@@ -47,23 +49,16 @@ def execute(t, s, e, decode, mode):
         if chunk == 0:
             continue
         history = np.int64(req[e, r]["prefilled_tokens"])
-        chunk_s = prefill_attention_s(t, table, chunk, history)
+        chunk_s = prefill_work_s(t, table, chunk, history)
+        joined = 1 if history > 0 else 0
         ends = 1 if history + chunk == req[e, r]["target_tokens"] else 0
         pushed = (chunk if req[e, r]["lane"] > 0 else 0) + req[e, r]["moving_tokens"]
         if req[e, r]["sub"] == 0:
-            attention_0, tokens_0, pushed_0, ends_0 = (
-                attention_0 + chunk_s,
-                tokens_0 + chunk,
-                pushed_0 + pushed,
-                ends_0 + ends,
-            )
+            attention_0, chunks_0, histories_0 = attention_0 + chunk_s, chunks_0 + 1, histories_0 + joined
+            tokens_0, pushed_0, ends_0 = tokens_0 + chunk, pushed_0 + pushed, ends_0 + ends
         else:
-            attention_1, tokens_1, pushed_1, ends_1 = (
-                attention_1 + chunk_s,
-                tokens_1 + chunk,
-                pushed_1 + pushed,
-                ends_1 + ends,
-            )
+            attention_1, chunks_1, histories_1 = attention_1 + chunk_s, chunks_1 + 1, histories_1 + joined
+            tokens_1, pushed_1, ends_1 = tokens_1 + chunk, pushed_1 + pushed, ends_1 + ends
         energy_j += coef["prefill_pair_j"] * causal_pairs(chunk, history)
         energy_j += coef["prefill_kv_j"] * float(history + chunk)
 
@@ -87,13 +82,15 @@ def execute(t, s, e, decode, mode):
 
     # price
     gpu_0_s, gpu_1_s, pim_0_s, pim_1_s, move_0_s, move_1_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    hbm_0_s, hbm_1_s, read_s, slowest_s, duration_s, batches = 0.0, 0.0, 0.0, 0.0, np.inf, 0
+    front_0_s, front_1_s, read_s, slowest_s, duration_s, batches = 0.0, 0.0, 0.0, 0.0, np.inf, 0
     if mode != SubBatching.OFF:
-        hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0)
-        hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1)
-        gpu_0_s = attention_0 + hbm_0_s + fc_batch_s(t, table, tokens_0 + decodes_1)
+        front_0_s = attention_0 + prefill_launch_s(t, table, chunks_0, histories_0)
+        front_0_s += hbm_attention_s(t, table, hbm_kv_0, hbm_n_0)
+        front_1_s = attention_1 + prefill_launch_s(t, table, chunks_1, histories_1)
+        front_1_s += hbm_attention_s(t, table, hbm_kv_1, hbm_n_1)
+        gpu_0_s = front_0_s + fc_batch_s(t, table, tokens_0 + decodes_1)
         gpu_0_s += head_batch_s(t, table, ends_0 + decodes_1)
-        gpu_1_s = attention_1 + hbm_1_s + fc_batch_s(t, table, tokens_1 + decodes_0)
+        gpu_1_s = front_1_s + fc_batch_s(t, table, tokens_1 + decodes_0)
         gpu_1_s += head_batch_s(t, table, ends_1 + decodes_0)
         pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0_s, pim_n_0, pushed_1)
         pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1_s, pim_n_1, pushed_0)
@@ -102,8 +99,9 @@ def execute(t, s, e, decode, mode):
         duration_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
         batches = (1 if tokens_0 + decodes_1 > 0 else 0) + (1 if tokens_1 + decodes_0 > 0 else 0)
     if mode != SubBatching.ON:
-        hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1)
-        front_s = attention_0 + attention_1 + hbm_s
+        front_s = attention_0 + attention_1
+        front_s += prefill_launch_s(t, table, chunks_0 + chunks_1, histories_0 + histories_1)
+        front_s += hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1)
         batch = tokens_0 + tokens_1 + decodes_0 + decodes_1
         rows = ends_0 + ends_1 + decodes_0 + decodes_1
         pushed = pushed_0 + pushed_1
@@ -113,7 +111,7 @@ def execute(t, s, e, decode, mode):
         if one_s < duration_s:
             duration_s, gpu_0_s, pim_0_s, read_s, move_0_s = one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s
             gpu_1_s, pim_1_s, move_1_s = 0.0, 0.0, 0.0
-            hbm_0_s, hbm_1_s = hbm_s, 0.0
+            front_0_s, front_1_s = front_s, 0.0
             slowest_s = slowest_both_s
             batches = 1 if batch > 0 else 0
 
@@ -139,7 +137,7 @@ def execute(t, s, e, decode, mode):
         env["imbalance_s"] += slowest_s - lane_attention_s(t, table, pim_kv, pim_n_0 + pim_n_1) / (lanes - 1)
     env["last_iteration_s"] = duration_s
     env["last_gpu_0_s"], env["last_gpu_1_s"] = gpu_0_s, gpu_1_s
-    env["last_attention_0_s"], env["last_attention_1_s"] = attention_0 + hbm_0_s, attention_1 + hbm_1_s
+    env["last_attention_0_s"], env["last_attention_1_s"] = front_0_s, front_1_s
     env["last_pim_0_s"], env["last_pim_1_s"] = pim_0_s, pim_1_s
     env["last_transfer_0_s"], env["last_transfer_1_s"] = move_0_s, move_1_s
     env["last_prefill_tokens"], env["last_decode_tokens"] = tokens, decodes

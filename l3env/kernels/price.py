@@ -28,11 +28,11 @@ def causal_pairs(chunk, history):
 
 
 @inner
-def prefill_attention_s(t, table, chunk, history):
-    """t_p: attention of one prefilling request's chunk; the larger of computing and reading, and a launch.
+def prefill_work_s(t, table, chunk, history):
+    """Attention of one prefilling request's chunk: the larger of computing and reading; launches are apart.
 
-    A history costs what its kernel takes: another launch (split keys are joined), ratios of their own for pairs with
-    the history and within the chunk, and a whole tile's pairs for a chunk of less than a tile.
+    A history costs what its kernel takes: ratios of their own for pairs with the history and within the chunk, and a
+    whole tile's pairs for a chunk of less than a tile.
     """
     coef = t.coef[table]
     within = coef["prefill_chunk_ratio"] if history > 0 else 1.0
@@ -41,8 +41,21 @@ def prefill_attention_s(t, table, chunk, history):
     pairs += within * (chunk * (chunk + 1.0) / 2)
     compute_s = coef["prefill_pair_s"] * pairs + within * coef["prefill_new_s"] * chunk
     memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
-    fixed_s = coef["prefill_fixed_s"] + (coef["prefill_history_fixed_s"] if history > 0 else 0.0)
-    return max(compute_s, memory_s) + fixed_s
+    return max(compute_s, memory_s)
+
+
+@inner
+def prefill_launch_s(t, table, chunks_count, histories_count):
+    """Launches of the prefill attention of a batch: one kernel takes all chunks (variable lengths); where some have a
+    history, another joins the split keys."""
+    launch_s = t.coef[table]["prefill_fixed_s"] if chunks_count > 0 else 0.0
+    return launch_s + (t.coef[table]["prefill_history_fixed_s"] if histories_count > 0 else 0.0)
+
+
+@inner
+def prefill_attention_s(t, table, chunk, history):
+    """t_p of one request alone."""
+    return prefill_work_s(t, table, chunk, history) + prefill_launch_s(t, table, 1, history)
 
 
 @inner

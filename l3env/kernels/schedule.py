@@ -16,7 +16,8 @@ from l3env.kernels.price import (
     head_batch_s,
     lane_attention_s,
     pim_side_s,
-    prefill_attention_s,
+    prefill_launch_s,
+    prefill_work_s,
 )
 from l3env.kernels.queue import next_waiting
 from l3env.state import FINISH_HEAP, NOWHERE, Budget, Status
@@ -195,12 +196,13 @@ def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
 
 @helper
 def aligned_chunk(t, s, e, sub, goal_s, prefill_s, tokens, history, most):
-    """Largest chunk (up to ``most``) with T_GPU <= goal, given the sub-batch's other prefill; by bisection."""
+    """Largest chunk (up to ``most``) with T_GPU <= goal, given the sub-batch's other prefill and the launches
+    (``prefill_s``); by bisection."""
     table = s.env[e]["table_idx"]
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        attention_s = prefill_s + prefill_attention_s(t, table, middle, history)
+        attention_s = prefill_s + prefill_work_s(t, table, middle, history)
         if gpu_side_s(t, s, e, sub, attention_s, tokens + middle) <= goal_s:
             low = middle
         else:
@@ -226,11 +228,12 @@ def plan_aligned(t, s, k, e, only_when_full):
         decodes = float(decoding_count(s, e, sub)) - s.lane[e, sub, 0]["count"]
         goal_s = pim_side_s(t, table, slowest_lane_s(t, s, e, sub), decodes, pushed_before)[0]
         tokens, attention_s = 0, 0.0
+        chunks, histories, launch_s = 0, 0, 0.0
         last, last_attention_s = NOWHERE, 0.0
         listed = env["prefill_count"]
         place = 0
         while True:
-            if last != NOWHERE and gpu_side_s(t, s, e, sub, attention_s, tokens) >= goal_s:
+            if last != NOWHERE and gpu_side_s(t, s, e, sub, attention_s + launch_s, tokens) >= goal_s:
                 break
             r = NOWHERE
             while place < listed and r == NOWHERE:
@@ -248,9 +251,11 @@ def plan_aligned(t, s, k, e, only_when_full):
             history = np.int64(req[e, r]["prefilled_tokens"])
             chunk = np.int64(req[e, r]["target_tokens"]) - history
             req[e, r]["chunk_tokens"] = chunk
-            last, last_attention_s = r, prefill_attention_s(t, table, chunk, history)
+            last, last_attention_s = r, prefill_work_s(t, table, chunk, history)
             tokens += chunk
             attention_s += last_attention_s
+            chunks, histories = chunks + 1, histories + (1 if history > 0 else 0)
+            launch_s = prefill_launch_s(t, table, chunks, histories)
         while place < listed:  # prefills begun earlier that find no time now
             if req[e, s.lists[e, place]["prefill"]]["sub"] == sub:
                 req[e, s.lists[e, place]["prefill"]]["chunk_tokens"] = 0
@@ -259,7 +264,7 @@ def plan_aligned(t, s, k, e, only_when_full):
             whole = np.int64(req[e, last]["chunk_tokens"])
             rest_s, rest = attention_s - last_attention_s, tokens - whole
             history = np.int64(req[e, last]["prefilled_tokens"])
-            chunk = aligned_chunk(t, s, e, sub, goal_s, rest_s, rest, history, whole)
+            chunk = aligned_chunk(t, s, e, sub, goal_s, rest_s + launch_s, rest, history, whole)
             if rest == 0:
                 chunk = max(chunk, min(whole, ALIGN_MIN_CHUNK_TOKENS))
             req[e, last]["chunk_tokens"] = chunk

@@ -1,0 +1,81 @@
+"""``l3env calibrate`` and ``l3env validate gpu``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from l3env.cli.shared import Json, app, err, plain_table, print_json, progress_bar
+from l3env.errors import L3EnvError
+
+validate_app = typer.Typer(help="Hold the model against measurements.", no_args_is_help=True)
+app.add_typer(validate_app, name="validate")
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Option(help="A preset (l3env models): the shapes to measure.")] = "llama-3-8b",
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,
+    out: Annotated[Path, typer.Option(help="The preset to write; raw measurements go beside it.")] = Path(
+        "my-gpu.toml"
+    ),
+    base: Annotated[
+        str | None, typer.Option(help="Preset with the GPU's data-sheet values; by default by its name.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measures one shard of a layer on the GPU at hand and writes a GPU preset; resumes. Needs a CUDA torch."""
+    try:
+        from experiments import calibrate as calibration
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise L3EnvError("calibrate needs a CUDA build of torch: none is installed (https://pytorch.org)") from None
+    with progress_bar("measuring") as progress:
+        figures = calibration.calibrate(model, tp, out, base, lambda done, what: progress(done, 0, what))
+    _print_errors(figures, as_json)
+    err.print(f"written: {out}; try: l3env validate gpu --gpu {out}", highlight=False, soft_wrap=True)
+
+
+@validate_app.command("gpu")
+def validate_gpu(
+    gpu: Annotated[str, typer.Option(help="A GPU preset's name, or gpu:file.toml.")] = "h200",
+    profile: Annotated[
+        Path | None, typer.Option(help="CSV op,model,tp,tokens,batch,kv_len,ms; by default the repository's own.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw measured against predicted (PNG).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measured GPU times against predicted ones: errors by operation, a scatter plot."""
+    from experiments import gpu_profile, gpu_raw
+    from l3env import specs
+
+    ref = gpu if gpu.startswith(("gpu/", "gpu:")) else f"gpu:{gpu}" if gpu.endswith(".toml") else f"gpu/{gpu}"
+    device = specs.load(ref)
+    if profile is None:
+        table = gpu_raw.read_raw(gpu_profile.default_profile(device.name))
+        points = gpu_raw.points(table)
+        figures = gpu_profile.validate(device, points) | gpu_raw.validate_stacks(device, table)
+    else:
+        points = gpu_profile.read_profile(profile)
+        figures = gpu_profile.validate(device, points)
+    _print_errors(figures, as_json)
+    if plot is None and not as_json:
+        plot = Path("runs") / f"validate-gpu-{device.name}.png"
+    if plot is not None:
+        from experiments.gpu_plot import scatter
+
+        scatter(device, points, plot)
+        err.print(f"drawn: {plot}", highlight=False)
+
+
+def _print_errors(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(figures)
+        return
+    table = plain_table("operation", "measurements", "median error", "p90", "worst")
+    for op, row in figures.items():
+        table.add_row(op, f"{row['n']:,}", *(f"{row[key]:.1%}" for key in ("median", "p90", "worst")))
+    err.print(table)

@@ -1,0 +1,92 @@
+"""What is there: ``l3env systems``, ``models``, ``policies``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from l3env.cli.shared import Json, app, err, plain_table, print_json
+
+
+@app.command()
+def systems(as_json: Json = False) -> None:
+    """Systems there are: GPUs and places for KV."""
+    from l3env import specs
+
+    loaded = [specs.load(f"system/{name}") for name in specs.names("system")]
+    if as_json:
+        print_json([_plain(spec) for spec in loaded])
+        return
+    table = plain_table("system", "GPUs", "HBM GB", "HBM TB/s", "PFLOP/s", "PIM", "PIM GB", "PIM TB/s", "GPU-PIM GB/s")
+    for spec in loaded:
+        n, pim = spec.gpus_count, spec.pim
+        link = spec.pim_link.bytes_per_s * spec.pim_link.utilisation_frac * n / 1e9 if spec.pim_link else None
+        table.add_row(
+            spec.name,
+            f"{n} x {spec.gpu.name}",
+            f"{n * spec.gpu.hbm_bytes / 1e9:,.0f}",
+            f"{n * spec.gpu.hbm_bytes_per_s / 1e12:.1f}",
+            f"{n * spec.gpu.fp16_flop_per_s / 1e15:.1f}",
+            pim.kind if pim else "-",
+            f"{pim.capacity_bytes / 1e9:,.0f}" if pim else "-",
+            f"{pim.internal_bytes_per_s / 1e12:.1f}" if pim else "-",
+            f"{link:,.0f}" if link else "-",
+        )
+    err.print(table)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """Models there are: sizes and KV bytes."""
+    from l3env import specs
+
+    loaded = [specs.load(f"model/{name}") for name in specs.names("model")]
+    if as_json:
+        print_json([_plain(spec) for spec in loaded])
+        return
+    table = plain_table("model", "params", "layers", "hidden", "heads", "KV heads", "FFN", "KV B/token", "TP")
+    for spec in loaded:
+        table.add_row(
+            spec.name,
+            f"{spec.parameters_count / 1e9:.1f} B",
+            str(spec.layers_count),
+            f"{spec.hidden_size:,}",
+            str(spec.heads_count),
+            str(spec.kv_heads_count),
+            f"{spec.ffn_size:,}" + (" g" if spec.gated_ffn else ""),
+            f"{spec.kv_bytes_per_token:,.0f}",
+            str(spec.tensor_parallel_count),
+        )
+    err.print(table)
+    err.print("g: gated FFN (three matrices); TP: GPUs a replica spans by default", highlight=False)
+
+
+@app.command()
+def policies(as_json: Json = False) -> None:
+    """Policies known by name."""
+    import inspect
+
+    from l3env.policy import make_policy, policy_factories
+
+    rows = []
+    for name, factory in sorted(policy_factories().items()):
+        summary = (inspect.getdoc(factory) or "").split("\n")[0]
+        every = make_policy(name).decision_interval_s
+        decides = "once" if every == float("inf") else "every iteration" if every == 0 else f"every {every:g} s"
+        rows.append({"policy": name, "decides": decides, "what": summary, "module": factory.__module__})
+    if as_json:
+        print_json(rows)
+        return
+    table = plain_table("policy", "decides", "what", "module")
+    for row in rows:
+        table.add_row(*row.values())
+    err.print(table)
+    err.print("your own: --policies my_policy.py:MyClass")
+
+
+def _plain(spec: Any) -> Any:
+    import dataclasses
+
+    plain = dataclasses.asdict(spec)
+    if "parameters_count" in dir(spec):
+        plain |= {"parameters_count": spec.parameters_count, "kv_bytes_per_token": spec.kv_bytes_per_token}
+    return plain

@@ -1,0 +1,78 @@
+"""``l3env reproduce`` and ``l3env roofline``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from l3env.cli.shared import Json, announce_compilation, app, err, finite, plain_table, print_json, progress_bar
+from l3env.errors import L3EnvError
+
+
+@app.command()
+def reproduce(
+    figure: Annotated[str, typer.Argument(help="fig11 to fig16, energy, or all.")] = "all",
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/reproduce"),
+    as_json: Json = False,
+) -> None:
+    """The L3 paper's results, side by side with this model's."""
+    announce_compilation()
+    from experiments.reproduce import common, run
+
+    with progress_bar("reproducing") as progress:
+        rows = run.rows_of(figure, progress)
+    run.draw(rows, out)
+    if as_json:
+        print_json([{key: finite(value) for key, value in row.items()} for row in rows])
+        return
+    err.print(f"Assumed: {common.DEFAULT.text()}.", highlight=False)
+    table = plain_table("figure", "what", "paper", "here", "ratio")
+    for row in rows:
+        numbers = ["-" if row[key] is None else f"{row[key]:.3g}" for key in ("paper", "ours", "ratio")]
+        note = f"[dim]{row['note']}" if row["note"] else ""
+        table.add_row(row["figure"], f"{row['case']}: {row['quantity']}" + (f"\n{note}" if note else ""), *numbers)
+    err.print(table)
+    err.print(f"drawn: {out}/*.png", highlight=False)
+
+
+@app.command()
+def roofline(
+    system: Annotated[str, typer.Option(help="The system whose lines are drawn.")] = "l3-dgx-a100",
+    model: Annotated[str, typer.Option(help="A preset.")] = "gpt-175b",
+    trace: Annotated[str, typer.Option(help="Gives the mean context.")] = "openr1",
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("runs/roofline.png"),
+    as_json: Json = False,
+) -> None:
+    """The disaggregated roofline: throughput over capacity and bandwidth, the A100 systems marked."""
+    from experiments import roofline as drawing
+    from l3env.runner import compile_pair
+    from l3env.trace_registry import load_trace
+
+    tables = compile_pair(system, model)
+    context = drawing.mean_context_tokens(load_trace(trace))
+    lines = drawing.Roofline(tables.model, tables.system, tables.tp, context)
+    marks = drawing.points(model)
+    if system not in [name for name, _, _ in marks]:
+        raise L3EnvError(f"system {system!r} is not drawn; expected one of {', '.join(name for name, _, _ in marks)}")
+    path = drawing.draw(lines, marks, system, out)
+    rows: list[dict[str, Any]] = [
+        {
+            "system": name,
+            "kv_bytes": capacity,
+            "bytes_per_s": rate,
+            "tokens_per_s": float(lines.tokens_per_s(capacity, rate)),
+        }
+        for name, capacity, rate in marks
+    ]
+    if as_json:
+        print_json({"model": model, "context_tokens": context, "systems": rows})
+        return
+    table = plain_table("system", "KV GB", "TB/s", "batch", "tokens/s")
+    for row in rows:
+        batch = float(lines.batch(row["kv_bytes"]))
+        kv_gb, rate = row["kv_bytes"] / 1e9, row["bytes_per_s"] / 1e12
+        table.add_row(row["system"], f"{kv_gb:,.0f}", f"{rate:.1f}", f"{batch:,.0f}", f"{row['tokens_per_s']:,.0f}")
+    err.print(table)
+    err.print(f"drawn: {path}", highlight=False)

@@ -1,0 +1,89 @@
+"""What all commands share: the applications, the console, progress, tables, JSON.
+
+Results for machines go to stdout (``--json``), tables and progress to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from l3env.errors import L3EnvError
+
+app = typer.Typer(
+    help="Scheduling of LLM serving on heterogeneous memory: compare policies on real traces.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PIPED_WIDTH = 140  # columns where stderr is no terminal
+err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+TEXT_COLUMNS = ("what", "module", "licence", "decides", "GPUs", "PIM", "here", "profile", "value")
+
+
+def print_json(value: Any) -> None:
+    """Strict JSON on stdout."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def announce_compilation() -> None:
+    """Says so before the first use compiles the kernels, which takes half a minute."""
+    from l3env.jit import is_compiled
+
+    if not is_compiled():
+        err.print("compiling the simulator for this machine: first use only, about half a minute ...")
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Gives a function (done, total, what) that moves a bar on stderr."""
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.description}"),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Comma-separated positive numbers of an option."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise L3EnvError(f"{option} {text!r}; expected a number, or several with commas between") from None
+    if not all(0 < value < float("inf") for value in values):
+        raise L3EnvError(f"{option} {text!r}; expected numbers > 0")
+    return values
+
+
+def plain_table(*columns: str) -> Table:
+    """A plain table: the first column and texts to the left, numbers to the right and never broken."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        text = column in TEXT_COLUMNS
+        table.add_column(column, justify="left" if i == 0 or text else "right", no_wrap=not text, overflow="fold")
+    return table
+
+
+def finite(value: Any) -> Any:
+    """None for what JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,74 @@
+"""``l3env traces``: list, stats, convert, fetch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from l3env.cli.shared import Json, app, err, plain_table, print_json, progress_bar
+
+traces_app = typer.Typer(help="Traces: what is there, what is in them, convert, fetch.", no_args_is_help=True)
+app.add_typer(traces_app, name="traces")
+
+
+@traces_app.command("list")
+def traces_list(as_json: Json = False) -> None:
+    """Traces by name: real ones, synthetic ones, embedded profiles."""
+    from traces.catalog import listing
+
+    rows = listing()
+    if as_json:
+        print_json(rows)
+        return
+    table = plain_table("trace", "requests", "licence", "here", "profile", "what")
+    for row in rows:
+        here = "generated" if row["where"] == "generated" else "no" if row["where"] == "not here" else "yes"
+        count = f"{row['requests']:,}" if row["requests"] else "-"
+        table.add_row(row["name"], count, row["licence"] or "-", here, "yes" if row["profile"] else "-", row["what"])
+    err.print(table)
+
+
+@traces_app.command("stats")
+def traces_stats(trace: str, seed: int = 0, as_json: Json = False) -> None:
+    """Statistics of a trace: rates, burstiness, lengths, shared prefixes."""
+    from l3env.trace_registry import load_trace
+    from traces.stats import describe
+
+    workload = load_trace(trace, seed=seed)
+    figures = describe(workload)
+    if as_json:
+        print_json({**figures, "source": {key: _json_safe(value) for key, value in workload.source.items()}})
+        return
+    table = plain_table("statistic", "value")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    err.print(table)
+    for key, value in workload.source.items():
+        err.print(f"[dim]{key}: {value}", highlight=False)
+
+
+def _json_safe(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | type(None) | list | dict) else str(value)
+
+
+@traces_app.command("convert")
+def traces_convert(trace: str, target: Path, seed: int = 0) -> None:
+    """Writes any trace in the canonical form: TARGET ends in .parquet or .csv."""
+    from l3env.trace_registry import load_trace
+    from traces.canonical import save
+
+    workload = load_trace(trace, seed=seed)
+    path = save(workload, target)
+    err.print(f"{len(workload):,} requests written to {path}", highlight=False)
+
+
+@traces_app.command("fetch")
+def traces_fetch(name: str) -> None:
+    """Downloads a real trace from its publisher into the user's cache and checks it."""
+    from traces.fetch import fetch
+
+    with progress_bar(f"fetching {name}") as progress:
+        path = fetch(name, lambda done, total: progress(done, total or 0, ""))
+    err.print(f"fetched: {path}", highlight=False)
