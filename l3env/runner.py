@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -285,6 +286,7 @@ def run_comparison(
     eviction_rule(config.prefix_cache)
     store = None if out is None else CellStore(Path(out), config)
     base = load_trace(config.trace, seed=0)
+    _note_prefix_ids(config, base)
     training = training_window(base)
     rows, requests, timelines = [], {}, {}
     cells = list(_cells(config, tables, base))
@@ -317,6 +319,16 @@ def run_comparison(
     if progress is not None:
         progress(len(cells), len(cells), "done")
     return Comparison(config, pd.DataFrame(rows), requests, timelines)
+
+
+def _note_prefix_ids(config: CompareConfig, base: Workload) -> None:
+    if base.prefix_ids.size and config.prefix_cache == "off":
+        text = "has prefix ids, and the prefix cache is off; with lru, equal beginnings of prompts share their KV"
+    elif not base.prefix_ids.size and config.prefix_cache != "off":
+        text = f"has no prefix ids, so prefix cache {config.prefix_cache} has no effect"
+    else:
+        return
+    warnings.warn(f"trace {config.trace} {text}", stacklevel=3)
 
 
 def _cells(config: CompareConfig, tables: Tables, base: Workload) -> Iterator[Cell]:

@@ -34,6 +34,9 @@ def compare(
     tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
     ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
     tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
+    prefix_cache: Annotated[
+        str, typer.Option(help="Share KV of equal prompt beginnings (traces with prefix ids): off, lru, lfu or tree.")
+    ] = "off",
     config: Annotated[Path | None, typer.Option(help="A config.json of an earlier run: repeats it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -55,6 +58,7 @@ def compare(
             seeds,
             tp,
             slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s),
+            prefix_cache=prefix_cache,
         )
     run_and_report(wanted, out, as_json)
 
