@@ -159,7 +159,7 @@ class Engine:
         segment = state.segment[e, : found.tokens.size]
         segment["tokens"], segment["blocks"], segment["depth"] = found.tokens, blocks, found.depth
         segment["end_tokens"], segment["first_copy"] = found.end_tokens, st.NOWHERE
-        state.slot["next_copy"][e] = np.arange(1, state.slot.shape[2] + 1)
+        state.slot["next_copy"][e] = np.append(np.arange(1, state.slot.shape[2]), st.NOWHERE)
         state.idle["pos"][e] = st.NOWHERE
         offsets = workload.prefix_offsets
         sums = np.concatenate([[0], np.cumsum(blocks[found.ids])])

@@ -267,7 +267,7 @@ POOL_DTYPE = np.dtype(
         ("peak", np.int64),  # most blocks ever held
         ("promised", np.int64),  # predicted blocks of the residents at their ends
         ("cached", np.int64),  # blocks of idle segments: nobody holds them, and they go when their room is needed
-        ("free_slot", np.int64),  # first of the free slots, linked
+        ("free_slot", np.int64),  # first of the free slots, linked; or NOWHERE
         ("offer_tokens", np.int64),  # what it holds of the prefix last asked about,
         ("offer_blocks", np.int64),  # and blocks of that which are in use
     ],
