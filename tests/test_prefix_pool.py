@@ -1,4 +1,4 @@
-"""The prefix cache by itself: its kernels, interpreted, against dictionaries; segments and numbers worked out by hand."""
+"""The prefix cache by itself: its kernels, interpreted, against dictionaries; segments and cases worked by hand."""
 
 import types
 
@@ -14,10 +14,10 @@ from reference_prefix import PrefixCache, prompt_keys
 from l3env.engine import Engine, Stop, Until
 from l3env.errors import WorkloadError
 from l3env.kernels import heap, prefix
-from l3env.policy import Knobs
+from l3env.policy import FixedKnobs, Knobs
 from l3env.prefix import eviction_rule, segments
 from l3env.runner import run_policy
-from l3env.state import Eviction, Status
+from l3env.state import NOWHERE, Eviction, Status
 from l3env.workload import Workload
 
 
@@ -182,7 +182,7 @@ class BlockPool(RuleBasedStateMachine):
 
 def slots_in_use(state, pool):
     free, place = set(), int(state.pool["free_slot"][0, pool])
-    while place < state.slot.shape[2]:
+    while place != NOWHERE:
         free.add(place)
         place = int(state.slot["next_copy"][0, pool, place])
     return [place for place in range(state.slot.shape[2]) if place not in free]
@@ -312,16 +312,10 @@ def test_results_tell_hits_and_a_workload_without_ids_has_none():
     workload = prompts([[1, 2], [1, 2], [1, 3]], [9, 9, 9], 4, output=2, arrival=[0, 1e3, 2e3])
     tables = compiled("gpu-dgx-a100", "llama-2-7b")
     for rule_name, hits, tokens in (("off", 0, 0), ("lru", 3, 12)):
-        outcome = run_policy(tables, workload, _fixed(), prefix_cache=rule_name)
+        outcome = run_policy(tables, workload, FixedKnobs("fixed", Knobs()), prefix_cache=rule_name)
         # requests are dealt to the replicas in turn, so they share only where there is one
         if tables.replicas_count > 1:
             assert outcome.metrics["prefix_hit_frac"] <= hits / 6
         else:
             assert outcome.metrics["prefix_hit_frac"] == hits / 6
             assert outcome.metrics["prefix_hit_tokens_frac"] == tokens / 27
-
-
-def _fixed():
-    from l3env.policy import FixedKnobs
-
-    return FixedKnobs(Knobs())
