@@ -67,6 +67,7 @@ class BlockPool(RuleBasedStateMachine):
         engine = Engine(tables, 1, len(self.workload), prefix_cache=eviction)
         engine.reset(0, self.workload)
         self.t, self.s, self.capacity = engine.tables, engine.state, blocks
+        self.kernel_cache = pool_kernels.cache_of(self.s, 0)
         self.cache = PrefixCache(2, BLOCK, eviction)
         self.keys = [prompt_keys(self.workload, r) for r in range(len(self.workload))]
         self.own = {}  # running request -> blocks that only it holds
@@ -92,7 +93,7 @@ class BlockPool(RuleBasedStateMachine):
         if not waiting:
             return
         r = data.draw(st.sampled_from(waiting))
-        pool_kernels.ask_pools(self.s, 0, r)
+        pool_kernels.ask_pools(self.kernel_cache, self.s.ids[0], self.s.req[0, r])
         offer = self.s.pool[0, pool]
         assert offer["offer_tokens"] == self.cache.tokens_here(self.keys[r], pool)
         assert offer["offer_blocks"] == self.cache.shared_here(self.keys[r], pool)
@@ -112,7 +113,7 @@ class BlockPool(RuleBasedStateMachine):
         row = self.s.req[0, r]
         row["status"], row["lane"], row["prefilled_tokens"] = Status.PREFILL, pool, 0
         self.s.pool[0, pool]["used"] += pool_kernels.footprint_blocks(self.t, self.s, 0, r, self.tokens(r))
-        pool_kernels.hold_prefix(self.t, self.s, 0, r, pool)
+        pool_kernels.hold_prefix(self.kernel_cache, self.s.ids[0], self.s.env[0], row, pool, self.capacity)
         assert row["held_count"] == len(hits)
         assert row["moving_tokens"] == crossings
         assert row["prefilled_tokens"] == min(sum(tokens for _, tokens in hits), self.tokens(r) - 1)
@@ -126,7 +127,7 @@ class BlockPool(RuleBasedStateMachine):
         r = self.running(data)
         pool, row = self.pool_of[r], self.s.req[0, r]
         row["prefilled_tokens"] = min(int(row["prefilled_tokens"]) + tokens, self.tokens(r))
-        pool_kernels.publish(self.s, 0, r, pool)
+        pool_kernels.publish(self.kernel_cache, self.s.ids[0], row, pool)
         end = 0
         for key, size in self.keys[r]:
             end += size
@@ -145,7 +146,7 @@ class BlockPool(RuleBasedStateMachine):
         self.own[r] += blocks
         self.evict_to_fit(pool)
         self.s.pool[0, pool]["used"] += blocks
-        pool_kernels.evict_to_fit(self.t, self.s, 0, pool)
+        pool_kernels.evict_to_fit(self.kernel_cache, self.s.env[0], pool, self.capacity)
 
     @precondition(lambda self: self.own)
     @rule(data=st.data())
@@ -155,13 +156,13 @@ class BlockPool(RuleBasedStateMachine):
         self.s.pool[0, pool]["used"] -= self.own.pop(r)
         self.cache.let_go(r, pool)
         if row["held_count"] > 0:
-            pool_kernels.release_prefix(self.s, 0, r, pool)
+            pool_kernels.release_prefix(self.kernel_cache, self.s.ids[0], self.s.env[0], row, pool)
         row["status"] = Status.WAITING
 
     @rule(eviction=st.sampled_from(RULES))
     def change_rule(self, eviction):
         self.cache.rule = eviction
-        pool_kernels.change_eviction(self.s, 0, eviction)
+        pool_kernels.change_eviction(self.kernel_cache, self.s.env[0], eviction)
 
     @invariant()
     def same_books(self):

@@ -1,4 +1,4 @@
-"""The prefix cache on the real traces against their published hit rates. Skipped, saying so, where they are not there."""
+"""The prefix cache on the real traces against their published hit rates; skipped, saying so, without the files."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.memory import finish, join_decode, leave_prefill, pool_of
-from l3env.kernels.prefix import publish
+from l3env.kernels.prefix import cache_of, publish
 from l3env.kernels.price import (
     causal_pairs,
     fc_batch_s,
@@ -213,7 +213,7 @@ def step_prefills(t, s, e):
             env["recomputed_tokens"] += chunk
         if chunk > 0 and env["eviction"]:
             req[e, r]["moving_tokens"] = 0
-            publish(s, e, r, pool_of(t, s, e, r))
+            publish(cache_of(s, e), s.ids[e], req[e, r], pool_of(t, s, e, r))
         if chunk == 0 or req[e, r]["prefilled_tokens"] < req[e, r]["target_tokens"]:
             i += 1
             continue

@@ -10,7 +10,7 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, remove
-from l3env.kernels.prefix import evict_to_fit, footprint_blocks, hold_prefix, release_prefix
+from l3env.kernels.prefix import cache_of, evict_to_fit, footprint_blocks, hold_prefix, release_prefix
 from l3env.kernels.queue import dequeue, enqueue, release_children
 from l3env.state import FINISH_HEAP, NOWHERE, Status, Victim
 
@@ -71,7 +71,7 @@ def admit(t, s, e, r, lane, sub):
     req[e, r]["prefilled_tokens"] = 0
     s.pool[e, pool]["used"] += footprint_blocks(t, s, e, r, target)
     if env["eviction"]:
-        hold_prefix(t, s, e, r, pool)
+        hold_prefix(cache_of(s, e), s.ids[e], env, req[e, r], pool, t.pool_blocks[table, pool])
     s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
     s.pool[e, pool]["promised"] += promised
     s.lane[e, sub, lane]["pending"] += target
@@ -142,7 +142,7 @@ def release(t, s, e, r):
     pool = pool_of(t, s, e, r)
     s.pool[e, pool]["used"] -= held_blocks(t, s, e, r) - req[e, r]["held_blocks"]
     if req[e, r]["held_count"] > 0:
-        release_prefix(s, e, r, pool)
+        release_prefix(cache_of(s, e), s.ids[e], env, req[e, r], pool)
     s.pool[e, pool]["promised"] -= req[e, r]["promised_blocks"]
     if status == Status.DECODE:
         leave_decode(t, s, e, r)
@@ -276,7 +276,7 @@ def make_room_to_grow(t, s, e, rule):
             s.pool[e, pool]["used"] += need
             s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
             if s.pool[e, pool]["cached"] > 0:
-                evict_to_fit(t, s, e, pool)
+                evict_to_fit(cache_of(s, e), s.env[e], pool, t.pool_blocks[table, pool])
 
 
 @helper

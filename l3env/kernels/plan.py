@@ -18,7 +18,7 @@ from l3env.kernels.memory import (
     preempt,
     resume,
 )
-from l3env.kernels.prefix import ask_pools, footprint_blocks
+from l3env.kernels.prefix import ask_pools, cache_of, footprint_blocks
 from l3env.kernels.run import Stop, ready, skip_idle
 from l3env.kernels.schedule import decoding_count, lighter_sub
 from l3env.state import NOWHERE, SUB_BATCHES, Status, SubBatching, Victim
@@ -59,7 +59,7 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
     """The least loaded lane of the wanted pool (or of any, by AUTO / ANY_PIM) with room for the prompt, or -1."""
     table = s.env[e]["table_idx"]
     if s.env[e]["eviction"]:
-        ask_pools(s, e, r)
+        ask_pools(cache_of(s, e), s.ids[e], s.req[e, r])
     whole = footprint_blocks(t, s, e, r, np.int64(s.req[e, r]["target_tokens"]))
     best, least = NOWHERE, np.inf
     first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0

@@ -28,192 +28,188 @@ def footprint_blocks(t, s, e, r, tokens):
 
 
 @inner
-def segment_of(s, e, r, i):
-    """The i-th segment of a request's prompt."""
-    return s.ids[e, s.req[e, r]["ids_first"] + i]
+def cache_of(s, e):
+    """What the functions below work on: an environment's pools, segments, slots, idle heaps and their lengths.
+
+    Not the whole state, since every call of a function copies all it is given.
+    """
+    return s.pool[e], s.segment[e], s.slot[e], s.idle[e], s.heap_len[e]
 
 
 @helper
-def find_copy(s, e, segment, pool):
+def find_copy(cache, segment, pool):
     """The slot of a segment's copy in a pool, or -1."""
-    pools = s.pool.shape[1]
-    copy = s.segment[e, segment]["first_copy"]
+    pools, segments, slots, _, _ = cache
+    copy = segments[segment]["first_copy"]
     while copy != NOWHERE:
-        if copy % pools == pool:
-            return copy // pools
-        copy = s.slot[e, copy % pools, copy // pools]["next_copy"]
+        if copy % pools.shape[0] == pool:
+            return copy // pools.shape[0]
+        copy = slots[copy % pools.shape[0], copy // pools.shape[0]]["next_copy"]
     return np.int64(NOWHERE)
 
 
 @helper
-def ask_pools(s, e, r):
+def ask_pools(cache, ids, req):
     """Notes in every pool what it holds of a waiting request's prefix: tokens, and blocks that are in use anyway."""
-    pools = s.pool.shape[1]
-    for pool in range(pools):
-        s.pool[e, pool]["offer_tokens"] = 0
-        s.pool[e, pool]["offer_blocks"] = 0
-    for i in range(s.req[e, r]["ids_count"]):
-        segment = segment_of(s, e, r, i)
-        copy = s.segment[e, segment]["first_copy"]
+    pools, segments, slots, _, _ = cache
+    for pool in range(pools.shape[0]):
+        pools[pool]["offer_tokens"] = 0
+        pools[pool]["offer_blocks"] = 0
+    for i in range(req["ids_count"]):
+        segment = ids[req["ids_first"] + i]
+        copy = segments[segment]["first_copy"]
         if copy == NOWHERE:
             return
         while copy != NOWHERE:
-            pool, slot = copy % pools, copy // pools
-            s.pool[e, pool]["offer_tokens"] += s.segment[e, segment]["tokens"]
-            if s.slot[e, pool, slot]["refs"] > 0:
-                s.pool[e, pool]["offer_blocks"] += s.segment[e, segment]["blocks"]
-            copy = s.slot[e, pool, slot]["next_copy"]
+            pool, slot = copy % pools.shape[0], copy // pools.shape[0]
+            pools[pool]["offer_tokens"] += segments[segment]["tokens"]
+            if slots[pool, slot]["refs"] > 0:
+                pools[pool]["offer_blocks"] += segments[segment]["blocks"]
+            copy = slots[pool, slot]["next_copy"]
 
 
-@helper
-def eviction_key(s, e, pool, slot):
+@inner
+def eviction_key(rule, segments, slot):
     """Idle slots are given up in order of this key, small first. A new rule of eviction is a branch here.
 
     A request gives its segments up from the last to the first, so that of those it held to its end the deeper always
     come first (as in vLLM), whatever the rule. TREE: leaves first over the whole pool (compare Mooncake's
     LengthAwareCache, Qin et al., FAST 2025).
     """
-    rule = s.env[e]["eviction"]
-    recency = float(s.slot[e, pool, slot]["idle_seq"])
+    recency = float(slot["idle_seq"])
     if rule == Eviction.LFU:
-        return s.slot[e, pool, slot]["uses"] * MAJOR + recency
+        return slot["uses"] * MAJOR + recency
     if rule == Eviction.TREE:
-        return recency - s.segment[e, s.slot[e, pool, slot]["segment"]]["depth"] * MAJOR
+        return recency - segments[slot["segment"]]["depth"] * MAJOR
     return recency
 
 
 @helper
-def fill_slot(s, e, pool, segment):
-    """A copy of a segment comes into a pool, held by one request. The blocks are those of that request."""
-    slot = s.pool[e, pool]["free_slot"]
-    row = s.slot[e, pool, slot]
-    s.pool[e, pool]["free_slot"] = row["next_copy"]
-    row["segment"], row["refs"], row["uses"] = segment, 1, 1
-    row["next_copy"] = s.segment[e, segment]["first_copy"]
-    s.segment[e, segment]["first_copy"] = slot * s.pool.shape[1] + pool
-
-
-@helper
-def take_slot(s, e, pool, slot):
-    """One more request holds a slot instead of blocks of its own."""
-    row = s.slot[e, pool, slot]
-    blocks = s.segment[e, row["segment"]]["blocks"]
-    if row["refs"] == 0:
-        remove(s.idle[e, pool], s.heap_len[e], HEAPS_COUNT + pool, slot)
-        s.pool[e, pool]["cached"] -= blocks
+def take_slot(cache, segment, pool, slot):
+    """One more request holds a slot instead of blocks of its own; -1: a new one, made of the request's blocks."""
+    pools, segments, slots, idle, lengths = cache
+    if slot == NOWHERE:
+        slot = pools[pool]["free_slot"]
+        row = slots[pool, slot]
+        pools[pool]["free_slot"] = row["next_copy"]
+        row["segment"], row["refs"], row["uses"] = segment, 0, 0
+        row["next_copy"] = segments[segment]["first_copy"]
+        segments[segment]["first_copy"] = slot * pools.shape[0] + pool
+    elif slots[pool, slot]["refs"] == 0:
+        remove(idle[pool], lengths, HEAPS_COUNT + pool, slot)
+        pools[pool]["cached"] -= segments[segment]["blocks"]
     else:
-        s.pool[e, pool]["used"] -= blocks
-    row["refs"] += 1
-    row["uses"] += 1
+        pools[pool]["used"] -= segments[segment]["blocks"]
+    slots[pool, slot]["refs"] += 1
+    slots[pool, slot]["uses"] += 1
 
 
 @helper
-def hold_prefix(t, s, e, r, pool):
+def hold_prefix(cache, ids, env, req, pool, capacity):
     """At admission: references on all leading segments that are cached anywhere; they need no prefill.
 
     The caller has counted the whole footprint as used. What the pool holds is taken before others are evicted for the
     rest, and the rest copied after. The last token of a prompt is always computed, for its logits.
     """
-    req, env = s.req, s.env[e]
+    segments = cache[1]
     count, tokens, blocks, moving = 0, 0, 0, 0
-    while count < req[e, r]["ids_count"]:
-        segment = segment_of(s, e, r, count)
-        if s.segment[e, segment]["first_copy"] == NOWHERE:
+    while count < req["ids_count"]:
+        segment = ids[req["ids_first"] + count]
+        if segments[segment]["first_copy"] == NOWHERE:
             break
-        slot = find_copy(s, e, segment, pool)
+        slot = find_copy(cache, segment, pool)
+        size = segments[segment]["tokens"]
+        moving += size if find_copy(cache, segment, 0) == NOWHERE else 0
         if slot != NOWHERE:
-            take_slot(s, e, pool, slot)
-        size = s.segment[e, segment]["tokens"]
-        moving += size if find_copy(s, e, segment, 0) == NOWHERE else 0
-        moving += size if pool > 0 and slot == NOWHERE else 0
+            take_slot(cache, segment, pool, slot)
+        elif pool > 0:
+            moving += size
         count += 1
         tokens += size
-        blocks += s.segment[e, segment]["blocks"]
-    evict_to_fit(t, s, e, pool)
+        blocks += segments[segment]["blocks"]
+    evict_to_fit(cache, env, pool, capacity)
     for i in range(count):
-        segment = segment_of(s, e, r, i)
-        if find_copy(s, e, segment, pool) == NOWHERE:
-            fill_slot(s, e, pool, segment)
-    if req[e, r]["preemptions_count"] == 0:
-        req[e, r]["hit_tokens"] = tokens
-        env["prefix_ids_count"] += req[e, r]["ids_count"]
+        segment = ids[req["ids_first"] + i]
+        if find_copy(cache, segment, pool) == NOWHERE:
+            take_slot(cache, segment, pool, NOWHERE)
+    if req["preemptions_count"] == 0:
+        req["hit_tokens"] = tokens
+        env["prefix_ids_count"] += req["ids_count"]
         env["prefix_hits_count"] += count
-        env["prefix_prompt_tokens"] += req[e, r]["prompt_tokens"]
+        env["prefix_prompt_tokens"] += req["prompt_tokens"]
         env["prefix_hit_tokens"] += tokens
-    req[e, r]["held_count"] = count
-    req[e, r]["held_blocks"] = blocks
-    req[e, r]["moving_tokens"] = moving
-    req[e, r]["prefilled_tokens"] = min(tokens, req[e, r]["target_tokens"] - 1)
+    req["held_count"] = count
+    req["held_blocks"] = blocks
+    req["moving_tokens"] = moving
+    req["prefilled_tokens"] = min(tokens, req["target_tokens"] - 1)
 
 
 @helper
-def publish(s, e, r, pool):
+def publish(cache, ids, req, pool):
     """After a chunk: the segments it completed are there for others; copies that came in meanwhile are shared."""
-    req = s.req
-    i = req[e, r]["held_count"]
-    while i < req[e, r]["ids_count"]:
-        segment = segment_of(s, e, r, i)
-        if s.segment[e, segment]["end_tokens"] > req[e, r]["prefilled_tokens"]:
+    segments = cache[1]
+    i = req["held_count"]
+    while i < req["ids_count"]:
+        segment = ids[req["ids_first"] + i]
+        if segments[segment]["end_tokens"] > req["prefilled_tokens"]:
             break
-        slot = find_copy(s, e, segment, pool)
-        if slot == NOWHERE:
-            fill_slot(s, e, pool, segment)
-        else:
-            take_slot(s, e, pool, slot)
-        req[e, r]["held_blocks"] += s.segment[e, segment]["blocks"]
+        take_slot(cache, segment, pool, find_copy(cache, segment, pool))
+        req["held_blocks"] += segments[segment]["blocks"]
         i += 1
-    req[e, r]["held_count"] = i
+    req["held_count"] = i
 
 
 @helper
-def release_prefix(s, e, r, pool):
+def release_prefix(cache, ids, env, req, pool):
     """A request gives its references up, the last segment first; slots that nobody holds any more become idle."""
-    req, env = s.req, s.env[e]
-    for i in range(req[e, r]["held_count"] - 1, -1, -1):
-        segment = segment_of(s, e, r, i)
-        slot = find_copy(s, e, segment, pool)
-        s.slot[e, pool, slot]["refs"] -= 1
-        if s.slot[e, pool, slot]["refs"] == 0:
-            blocks = s.segment[e, segment]["blocks"]
-            s.pool[e, pool]["used"] -= blocks
-            s.pool[e, pool]["cached"] += blocks
+    pools, segments, slots, idle, lengths = cache
+    for i in range(req["held_count"] - 1, -1, -1):
+        segment = ids[req["ids_first"] + i]
+        slot = find_copy(cache, segment, pool)
+        row = slots[pool, slot]
+        row["refs"] -= 1
+        if row["refs"] == 0:
+            pools[pool]["used"] -= segments[segment]["blocks"]
+            pools[pool]["cached"] += segments[segment]["blocks"]
             env["eviction_seq"] += 1
-            s.slot[e, pool, slot]["idle_seq"] = env["eviction_seq"]
-            push(s.idle[e, pool], s.heap_len[e], HEAPS_COUNT + pool, slot, eviction_key(s, e, pool, slot))
-    req[e, r]["held_count"] = 0
-    req[e, r]["held_blocks"] = 0
-    req[e, r]["moving_tokens"] = 0
+            row["idle_seq"] = env["eviction_seq"]
+            push(idle[pool], lengths, HEAPS_COUNT + pool, slot, eviction_key(env["eviction"], segments, row))
+    req["held_count"] = 0
+    req["held_blocks"] = 0
+    req["moving_tokens"] = 0
 
 
 @helper
-def evict_to_fit(t, s, e, pool):
-    """Gives up idle slots of a pool until what is used and what is cached fit into it together."""
-    pools = s.pool.shape[1]
-    while s.pool[e, pool]["used"] + s.pool[e, pool]["cached"] > t.pool_blocks[s.env[e]["table_idx"], pool]:
-        slot = np.int64(s.idle[e, pool, 0]["item"])
-        remove(s.idle[e, pool], s.heap_len[e], HEAPS_COUNT + pool, slot)
-        segment = s.slot[e, pool, slot]["segment"]
-        mine, after = slot * pools + pool, s.slot[e, pool, slot]["next_copy"]
-        copy = s.segment[e, segment]["first_copy"]
+def evict_to_fit(cache, env, pool, capacity):
+    """Gives up idle slots of a pool until what is used and what is cached fit into its capacity together."""
+    pools, segments, slots, idle, lengths = cache
+    count = pools.shape[0]
+    while pools[pool]["used"] + pools[pool]["cached"] > capacity:
+        slot = np.int64(idle[pool, 0]["item"])
+        remove(idle[pool], lengths, HEAPS_COUNT + pool, slot)
+        row = slots[pool, slot]
+        segment = segments[row["segment"]]
+        mine, copy = slot * count + pool, segment["first_copy"]
         if copy == mine:
-            s.segment[e, segment]["first_copy"] = after
+            segment["first_copy"] = row["next_copy"]
         else:
-            while s.slot[e, copy % pools, copy // pools]["next_copy"] != mine:
-                copy = s.slot[e, copy % pools, copy // pools]["next_copy"]
-            s.slot[e, copy % pools, copy // pools]["next_copy"] = after
-        s.slot[e, pool, slot]["next_copy"] = s.pool[e, pool]["free_slot"]
-        s.pool[e, pool]["free_slot"] = slot
-        s.pool[e, pool]["cached"] -= s.segment[e, segment]["blocks"]
-        s.env[e]["prefix_evictions_count"] += 1
+            while slots[copy % count, copy // count]["next_copy"] != mine:
+                copy = slots[copy % count, copy // count]["next_copy"]
+            slots[copy % count, copy // count]["next_copy"] = row["next_copy"]
+        row["next_copy"] = pools[pool]["free_slot"]
+        pools[pool]["free_slot"] = slot
+        pools[pool]["cached"] -= segment["blocks"]
+        env["prefix_evictions_count"] += 1
 
 
 @helper
-def change_eviction(s, e, rule):
+def change_eviction(cache, env, rule):
     """Another rule from now on: idle slots are ordered anew."""
-    s.env[e]["eviction"] = rule
-    for pool in range(s.pool.shape[1]):
-        length = s.heap_len[e, HEAPS_COUNT + pool]
+    pools, segments, slots, idle, lengths = cache
+    env["eviction"] = rule
+    for pool in range(pools.shape[0]):
+        length = lengths[HEAPS_COUNT + pool]
         for place in range(length):  # a heap of the first ``place``, then one more
-            slot = np.int64(s.idle[e, pool, place]["item"])
-            s.heap_len[e, HEAPS_COUNT + pool] = place
-            push(s.idle[e, pool], s.heap_len[e], HEAPS_COUNT + pool, slot, eviction_key(s, e, pool, slot))
+            slot = np.int64(idle[pool, place]["item"])
+            lengths[HEAPS_COUNT + pool] = place
+            push(idle[pool], lengths, HEAPS_COUNT + pool, slot, eviction_key(rule, segments, slots[pool, slot]))

@@ -8,7 +8,7 @@ import numpy as np
 
 from l3env.jit import inner, kernel
 from l3env.kernels.execute import execute
-from l3env.kernels.prefix import change_eviction
+from l3env.kernels.prefix import cache_of, change_eviction
 from l3env.kernels.queue import absorb_arrivals, advance_root, next_arrival_s
 from l3env.kernels.schedule import schedule
 from l3env.state import NOWHERE, SubBatching
@@ -75,7 +75,7 @@ def run_one(t, s, k, e, until, limit):
         return
     env["stop"] = Stop.RUNNING
     if k[e]["eviction"] != env["eviction"] and k[e]["eviction"] and env["eviction"]:
-        change_eviction(s, e, k[e]["eviction"])
+        change_eviction(cache_of(s, e), env, k[e]["eviction"])
     done = 0
     before = events(s, e)
     while ready(t, s, e):

@@ -9,7 +9,7 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.memory import admit, lane_load, make_room_to_grow, move
-from l3env.kernels.prefix import ask_pools, footprint_blocks
+from l3env.kernels.prefix import ask_pools, cache_of, footprint_blocks
 from l3env.kernels.price import (
     fc_batch_s,
     hbm_attention_s,
@@ -95,7 +95,7 @@ def find_lane(t, s, k, e, r, sub):
     """Where a waiting request would live now, or -1: PIM where there is one, HBM up to its share of the KV."""
     table = s.env[e]["table_idx"]
     if s.env[e]["eviction"]:
-        ask_pools(s, e, r)
+        ask_pools(cache_of(s, e), s.ids[e], s.req[e, r])
     hbm_fits = has_room(t, s, k, e, r, 0)
     if not t.coef[table]["has_pim"]:
         return 0 if hbm_fits else NOWHERE
