@@ -67,39 +67,42 @@ def events(s, e):
     return env["arrived_count"] + env["finished_count"] + env["preemptions_count"]
 
 
+@inner
+def run_one(t, s, k, e, until, limit):
+    """Iterations of one environment under its knobs."""
+    env = s.env[e]
+    if env["stop"] == Stop.DONE:
+        return
+    env["stop"] = Stop.RUNNING
+    if k[e]["eviction"] != env["eviction"] and k[e]["eviction"] and env["eviction"]:
+        change_eviction(cache_of(s, e), env, k[e]["eviction"])
+    done = 0
+    before = events(s, e)
+    while ready(t, s, e):
+        decode, planned = schedule(t, s, k, e)
+        if decode or planned > 0:
+            mode = k[e]["sub_batching"] if t.coef[env["table_idx"]]["has_pim"] else np.int64(SubBatching.OFF)
+            execute(t, s, e, decode, mode)
+            done += 1
+        elif not skip_idle(t, s, e):
+            return
+        if until == Until.ITERATIONS:
+            if done >= limit:
+                break
+        elif until == Until.TIME:
+            if env["clock_s"] >= limit:
+                break
+        elif until == Until.EVENT and (env["clock_s"] >= limit or events(s, e) != before):
+            break
+    if env["running_count"] == 0 and env["waiting_count"] == 0 and next_arrival_s(s, e) == np.inf:
+        env["stop"] = Stop.DONE
+
+
 @kernel
 def run(t, s, k, first, last, until, limits):
-    """Runs environments first..last - 1, each under its knobs; ``env["stop"]`` says why each came back.
-
-    One function, though long: a function of its own for one environment would have all below it optimised once more.
-    """
+    """Runs environments first..last - 1, each to its own limit; ``env["stop"]`` says why each came back."""
     for e in range(first, last):
-        env, limit = s.env[e], limits[e]
-        if env["stop"] == Stop.DONE:
-            continue
-        env["stop"] = Stop.RUNNING
-        if k[e]["eviction"] != env["eviction"] and k[e]["eviction"] and env["eviction"]:
-            change_eviction(cache_of(s, e), env, k[e]["eviction"])
-        done = 0
-        before = events(s, e)
-        while ready(t, s, e):
-            decode, planned = schedule(t, s, k, e)
-            if decode or planned > 0:
-                mode = k[e]["sub_batching"] if t.coef[env["table_idx"]]["has_pim"] else np.int64(SubBatching.OFF)
-                execute(t, s, e, decode, mode)
-                done += 1
-            elif not skip_idle(t, s, e):
-                break
-            if until == Until.ITERATIONS:
-                if done >= limit:
-                    break
-            elif until == Until.TIME:
-                if env["clock_s"] >= limit:
-                    break
-            elif until == Until.EVENT and (env["clock_s"] >= limit or events(s, e) != before):
-                break
-        if env["running_count"] == 0 and env["waiting_count"] == 0 and next_arrival_s(s, e) == np.inf:
-            env["stop"] = Stop.DONE
+        run_one(t, s, k, e, until, limits[e])
 
 
 @kernel
