@@ -7,7 +7,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 INSTALL = $(PIP) --no-build-isolation --editable
 WORKERS ?= 2
 
-.PHONY: help demo test check format lint types layers unit fmt clean
+.PHONY: help demo test check format lint types layers unit docs fmt clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,12 +34,15 @@ layers: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS)
 
+docs: $(VENV)/.dev ## build the documentation site into site/
+	$(BIN)/python -m mkdocs build --strict
+
 fmt: $(VENV)/.dev ## format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -57,5 +60,5 @@ $(VENV)/.core: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	@echo "Installing what the checks and training need, torch among it (a few minutes) ..."
-	@$(INSTALL) '.[dev,train]'
+	@$(INSTALL) '.[dev,docs,train]'
 	@touch $@

@@ -24,12 +24,14 @@ from l3env.policy import Policy
 from l3env.runner import drive
 from l3env.state import Order, Status
 from l3env.tables import Tables
+from l3env.threads import THREADS, at_most
 
 SYSTEM, MODEL = "l3-dgx-a100", "gpt-175b"
 TRACE = "openr1"
 VECTOR_TRACE = "azure-conv-2023"
 COMPILED_POLICY = "l3-model"
 REPEATS = 5
+SCALING_ENVS, SCALING_STEPS = (1, 16, 64, 256, 1024), 50_000
 FIRST_USE = "import l3env; l3env.run_policy(l3env.compile_pair('{0}', '{1}'), l3env.load_trace('openr1?n=20'), "
 FIRST_USE += "l3env.make_policy('l3-model'))"
 
@@ -114,8 +116,31 @@ def vector_steps_per_s(num_envs: int = 256, steps: int = 400) -> Callable[[], fl
     return measure
 
 
-def run(progress: Callable[[str], None] = lambda text: None, *, quick: bool = False) -> dict[str, Any]:
-    """All figures. ``quick`` leaves out the fresh-process ones and repeats less."""
+def vector_scaling(progress: Callable[[str], None]) -> dict[str, float]:
+    """Steps per second of the batched environment by environments and threads: ``..._{E}x{threads}_per_s``."""
+    figures: dict[str, float] = {}
+    counts = sorted({1, THREADS})
+    for num_envs in SCALING_ENVS:
+        progress(f"batched environment, {num_envs} of them")
+        measure = vector_steps_per_s(num_envs, max(SCALING_STEPS // num_envs, 100))
+        for threads in counts:
+            with at_most(threads):
+                figures |= spread(f"vector_env_steps_{num_envs}x{threads}_per_s", repeat(measure, 3))
+    return figures
+
+
+def run(
+    progress: Callable[[str], None] = lambda text: None,
+    *,
+    quick: bool = False,
+    training_speed: Callable[[], tuple[float, float]] | None = None,
+) -> dict[str, Any]:
+    """All figures. ``quick`` leaves out the fresh-process ones and repeats less.
+
+    Args:
+        training_speed: measures (environment steps/s, the environment's share of the wall time) of a training run; None
+            where the extra ``train`` is not installed.
+    """
     tables = compile_pair(SYSTEM, MODEL)
     small, large = load_trace(f"{TRACE}?n=1000"), load_trace(f"{TRACE}?n=100000")
     count = 2 if quick else REPEATS
@@ -134,7 +159,13 @@ def run(progress: Callable[[str], None] = lambda text: None, *, quick: bool = Fa
     figures |= spread("python_policy_iterations_per_s", python_speeds)
     progress("batched environment, 256 of them, random knobs, one iteration a step")
     figures |= spread("vector_env_steps_per_s", repeat(vector_steps_per_s(), count))
+    if training_speed is not None:
+        progress("training, 256 environments, one iteration a step")
+        pairs = [training_speed() for _ in range(1 if quick else 3)]
+        figures |= spread("train_steps_per_s", [speed for speed, _ in pairs])
+        figures |= spread("train_env_share_frac", [share for _, share in pairs])
     if not quick:
+        figures |= vector_scaling(progress)
         progress("first use and later starts, in fresh processes")
         first, later = first_use_s()
         figures |= spread("compile_s", first) | spread("cached_start_s", later)

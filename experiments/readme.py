@@ -27,13 +27,14 @@ def printed(command: str) -> str:
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Replaces a block's content."""
+    """Replaces a block's content; marks between the start and the fence stay (see tests/snippets.py)."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     head, _, rest = text.partition(start)
+    marks, _, rest = rest.lstrip("\n").partition("```text\n")
     _, _, tail = rest.partition(end)
     if not tail:
         raise ValueError(f"README.md: block {name!r} not found")
-    return f"{head}{start}\n```\n{content}\n```\n{end}{tail}"
+    return f"{head}{start}\n{marks}```text\n{content}\n```\n{end}{tail}"
 
 
 def reproduction_table() -> str:

@@ -41,3 +41,9 @@ if "l3env/Serving-v0" not in registry:
         entry_point="l3env.env:ServingEnv",
         vector_entry_point="l3env.vector_env:ServingVectorEnv",
     )
+if "l3env/ServingRequests-v0" not in registry:
+    register(
+        id="l3env/ServingRequests-v0",
+        entry_point="l3env.request_env:ServingRequestsEnv",
+        vector_entry_point="l3env.request_env:ServingRequestsVectorEnv",
+    )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +14,9 @@ from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
 from l3env.prefix import segments
+from l3env.state import SloForm
 from l3env.tables import TableArrays, Tables, stack
+from l3env.threads import share_out
 from l3env.workload import Workload
 
 FAULT_TEXT = {
@@ -34,30 +33,31 @@ FAULT_TEXT = {
 }
 
 
-THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    """Kernels run without the interpreter's lock, so threads are enough."""
-    return ThreadPoolExecutor(THREADS, thread_name_prefix="l3env")
+SLO_FORMS = {"mean-tbt": SloForm.MEAN_TBT, "p99-gap": SloForm.P99_GAP, "token-deadlines": SloForm.TOKEN_DEADLINES}
 
 
 @dataclass(frozen=True)
 class Slo:
-    """Service-level objective: TTFT and mean time between tokens, as multiples of a request's own uncontended ones.
+    """Service-level objective: TTFT and time between tokens, as multiples of a request's own uncontended ones.
 
     Uncontended: TTFT is one prefill of its whole prompt on the empty system; time between tokens is one decode step at
     the context of its prompt. Both follow from the prompt alone, so a scheduler may know them. Absolute limits
     (``ttft_s``, ``tbt_s``) replace the multiples where given.
+
+    What the limit on the time between tokens is about (``form``): "mean-tbt", a request's mean; "p99-gap", its 99th
+    percentile (at most one gap in a hundred is longer); "token-deadlines", token k (the first is 0) is due at arrival +
+    TTFT limit + k x the limit, so that time saved early may be spent later.
     """
 
     ttft_scale: float = 5.0
     tbt_scale: float = 5.0
     ttft_s: float | None = None
     tbt_s: float | None = None
+    form: str = "mean-tbt"
 
     def __post_init__(self) -> None:
+        if self.form not in SLO_FORMS:
+            raise WorkloadError(f"SLO form = {self.form!r}; expected one of {', '.join(SLO_FORMS)}")
         for name in ("ttft_scale", "tbt_scale", "ttft_s", "tbt_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -127,8 +127,8 @@ class Engine:
         count = len(workload)
         if count > capacity:
             raise WorkloadError(f"{workload.name}: {count} requests; this engine was made for at most {capacity}")
-        for array in self.state:
-            array[e] = np.zeros((), array.dtype)
+        for array in st.arrays(self.state):
+            array[e : e + 1].view(np.uint8)[...] = 0  # as bytes: records would be set field by field
         self.state.heap["pos"][e] = st.NOWHERE
         req = self.state.req
         req["arrival_s"][e, :count] = workload.arrival_s
@@ -142,7 +142,11 @@ class Engine:
         if predicted_tokens is not None:
             req["predicted_tokens"][e, :count] = np.clip(predicted_tokens, 1, 2**30)
         self.state.truth[e, :count] = workload.output_tokens
-        self._set_slo(e, table_idx, workload, slo or Slo())
+        wanted = slo or Slo()
+        self.set_limits(e, workload, wanted, table_idx=table_idx)
+        self.state.env["slo_form"][e] = SLO_FORMS[wanted.form]
+        if wanted.form == "p99-gap":
+            self._rank_limits(e, count)
         self.state.env["table_idx"][e] = table_idx
         self.state.env["requests_count"][e] = count
         if self.prefix_cache and workload.prefix_ids.size:
@@ -154,26 +158,96 @@ class Engine:
         count, blocks = len(workload), -(-found.tokens // block)
         # a pool holds a segment once, in a block at least
         slots = min(int(self.tables.pool_blocks[table_idx].max()), found.tokens.size)
-        self.state = state = st.with_prefix_room(self.state, found.ids.size, found.tokens.size, slots)
-        state.ids[e, : found.ids.size] = found.ids
-        segment = state.segment[e, : found.tokens.size]
+        self.state = st.with_prefix_room(self.state, found.ids.size, found.tokens.size, slots)
+        prefix = self.state.prefix
+        assert isinstance(prefix, st.PrefixArrays)
+        prefix.ids[e, : found.ids.size] = found.ids
+        segment = prefix.segment[e, : found.tokens.size]
         segment["tokens"], segment["blocks"], segment["depth"] = found.tokens, blocks, found.depth
         segment["end_tokens"], segment["first_copy"] = found.end_tokens, st.NOWHERE
-        state.slot["next_copy"][e] = np.append(np.arange(1, state.slot.shape[2]), st.NOWHERE)
-        state.idle["pos"][e] = st.NOWHERE
+        prefix.slot["next_copy"][e] = np.append(np.arange(1, prefix.slot.shape[2]), st.NOWHERE)
+        prefix.idle["pos"][e] = st.NOWHERE
         offsets = workload.prefix_offsets
         sums = np.concatenate([[0], np.cumsum(blocks[found.ids])])
-        req = state.req[e, :count]
+        req = prefix.req[e, :count]
         req["ids_first"], req["ids_count"] = offsets[:-1], np.diff(offsets)
         req["ids_tokens"], req["ids_blocks"] = found.request_tokens, np.diff(sums[offsets])
-        state.env["eviction"][e] = self.prefix_cache
+        prefix.env["eviction"][e] = self.prefix_cache
 
-    def _set_slo(self, e: int, table_idx: int, workload: Workload, slo: Slo) -> None:
-        ttft_s, tbt_s = self.alone_latencies(workload.prompt_tokens, table_idx)
-        req, count = self.state.req, len(workload)
-        req["ttft_alone_s"][e, :count] = ttft_s
-        req["ttft_slo_s"][e, :count] = slo.ttft_scale * ttft_s if slo.ttft_s is None else slo.ttft_s
-        req["tbt_slo_s"][e, :count] = slo.tbt_scale * tbt_s if slo.tbt_s is None else slo.tbt_s
+    def append(
+        self,
+        e: int,
+        workload: Workload,
+        *,
+        slo: Slo | None = None,
+        predicted_tokens: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
+        """Adds requests to environment ``e`` while it runs; one that was done has work again.
+
+        Args:
+            workload: root requests, arriving at any time; those from the past enter at once.
+
+        Returns:
+            Indices of the new requests.
+
+        Raises:
+            WorkloadError: more requests than the capacity, a dependent one, or an SLO on the 99th percentile of gaps,
+                which is counted by the limits of the workload that the environment was opened with.
+        """
+        env, req = self.state.env, self.state.req
+        first, capacity = int(env["requests_count"][e]), self.state.req.shape[1]
+        rows = np.arange(first, first + len(workload))
+        if rows[-1] >= capacity:
+            raise WorkloadError(
+                f"{workload.name}: {rows.size} more requests; this engine was made for {capacity} in all"
+            )
+        if (workload.parent_idx != st.NOWHERE).any():
+            raise WorkloadError(f"{workload.name}: a request depends on another; only root requests can be added")
+        if self.prefix_cache and workload.prefix_ids.size:
+            raise WorkloadError(
+                f"{workload.name}: requests with prefix ids cannot be added where the prefix cache is on; expected all "
+                "ids in the workload that the environment was opened with"
+            )
+        if env["slo_form"][e] == SloForm.P99_GAP:
+            raise WorkloadError(f"{workload.name}: requests cannot be added under an SLO of form p99-gap")
+        req["arrival_s"][e, rows] = workload.arrival_s
+        req["prompt_tokens"][e, rows] = workload.prompt_tokens
+        req["parent_idx"][e, rows] = st.ADDED
+        if predicted_tokens is not None:
+            req["predicted_tokens"][e, rows] = np.clip(predicted_tokens, 1, 2**30)
+        self.state.truth[e, rows] = workload.output_tokens
+        self.set_limits(e, workload, slo or Slo(), first, table_idx=int(env["table_idx"][e]))
+        env["requests_count"][e] = first + rows.size
+        env["stop"][e] = Stop.RUNNING
+        run.expect(self.state, e, first, first + rows.size)
+        return rows
+
+    def wait(self, e: int, until_s: float) -> None:
+        """Lets time pass in environment ``e`` without an iteration."""
+        env = self.state.env
+        idle_s = max(until_s - float(env["clock_s"][e]), 0.0)
+        env["queue_s"][e] += idle_s * env["waiting_count"][e]
+        env["present_s"][e] += idle_s * (env["waiting_count"][e] + env["running_count"][e])
+        env["clock_s"][e] += idle_s
+
+    def set_limits(self, e: int, workload: Workload, slo: Slo, first: int = 0, *, table_idx: int = 0) -> None:
+        """Writes the uncontended TTFT and the SLO of the requests from slot ``first`` on, and of a nominal one."""
+        req, env, rows = self.state.req, self.state.env, slice(first, first + len(workload))
+        prompts = np.append(workload.prompt_tokens, st.NOMINAL_PROMPT_TOKENS)
+        ttft_alone_s, tbt_alone_s = self.alone_latencies(prompts, table_idx)
+        ttft_slo_s = np.full(prompts.size, slo.ttft_s) if slo.ttft_s is not None else slo.ttft_scale * ttft_alone_s
+        tbt_slo_s = np.full(prompts.size, slo.tbt_s) if slo.tbt_s is not None else slo.tbt_scale * tbt_alone_s
+        req["ttft_alone_s"][e, rows] = ttft_alone_s[:-1]
+        req["ttft_slo_s"][e, rows], env["ttft_slo_s"][e] = ttft_slo_s[:-1], ttft_slo_s[-1]
+        req["tbt_slo_s"][e, rows], env["tbt_slo_s"][e] = tbt_slo_s[:-1], tbt_slo_s[-1]
+
+    def _rank_limits(self, e: int, count: int) -> None:
+        """Where each limit on the time between tokens is among those of the workload."""
+        req = self.state.req
+        limits_s = req["tbt_slo_s"][e, :count]
+        ranked = np.argsort(limits_s, kind="stable")
+        self.state.lists["slo_s"][e, :count] = limits_s[ranked]
+        req["slo_rank"][e, ranked] = np.arange(count)
 
     def alone_latencies(
         self, prompt_tokens: NDArray[np.int64], table_idx: int = 0
@@ -199,11 +273,16 @@ class Engine:
             run.run(self.tables, self.state, self.knobs, first, last, int(until), limits)
             plan.await_work(self.tables, self.state, first, last)
 
-        edges = np.linspace(0, self.num_envs, min(THREADS, self.num_envs) + 1).astype(int).tolist()
-        if len(edges) == 2:
-            share(0, self.num_envs)
-        else:
-            list(_pool().map(share, edges[:-1], edges[1:]))
+        share_out(share, self.num_envs)
+
+    def run_to_end(self) -> None:
+        """Runs every environment under its knobs until nothing is left to do, each handed to the next free core."""
+        limits = np.zeros(self.num_envs)
+
+        def share(first: int, last: int) -> None:
+            run.run(self.tables, self.state, self.knobs, first, last, int(Until.END), limits)
+
+        share_out(share, self.num_envs, pieces=self.num_envs)
 
     def await_work(self, first: int, last: int) -> None:
         """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""

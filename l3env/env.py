@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from l3env.engine import Engine
 from l3env.episodes import Episodes
-from l3env.errors import PlanError
+from l3env.errors import L3EnvError, PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import collect
-from l3env.observe import FEATURES, LEVELS, action_space, knobs_of, mask_heads, observation_space, observe
-from l3env.state import MARK_DTYPE
+from l3env.observe import FEATURES, LEVELS, Observer, action_space, observation_space
+from l3env.prefix import eviction_rule
+from l3env.render import Renderer
 
 
 class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
@@ -28,41 +29,64 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     Observation: Box(0, 1, (FEATURES_COUNT,)), see ``observe.FEATURES``. Action: MultiDiscrete, see ``observe.LEVELS``.
 
     Args:
-        system, model: preset names or TOML files.
-        trace: a trace spec; its requests are shared by the system's replicas in turn, this one gets its part.
-        load, utilization: arrival rate as a multiple of the trace's own, or of what the reference policy sustains.
+        system, model: preset names or TOML files; lists draw one for each episode, from all pairs.
+        trace: a trace spec or a list of them; a trace's requests are shared by the system's replicas in turn, this one
+            gets its part.
+        load, utilization: arrival rate as a multiple of the trace's own, or of what the reference policy sustains; a
+            range [low, high] draws it for each episode.
         decision: where a step ends: "interval" (``interval_s`` of simulated time), "iteration", or "event" (an arrival,
             a finish or a preemption, at the latest after ``interval_s``).
         episode_requests: consecutive requests an episode serves; None: all.
         reward: a name of ``reward.REWARDS`` or a function.
-        ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies.
+        ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies; or ranges.
+        slo_form: what the limit on the time between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines".
         predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
         prefix_cache: "off", or the rule by which cached prompt segments are given up: "lru", "lfu", "tree".
         seed: of the trace, where it is generated.
+        render_mode: "human" (a live panel in the terminal) or "rgb_array" (``render`` returns (H, W, 3) pixels).
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium declares it so
+    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012  # Gymnasium's
 
     def __init__(self, *args: Any, render_mode: str | None = None, **kwargs: Any) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise L3EnvError(
+                f"render_mode = {render_mode!r}; expected {', '.join(self.metadata['render_modes'])} or None"
+            )
         self.render_mode = render_mode
+        self.renderer = None if render_mode is None else Renderer()
         self.observation_space: gymnasium.spaces.Space[NDArray[np.float32]] = observation_space()
         self.action_space = action_space()
         self.episodes = Episodes.build(*args, **kwargs)
         self.engine: Engine | None = None
-        self.marks = np.zeros(1, MARK_DTYPE)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Starts an episode at a random place of the trace; for the options see ``Episodes.draw``."""
         super().reset(seed=seed)
-        part = self.episodes.draw(self.np_random, options)
-        if self.engine is None or self.engine.state.req.shape[1] < len(part):
-            rule = self.episodes.prefix_cache
-            self.engine = Engine(self.episodes.tables, 1, len(part), record=True, prefix_cache=rule)
-        self.episodes.open(self.engine, 0, part)
-        self.marks[:] = np.zeros((), MARK_DTYPE)
-        return observe(self.engine, self.marks)[0], self._info(0.0)
+        self.episode = self.episodes.draw(self.np_random, options)
+        if self.engine is None or self.engine.state.req.shape[1] < len(self.episode.workload):
+            self._make_engine(len(self.episode.workload))
+        assert self.engine is not None
+        self.episodes.open(self.engine, 0, self.episode)
+        self._observer.forget(0)
+        if self.renderer is not None:
+            self.renderer.reset()
+            self._show()
+        return self._observer.shown(self._observer.look()[0]), self._info(0.0)
+
+    def _make_engine(self, requests_count: int) -> None:
+        rule = eviction_rule(self.episodes.prefix_cache)
+        self.engine = Engine(self.episodes.pairs, 1, requests_count, record=True, prefix_cache=rule)
+        self._observer = self._make_observer(self.engine)
+
+    def _make_observer(self, engine: Engine) -> Observer:
+        return Observer(engine, has_predictor=self._has_predictor)
+
+    @property
+    def _has_predictor(self) -> bool:
+        return self.episodes.predictor is not None
 
     def step(self, action: NDArray[np.int64]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Holds the knobs until the next decision point."""
@@ -70,20 +94,41 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
             raise PlanError("step before reset")
         if not self.action_space.contains(np.asarray(action)):
             raise PlanError(f"action {action!r}; expected one of {self.action_space}")
-        knobs_of(np.asarray(action)).write(self.engine.knobs, 0)
         before = self.engine.state.env.copy()
-        self.engine.run(0, self.episodes.until, float(self.episodes.limits(before["clock_s"])[0]))
-        self.engine.await_work(0, 1)
+        limits = self.episodes.limits(before["clock_s"])
+        obs, _ = self._observer.step(self._observer.check(np.asarray(action)[None]), self.episodes.until, limits)
         after = self.engine.state.env
         reward = float(self.episodes.reward(before, after)[0])
         elapsed_s = float(after["clock_s"][0] - before["clock_s"][0])
         terminated = self.engine.stop(0) == Stop.DONE
-        return observe(self.engine, self.marks)[0], reward, terminated, False, self._info(elapsed_s, terminated)
+        self._show()
+        return self._observer.shown(obs[0]), reward, terminated, False, self._info(elapsed_s, terminated)
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self.render()
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """The queue, the pools and the devices now: pixels, or (render_mode "human") in the terminal. None without."""
+        if self.renderer is None:
+            return None
+        if self.engine is None:
+            raise PlanError("render before reset")
+        shot = self.renderer.observe(self.engine, 0)
+        if self.render_mode == "rgb_array":
+            return self.renderer.pixels(shot)
+        self.renderer.show(shot)
+        return None
+
+    def close(self) -> None:
+        """Ends the live panel."""
+        if self.renderer is not None:
+            self.renderer.close()
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which levels are legal now, the knobs' heads one after the other (sb3-contrib's convention)."""
         assert self.engine is not None, "action_masks before reset"
-        return np.concatenate(mask_heads(self.engine, 0, has_predictor=self.episodes.predictor is not None))
+        return self._observer.masks()[0]
 
     def _info(self, elapsed_s: float, ended: bool = False) -> dict[str, Any]:
         assert self.engine is not None

@@ -22,10 +22,11 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.engine import Engine
+from l3env.engine import Engine, Slo
 from l3env.errors import PlanError, PolicyError
 from l3env.kernels import look
 from l3env.kernels.plan import ANY_PIM, AUTO, Op
+from l3env.rollout import Rollouts, present_idx
 from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Eviction, Order, Status, SubBatching, Victim
 from l3env.tables import Tables
 from l3env.workload import Workload
@@ -225,6 +226,28 @@ class View:
         return self._rows(self._engine.state.lists["prefill"][self._e, :count].astype(np.int64))
 
     @property
+    def present(self) -> NDArray[np.void]:
+        """All requests that wait or run as ROW_DTYPE rows, by index."""
+        return self._rows(present_idx(self._engine, self._e))
+
+    def imagine(
+        self,
+        rollouts: Rollouts,
+        scenario: int,
+        output_tokens: NDArray[np.int64],
+        future: Workload | None = None,
+        slo: Slo | None = None,
+    ) -> None:
+        """Copies the present into a scenario of ``rollouts``, true output lengths and arrivals to come left out.
+
+        Args:
+            output_tokens: one for each of ``present``: imagined, and more than it has emitted.
+            future: imagined arrivals.
+        """
+        idx = present_idx(self._engine, self._e)
+        rollouts.imagine(self._engine, self._e, idx, scenario, output_tokens, future, slo or Slo())
+
+    @property
     def decoding(self) -> NDArray[np.void]:
         return self.running[self.running["status"] == Status.DECODE]
 
@@ -272,6 +295,7 @@ class Policy(Protocol):
     name: str
     decision_interval_s: float
     wants_truth: bool
+    slo: Slo
 
     def prepare(self, system: Tables, training: Workload | None) -> None: ...
 
@@ -290,11 +314,13 @@ class BasePolicy:
         decision_interval_s: simulated time for which returned Knobs hold; 0 decides at every iteration, infinity once.
             After a Plan the policy is always asked again at the next iteration.
         wants_truth: the predictor is the true output length; only for names that start with ``oracle-``.
+        slo: the objective of the run; set before ``prepare``.
     """
 
     name = "unnamed"
     decision_interval_s = 0.0
     wants_truth = False
+    slo = Slo()
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         """Called before each replica's run: the machine, and earlier requests to learn from, None without.

@@ -23,7 +23,7 @@ from l3env.engine import Engine, Slo
 from l3env.errors import L3EnvError, PolicyError
 from l3env.kernels.run import Stop, Until
 from l3env.metrics import Outcome, collect
-from l3env.policy import Knobs, Policy, View, make_policy
+from l3env.policy import FixedKnobs, Knobs, Policy, View, make_policy
 from l3env.prefix import eviction_rule
 from l3env.tables import DEFAULT_BLOCK_TOKENS, Tables, compile_tables
 from l3env.trace_registry import load_trace
@@ -57,6 +57,7 @@ def run_policy(
     """
     shares = replica_shares(workload, tables.replicas_count)
     shares = [rows for rows in shares if rows.size]
+    policy.slo = slo or Slo()
     rule = eviction_rule(prefix_cache)
     engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record, prefix_cache=rule)
     own: list[dict[str, float]] = []
@@ -69,6 +70,12 @@ def run_policy(
     outcome = collect(engine, range(len(shares)), shares)
     outcome.metrics.update({name: float(np.mean([each[name] for each in own])) for name in own[0]})
     return outcome
+
+
+def warm_up() -> None:
+    """Compiles what a run needs, by one."""
+    tables = compile_pair("l3-dgx-a100", "llama-3-8b")
+    run_policy(tables, Workload.build("warm-up", [0.0], [16], [2]), FixedKnobs("warm-up", Knobs()))
 
 
 def replica_shares(workload: Workload, replicas_count: int) -> list[NDArray[np.int64]]:
@@ -101,38 +108,102 @@ def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
     return np.maximum(np.rint(predicted), 1).astype(np.int64)
 
 
-def drive(engine: Engine, e: int, policy: Policy) -> None:
-    """Runs environment ``e`` to its end, asking the policy at its decision points."""
-    engine.await_work(e, e + 1)
-    stop = engine.stop(e)
-    frozen = 0
+def drive(engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
+    """Runs environment ``e`` to its end, asking the policy at its decision points.
+
+    ``watch`` is called after every iteration (and every wait for an arrival); it changes nothing but the speed.
+    """
+    driver = Driver(engine, e, policy, watch)
+    stop = driver.wake()
     while stop != Stop.DONE:
-        view = View(engine, e)
-        before_s = view.now_s
-        decision = policy.decide(view)
-        if isinstance(decision, Knobs):
-            decision.write(engine.knobs, e)
-            interval_s = policy.decision_interval_s
-            if interval_s == 0:
-                stop = engine.run(e, Until.ITERATIONS, 1)
-            elif math.isinf(interval_s):
-                stop = engine.run(e)
+        stop = driver.step()
+        if stop == Stop.STALLED:
+            raise stuck(engine, e, policy)
+
+
+class Driver:
+    """One environment under one policy, moved on piece by piece: knobs hold from one decision point to the next."""
+
+    def __init__(self, engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
+        self.engine, self.e, self.policy, self.watch = engine, e, policy, watch
+        self._held_until_s = -math.inf  # the knobs that stand hold until then
+        self._frozen = 0
+
+    def wake(self) -> Stop:
+        """Goes to the next moment with a request present."""
+        self.engine.await_work(self.e, self.e + 1)
+        return self.engine.stop(self.e)
+
+    def step(self, limit_s: float = math.inf, *, events: bool = False) -> Stop:
+        """Goes to the next decision point, or ends with the iteration that reaches ``limit_s``.
+
+        Args:
+            events: ends after any iteration with an arrival, a finish or a preemption, too.
+
+        Raises:
+            PolicyError: many plans in a row that let no time pass.
+            PlanError: the policy returned something illegal.
+        """
+        engine, e = self.engine, self.e
+        before_s = float(engine.state.env["clock_s"][e])
+        plan = None
+        if before_s >= self._held_until_s:
+            decision = self.policy.decide(View(engine, e))
+            if isinstance(decision, Knobs):
+                decision.write(engine.knobs, e)
+                self._held_until_s = before_s + self.policy.decision_interval_s
             else:
-                stop = engine.run(e, Until.TIME, before_s + interval_s)
-        else:
+                plan = decision
+        if plan is not None:
             stop = engine.step_plan(
                 e,
-                decision.operations(),
-                prefill_all=decision.prefill is None,
-                decode=decision.decode,
-                interleaved=decision.interleave,
+                plan.operations(),
+                prefill_all=plan.prefill is None,
+                decode=plan.decode,
+                interleaved=plan.interleave,
             )
-        frozen = frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
-        if stop == Stop.STALLED or frozen > STALL_ITERATIONS:
-            raise PolicyError(
-                f"policy {policy.name!r} is stuck at {before_s:.3f} s: {view.waiting_count} requests wait, "
-                f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
-            )
+            if self.watch is not None:
+                self.watch()
+        elif self.policy.decision_interval_s == 0:
+            stop = run_watched(engine, e, Until.ITERATIONS, 1, self.watch)
+        else:
+            limit_s = min(limit_s, self._held_until_s)
+            stop = run_watched(engine, e, _until(limit_s, events), limit_s, self.watch)
+            if not events:  # no decision while there is nothing to decide, as in the environments
+                stop = self.wake()
+        self._frozen = self._frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
+        if self._frozen > STALL_ITERATIONS:
+            raise stuck(engine, e, self.policy)
+        return stop
+
+
+def _until(limit_s: float, events: bool) -> Until:
+    if events:
+        return Until.EVENT
+    return Until.END if math.isinf(limit_s) else Until.TIME
+
+
+def stuck(engine: Engine, e: int, policy: Policy) -> PolicyError:
+    """The error of a policy that leaves requests waiting for ever."""
+    view = View(engine, e)
+    return PolicyError(
+        f"policy {policy.name!r} is stuck at {view.now_s:.3f} s: {view.waiting_count} requests wait, "
+        f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
+    )
+
+
+def run_watched(engine: Engine, e: int, until: Until, limit: float, watch: Callable[[], None] | None) -> Stop:
+    """``Engine.run``; with ``watch`` one iteration at a time, with the same result."""
+    if watch is None:
+        return engine.run(e, until, limit)
+    env = engine.state.env[e]
+    last_count = int(env["iterations_count"]) + (limit if until == Until.ITERATIONS else math.inf)
+    last_s = limit if until == Until.TIME else math.inf
+    while True:
+        stop = engine.run(e, Until.TIME, 0.0)  # a limit in the past: one iteration, or one wait
+        watch()
+        if stop != Stop.RUNNING or env["iterations_count"] >= last_count or env["clock_s"] >= last_s:
+            return stop
 
 
 def reference_policy(tables: Tables) -> str:
@@ -178,6 +249,7 @@ class CompareConfig:
     tp: int | None = None
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     slo: Slo = field(default_factory=Slo)
+    training: str | None = None  # trace of earlier requests to learn from; None: the first fifth of the trace itself
     prefix_cache: str = "off"
 
     def to_json(self) -> dict[str, Any]:
@@ -224,10 +296,11 @@ class Comparison:
 
 def compile_pair(system: str, model: str, tp: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> Tables:
     """Compiles a system and a model named as on the command line: preset names or TOML files."""
-    return compile_tables(_spec("system", system), _spec("model", model), tp=tp, block_tokens=block_tokens)
+    return compile_tables(named_spec("system", system), named_spec("model", model), tp=tp, block_tokens=block_tokens)
 
 
-def _spec(kind: str, name: str) -> Any:
+def named_spec(kind: str, name: str) -> Any:
+    """A preset, or a TOML file where the name ends so."""
     return specs.load(f"{kind}:{name}" if name.endswith(".toml") else f"{kind}/{name}")
 
 
@@ -287,7 +360,7 @@ def run_comparison(
     store = None if out is None else CellStore(Path(out), config)
     base = load_trace(config.trace, seed=0)
     _note_prefix_ids(config, base)
-    training = training_window(base)
+    training = training_window(base) if config.training is None else load_trace(config.training, seed=0)
     rows, requests, timelines = [], {}, {}
     cells = list(_cells(config, tables, base))
     workloads: dict[int, Workload] = {0: base}
@@ -299,6 +372,8 @@ def run_comparison(
             if cell.seed not in workloads:
                 workloads[cell.seed] = load_trace(config.trace, seed=cell.seed)
             workload = workloads[cell.seed]
+            separate = config.training is not None
+            earlier = _earlier(tables, training, cell, separate=separate, prefix_cache=config.prefix_cache)
             if cell.load != 1.0:
                 workload = workload.at_load(cell.load)
             start = time.perf_counter()
@@ -307,7 +382,7 @@ def run_comparison(
                 workload,
                 make_policy(cell.policy),
                 slo=config.slo,
-                training=training,
+                training=earlier,
                 prefix_cache=config.prefix_cache,
             )
             row = _identity(config, cell) | outcome.metrics | {"wall_s": time.perf_counter() - start}
@@ -319,6 +394,13 @@ def run_comparison(
     if progress is not None:
         progress(len(cells), len(cells), "done")
     return Comparison(config, pd.DataFrame(rows), requests, timelines)
+
+
+def _earlier(tables: Tables, training: Workload, cell: Cell, *, separate: bool, prefix_cache: str) -> Workload:
+    """The training requests at the cell's load; those of a trace of their own at the cell's utilization."""
+    if separate and cell.utilization is not None:
+        return training.at_load(cell.utilization * load_at_capacity(tables, training, prefix_cache=prefix_cache))
+    return training.at_load(cell.load)
 
 
 def _note_prefix_ids(config: CompareConfig, base: Workload) -> None:
@@ -388,10 +470,7 @@ class CellStore:
     def write(self, cell: Cell, row: dict[str, Any], requests: pd.DataFrame, timeline: pd.DataFrame) -> None:
         """The row comes last: a cell with a row is whole."""
         for kind, frame in (("requests", requests), ("timelines", timeline)):
-            path = self.folder / kind / f"{cell.key}.parquet"
-            part = path.with_suffix(".part")
-            frame.to_parquet(part)
-            part.replace(path)
+            write_frame(self.folder / kind / f"{cell.key}.parquet", frame)
         write_text(self.folder / "cells" / f"{cell.key}.json", json.dumps(row) + "\n")
 
 
@@ -399,4 +478,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole file or nothing."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Writes a whole Parquet file or nothing."""
+    part = path.with_name(path.name + ".part")
+    frame.to_parquet(part)
     part.replace(path)

@@ -10,14 +10,16 @@ which its KV fills a block. A decode step costs work per lane and pool, none per
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 SUB_BATCHES = 2
 NOWHERE = -1
+ADDED = -2  # the parent of a request that was added while the environment ran
 
 
 class Status(IntEnum):
@@ -41,6 +43,7 @@ class Order(IntEnum):
     EARLIEST_DEADLINE_HOPELESS_LAST = 3
     NEWEST_FIRST = 4
     SHORTEST_PREDICTED_HOPELESS_LAST = 5  # prompt left to prefill + predicted output left
+    BY_SCORE = 6  # highest score first; those below 0 are held back while anything runs
 
 
 ORDERS_COUNT = len(Order)
@@ -61,12 +64,35 @@ class Victim(IntEnum):
     NEWEST_ADMITTED = 0
     MOST_PREDICTED_LEFT = 1
     LATEST_DEADLINE = 2
+    LOWEST_SCORE = 3
 
 
-# heaps of an environment: one a queue order (built when first used), one a decode clock, one of dependent arrivals
+class SloForm(IntEnum):
+    """What a request must keep besides its TTFT."""
+
+    MEAN_TBT = 0  # the mean time between its tokens
+    P99_GAP = 1  # 99 % of the gaps between its tokens, one by one
+    TOKEN_DEADLINES = 2  # token k comes by arrival + TTFT SLO + k x TBT SLO
+
+
+# heaps of an environment: one a queue order (built when first used), one a decode clock, one of dependent arrivals, one
+# of the waiting requests whose TTFT deadline can still be met, by the latest start that meets it, one of the decoding
+# ones by the deadline of a token (see kernels/slo)
 FINISH_HEAP = ORDERS_COUNT
 ARRIVAL_HEAP = ORDERS_COUNT + SUB_BATCHES
-HEAPS_COUNT = ORDERS_COUNT + SUB_BATCHES + 1
+SLACK_HEAP = ARRIVAL_HEAP + 1
+DUE_HEAP = SLACK_HEAP + 1
+HEAPS_COUNT = DUE_HEAP + 1
+
+# prompts in the queue by octave of their length: bin b holds 2^b to 2^(b+1) - 1 tokens
+PROMPT_BINS = 20
+
+# weights of the newest observation in running means: of arrivals lately, of arrivals in the long run, of finished ones
+SHORT_WEIGHT = 1 / 8
+LONG_WEIGHT = 1 / 128
+FINISHED_WEIGHT = 1 / 32
+
+NOMINAL_PROMPT_TOKENS = 1024  # of the request that stands for all where a machine is described
 
 REQUEST_DTYPE = np.dtype(
     [
@@ -93,15 +119,6 @@ REQUEST_DTYPE = np.dtype(
         ("kv_tokens", np.int32),  # as of ``joined_clock``
         ("chunk_tokens", np.int32),  # prefill planned for the next iteration
         ("promised_blocks", np.int32),  # predicted blocks at its end, for reserving admission
-        # its prompt's segments, see ``prefix.py``; all 0 without ids
-        ("ids_first", np.int32),  # place of its first id in ``ids``
-        ("ids_count", np.int32),
-        ("ids_tokens", np.int32),  # prompt tokens that lie in segments
-        ("ids_blocks", np.int32),  # blocks of these segments
-        ("held_count", np.int32),  # leading segments it holds a reference on
-        ("held_blocks", np.int32),  # and their blocks
-        ("hit_tokens", np.int32),  # prompt tokens found cached at its first admission
-        ("moving_tokens", np.int32),  # cached KV that its first chunk waits for, times the links it crosses
         ("running_pos", np.int32),  # its place in ``running``
         ("joined_clock", np.int64),
         ("admitted_seq", np.int64),  # order of admission
@@ -111,6 +128,12 @@ REQUEST_DTYPE = np.dtype(
         ("finish_s", np.float64),  # NaN before
         ("preemptions_count", np.int32),
         ("slo_met", np.int8),
+        ("score", np.float64),  # -1 to 1, given by an agent; 0 before
+        # for the forms of SLO that look at single tokens
+        ("missed_deadline", np.int8),
+        ("slo_rank", np.int32),  # its TBT SLO among all of the workload
+        ("long_gaps_count", np.int32),  # gaps longer than its TBT SLO, as of when it last stopped decoding
+        ("long_steps_before", np.int32),  # decode steps longer than that, before it joined
     ],
     align=True,
 )
@@ -129,8 +152,6 @@ ENV_DTYPE = np.dtype(
         ("admitted_seq", np.int64),
         ("stop", np.int64),  # see kernels.run.Stop
         ("bad_request_idx", np.int64),  # which request an illegal plan is about
-        ("eviction", np.int64),  # of cached prompt segments, see Eviction
-        ("eviction_seq", np.int64),  # order in which segments became idle
         # what happened, summed from the start
         ("arrived_count", np.int64),
         ("finished_count", np.int64),
@@ -143,11 +164,6 @@ ENV_DTYPE = np.dtype(
         ("prefill_tokens", np.int64),  # recomputed ones included
         ("recomputed_tokens", np.int64),
         ("decode_tokens", np.int64),
-        ("prefix_ids_count", np.int64),  # of requests at their first admission: prefix ids,
-        ("prefix_hits_count", np.int64),  # those of them found cached,
-        ("prefix_prompt_tokens", np.int64),  # prompt tokens,
-        ("prefix_hit_tokens", np.int64),  # those of them found cached
-        ("prefix_evictions_count", np.int64),
         ("busy_s", np.float64),  # time with an iteration under way
         ("gpu_busy_s", np.float64),
         ("pim_busy_s", np.float64),
@@ -157,6 +173,22 @@ ENV_DTYPE = np.dtype(
         ("queue_s", np.float64),  # waiting requests integrated over time
         ("present_s", np.float64),  # waiting and running requests integrated over time
         ("waiting_tokens", np.int64),  # prompt tokens (after preemption, emitted ones too) in the queue now
+        ("waiting_predicted_tokens", np.int64),
+        ("waiting_arrival_s", np.float64),  # their arrival times, summed
+        ("prefill_left_tokens", np.int64),  # of the requests in PREFILL
+        # what a scheduler can estimate: running means over requests
+        ("last_arrival_s", np.float64),
+        ("gap_short_s", np.float64),  # between arrivals, and their squares
+        ("gap_short_s2", np.float64),
+        ("gap_long_s", np.float64),
+        ("gap_long_s2", np.float64),
+        ("prompt_mean_tokens", np.float64),  # of arrivals
+        ("output_mean_tokens", np.float64),  # of finished requests
+        ("slo_met_mean", np.float64),  # of finished and rejected requests
+        ("slo_form", np.int64),
+        # the SLO of a request with NOMINAL_PROMPT_TOKENS
+        ("ttft_slo_s", np.float64),
+        ("tbt_slo_s", np.float64),
         ("imbalance_s", np.float64),  # slowest lane minus mean lane, summed
         # the last iteration
         ("last_iteration_s", np.float64),
@@ -164,10 +196,15 @@ ENV_DTYPE = np.dtype(
         ("last_gpu_1_s", np.float64),
         ("last_attention_0_s", np.float64),  # of the GPU's: prefill and HBM attention; the rest is FC and head
         ("last_attention_1_s", np.float64),
+        ("last_prefill_0_s", np.float64),  # of that, the prefill
+        ("last_prefill_1_s", np.float64),
         ("last_pim_0_s", np.float64),
         ("last_pim_1_s", np.float64),
         ("last_transfer_0_s", np.float64),
         ("last_transfer_1_s", np.float64),
+        ("last_read_0_s", np.float64),  # decode attention of the slowest PIM lane
+        ("last_read_1_s", np.float64),
+        ("last_interleaved", np.int64),  # two sub-batches, or one batch
         ("last_prefill_tokens", np.int64),
         ("last_decode_tokens", np.int64),
         ("log_count", np.int64),
@@ -226,19 +263,21 @@ class Budget(IntEnum):
     ALIGN_WHEN_FULL = -3  # whole prompts while T_GPU < T_PIM; aligned once memory is full (L3)
 
 
-# totals at the last observation: what "since the last step" is measured from
+# what an observer keeps of an environment: totals at its last look, and by what it measures
 MARK_DTYPE = np.dtype(
     [
+        ("is_old", np.int64),  # 0: nothing below is set yet
         ("clock_s", np.float64),
         ("busy_s", np.float64),
         ("gpu_busy_s", np.float64),
         ("pim_busy_s", np.float64),
-        ("arrived_count", np.int64),
-        ("finished_count", np.int64),
-        ("slo_met_count", np.int64),
         ("preemptions_count", np.int64),
         ("output_tokens", np.int64),
         ("prefill_tokens", np.int64),
+        ("prefill_token_s", np.float64),  # pace of a prefill of 2,048 tokens on the empty system
+        ("capacity_tokens", np.float64),  # KV, all pools
+        ("free_tokens", np.float64),  # and of them free now
+        ("tbt_slo_s", np.float64),  # mean of the decoding requests, the nominal one where there are none
     ],
     align=True,
 )
@@ -248,6 +287,15 @@ SUB_DTYPE = np.dtype(
         ("clock", np.int64),  # decode steps so far
         ("last_step_s", np.float64),  # end of the last one
         ("members", np.int64),  # running requests
+        # sums over the decoding ones, from which means and spreads follow at any clock
+        ("age_sum", np.int64),  # emitted tokens minus clock of joining
+        ("age_sum2", np.int64),
+        ("kv_sum", np.int64),  # KV tokens minus clock of joining
+        ("kv_sum2", np.int64),
+        ("predicted_sum", np.int64),
+        ("late_count", np.int64),  # their first token missed its deadline
+        ("tbt_slo_s", np.float64),
+        ("due_s", np.float64),  # when their next token would be due at the mean TBT of their SLO, as of clock 0
     ],
     align=True,
 )
@@ -263,13 +311,9 @@ LANE_DTYPE = np.dtype(
 
 POOL_DTYPE = np.dtype(
     [
-        ("used", np.int64),  # blocks held by running requests; one that several share counts once
+        ("used", np.int64),  # blocks held
         ("peak", np.int64),  # most blocks ever held
         ("promised", np.int64),  # predicted blocks of the residents at their ends
-        ("cached", np.int64),  # blocks of idle segments: nobody holds them, and they go when their room is needed
-        ("free_slot", np.int64),  # first of the free slots, linked; or NOWHERE
-        ("offer_tokens", np.int64),  # what it holds of the prefix last asked about,
-        ("offer_blocks", np.int64),  # and blocks of that which are in use
     ],
     align=True,
 )
@@ -279,6 +323,56 @@ HEAP_DTYPE = np.dtype(
         ("key", np.float64),  # by request
         ("item", np.int32),  # by place: the request
         ("pos", np.int32),  # by request: its place, NOWHERE where absent
+    ],
+    align=True,
+)
+
+LISTS_DTYPE = np.dtype(
+    [
+        ("running", np.int32),  # requests in PREFILL, DECODE or PAUSED, first running_count
+        ("prefill", np.int32),  # requests in PREFILL in order of admission, first prefill_count
+        ("slo_s", np.float64),  # TBT SLOs of the workload in ascending order
+        ("joining", np.int32),  # requests flagged ``joining``, first joining_count
+    ],
+    align=True,
+)
+
+
+# the prefix cache, see ``prefix.py``
+
+PREFIX_ENV_DTYPE = np.dtype(
+    [
+        ("eviction", np.int64),  # of cached prompt segments, see Eviction
+        ("idle_seq", np.int64),  # order in which segments became idle
+        # of requests at their first admission, summed from the start
+        ("ids_count", np.int64),  # prefix ids,
+        ("hits_count", np.int64),  # those of them found cached,
+        ("prompt_tokens", np.int64),
+        ("hit_tokens", np.int64),  # those of them found cached
+        ("evictions_count", np.int64),
+    ],
+    align=True,
+)
+
+PREFIX_REQUEST_DTYPE = np.dtype(
+    [
+        ("ids_first", np.int32),  # place of its first id in ``ids``
+        ("ids_count", np.int32),
+        ("ids_tokens", np.int32),  # prompt tokens that lie in segments
+        ("ids_blocks", np.int32),  # blocks of these segments
+        ("held_count", np.int32),  # leading segments it holds a reference on
+        ("hit_tokens", np.int32),  # prompt tokens found cached at its first admission
+        ("moving_tokens", np.int32),  # cached KV that its first chunk waits for, times the links it crosses
+    ],
+    align=True,
+)
+
+PREFIX_POOL_DTYPE = np.dtype(
+    [
+        ("cached", np.int64),  # blocks of idle segments: nobody holds them, and they go when their room is needed
+        ("free_slot", np.int64),  # first of the free slots, linked; or NOWHERE
+        ("offer_tokens", np.int64),  # what it holds of the prefix last asked about,
+        ("offer_blocks", np.int64),  # and blocks of that which are in use
     ],
     align=True,
 )
@@ -305,14 +399,18 @@ SLOT_DTYPE = np.dtype(
     align=True,
 )
 
-LISTS_DTYPE = np.dtype(
-    [
-        ("running", np.int32),  # requests in PREFILL, DECODE or PAUSED, first running_count
-        ("prefill", np.int32),  # requests in PREFILL in order of admission, first prefill_count
-        ("joining", np.int32),  # requests flagged ``joining``, first joining_count
-    ],
-    align=True,
-)
+
+class PrefixArrays(NamedTuple):
+    """The prefix cache's part of the state: M ids in all, U segments, K slots a pool."""
+
+    env: NDArray[np.void]  # (E,) PREFIX_ENV_DTYPE
+    req: NDArray[np.void]  # (E, N) PREFIX_REQUEST_DTYPE
+    pool: NDArray[np.void]  # (E, P) PREFIX_POOL_DTYPE
+    ids: NDArray[np.int32]  # (E, M) segments of the prompts, one request after the other
+    segment: NDArray[np.void]  # (E, U) SEGMENT_DTYPE
+    slot: NDArray[np.void]  # (E, P, K) SLOT_DTYPE: copies of segments
+    idle: NDArray[np.void]  # (E, P, K) HEAP_DTYPE: slots nobody holds, the first to go on top
+    idle_len: NDArray[np.int64]  # (E, P)
 
 
 class SubBatching(IntEnum):
@@ -324,7 +422,11 @@ class SubBatching(IntEnum):
 
 
 class State(NamedTuple):
-    """All of the engine's memory. Copying these arrays copies the environments."""
+    """All of the engine's memory. Copying these arrays copies the environments.
+
+    ``prefix`` is an empty tuple where there is no prefix cache: kernels are compiled for that type without any of the
+    code that works on it (see ``kernels.prefix``).
+    """
 
     env: NDArray[np.void]  # (E,) ENV_DTYPE
     req: NDArray[np.void]  # (E, N) REQUEST_DTYPE
@@ -334,15 +436,13 @@ class State(NamedTuple):
     pool: NDArray[np.void]  # (E, P) POOL_DTYPE
     phase: NDArray[np.int32]  # (E, S, P, B) decoding requests by the clock phase at which they need a block
     heap: NDArray[np.void]  # (E, H, N) HEAP_DTYPE
-    heap_len: NDArray[np.int64]  # (E, H + P); the last P are lengths of ``idle``
+    heap_len: NDArray[np.int64]  # (E, H)
     lists: NDArray[np.void]  # (E, N) LISTS_DTYPE
+    prompts: NDArray[np.int32]  # (E, PROMPT_BINS) waiting requests by the octave of the prompt to prefill
+    long_steps: NDArray[np.int32]  # (E, S, N) Fenwick tree of decode steps by the TBT SLOs they exceed
     gap_hist: NDArray[np.int64]  # (E, GAP_BINS) tokens by gap, or (E, 1): not recorded
     log: NDArray[np.void]  # (E, rows) LOG_DTYPE, rows merged in pairs when full; (E, 1): not recorded
-    # the prefix cache: M ids in all, U segments, K slots a pool; all of length 1 where there is none
-    ids: NDArray[np.int32]  # (E, M) segments of the prompts, one request after the other
-    segment: NDArray[np.void]  # (E, U) SEGMENT_DTYPE
-    slot: NDArray[np.void]  # (E, P, K) SLOT_DTYPE: copies of segments
-    idle: NDArray[np.void]  # (E, P, K) HEAP_DTYPE: slots nobody holds, the first to go on top
+    prefix: PrefixArrays | tuple[()] = ()
 
 
 def allocate(
@@ -359,29 +459,69 @@ def allocate(
         pool=np.zeros((e, pools_count), POOL_DTYPE),
         phase=np.zeros((e, s, pools_count, block_tokens), np.int32),
         heap=np.zeros((e, HEAPS_COUNT, n), HEAP_DTYPE),
-        heap_len=np.zeros((e, HEAPS_COUNT + pools_count), np.int64),
+        heap_len=np.zeros((e, HEAPS_COUNT), np.int64),
         lists=np.zeros((e, n), LISTS_DTYPE),
+        prompts=np.zeros((e, PROMPT_BINS), np.int32),
+        long_steps=np.zeros((e, s, n), np.int32),
         gap_hist=np.zeros((e, GAP_BINS if log_rows else 1), np.int64),
         log=np.zeros((e, max(log_rows, 1)), LOG_DTYPE),
-        ids=np.zeros((e, 1), np.int32),
-        segment=np.zeros((e, 1), SEGMENT_DTYPE),
-        slot=np.zeros((e, pools_count, 1), SLOT_DTYPE),
-        idle=np.zeros((e, pools_count, 1), HEAP_DTYPE),
     )
 
 
 def with_prefix_room(state: State, ids_count: int, segments_count: int, slots_count: int) -> State:
     """The same state with room for at least so much in the prefix cache; what is there stays valid."""
-    wanted = {"ids": ids_count, "segment": segments_count, "slot": slots_count, "idle": slots_count}
-    grown = {}
-    for name, count in wanted.items():
-        array = getattr(state, name)
-        if array.shape[-1] < count:
-            grown[name] = np.zeros((*array.shape[:-1], count), array.dtype)
-            grown[name][..., : array.shape[-1]] = array
-    return state._replace(**grown)
+    (e, n), p = state.req.shape, state.pool.shape[1]
+    old = state.prefix
+    if not isinstance(old, PrefixArrays):
+        old = PrefixArrays(
+            env=np.zeros(e, PREFIX_ENV_DTYPE),
+            req=np.zeros((e, n), PREFIX_REQUEST_DTYPE),
+            pool=np.zeros((e, p), PREFIX_POOL_DTYPE),
+            ids=np.zeros((e, 0), np.int32),
+            segment=np.zeros((e, 0), SEGMENT_DTYPE),
+            slot=np.zeros((e, p, 0), SLOT_DTYPE),
+            idle=np.zeros((e, p, 0), HEAP_DTYPE),
+            idle_len=np.zeros((e, p), np.int64),
+        )
+    return state._replace(
+        prefix=old._replace(
+            ids=_grown(old.ids, ids_count),
+            segment=_grown(old.segment, segments_count),
+            slot=_grown(old.slot, slots_count),
+            idle=_grown(old.idle, slots_count),
+        )
+    )
+
+
+def _grown(array: NDArray[Any], count: int) -> NDArray[Any]:
+    """The array with at least ``count`` entries along its last axis, new ones zero."""
+    if array.shape[-1] >= count:
+        return array
+    grown = np.zeros((*array.shape[:-1], count), array.dtype)
+    grown[..., : array.shape[-1]] = array
+    return grown
+
+
+def arrays(state: State) -> Iterator[NDArray[Any]]:
+    """All arrays of a state, those of the prefix cache included."""
+    yield from state[:-1]
+    yield from state.prefix
 
 
 def copy(state: State) -> State:
-    """An independent copy, for snapshots and planning; as bytes, since NumPy copies padded records field by field."""
-    return State._make(array.view(np.uint8).copy().view(array.dtype) for array in state)
+    """An independent copy, for snapshots and planning."""
+    prefix = state.prefix
+    if isinstance(prefix, PrefixArrays):
+        prefix = PrefixArrays._make(map(_copy, prefix))
+    return State._make((*map(_copy, state[:-1]), prefix))
+
+
+def _copy(array: NDArray[Any]) -> NDArray[Any]:
+    """As bytes, since NumPy copies padded records field by field."""
+    return array.view(np.uint8).copy().view(array.dtype)
+
+
+def row_bytes() -> int:
+    """Bytes that an environment takes for each request it can hold."""
+    per_request = REQUEST_DTYPE.itemsize + LISTS_DTYPE.itemsize + np.dtype(np.int32).itemsize
+    return int(per_request + HEAPS_COUNT * HEAP_DTYPE.itemsize)

@@ -21,8 +21,8 @@ from l3env.episodes import Episodes
 from l3env.errors import PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import totals
-from l3env.observe import action_space, mask_rows, observation_space, observe, write_knobs
-from l3env.state import MARK_DTYPE
+from l3env.observe import Observer, action_space, observation_space
+from l3env.prefix import eviction_rule
 
 
 class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
@@ -43,11 +43,18 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.episodes = Episodes.build(**kwargs)
-        rule = self.episodes.prefix_cache
-        self.engine = Engine(self.episodes.tables, num_envs, self.episodes.requests_count, prefix_cache=rule)
-        self.marks = np.zeros(num_envs, MARK_DTYPE)
+        rule = eviction_rule(self.episodes.prefix_cache)
+        self.engine = Engine(self.episodes.pairs, num_envs, self.episodes.requests_count, prefix_cache=rule)
+        self._observer = self._make_observer(self.engine)
         self._rngs: list[np.random.Generator] = []
         self._steps = np.zeros(num_envs, np.int64)
+
+    def _make_observer(self, engine: Engine) -> Observer:
+        return Observer(engine, has_predictor=self._has_predictor)
+
+    @property
+    def _has_predictor(self) -> bool:
+        return self.episodes.predictor is not None
 
     def reset(
         self,
@@ -60,7 +67,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
             self._rngs = [seeding.np_random(each)[0] for each in self._seeds(seed)]
         for e in range(self.num_envs):
             self._open(e, options)
-        return observe(self.engine, self.marks), self._infos(np.zeros(self.num_envs))
+        return self._observer.shown(self._observer.look()), self._infos(np.zeros(self.num_envs), self.action_masks())
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> Sequence[int | None]:
         if seed is None:
@@ -73,7 +80,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
 
     def _open(self, e: int, options: dict[str, Any] | None = None) -> None:
         self.episodes.open(self.engine, e, self.episodes.draw(self._rngs[e], options))
-        self.marks[e] = np.zeros((), MARK_DTYPE)
+        self._observer.forget(e)
         self._steps[e] = 0
 
     def step(
@@ -82,46 +89,54 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         """Every environment runs to its next decision point; (E, knobs) actions."""
         if not self._rngs:
             raise PlanError("step before reset")
-        write_knobs(np.asarray(actions), self.engine.knobs)
-        before = self.engine.state.env.copy()
-        self.engine.run_all(self.episodes.until, self.episodes.limits(before["clock_s"]))
+        chosen = self._observer.check(actions)
+        before = totals_now(self.engine)
+        obs, masks = self._observer.step(chosen, self.episodes.until, self.episodes.limits(before["clock_s"]))
         after = self.engine.state.env
         rewards = self.episodes.reward(before, after)
         elapsed_s = after["clock_s"] - before["clock_s"]
         self._steps += 1
         terminated = after["stop"] == Stop.DONE
-        most = np.inf if self.max_episode_steps is None else self.max_episode_steps
-        truncated = (self._steps >= most) & ~terminated
-        obs = observe(self.engine, self.marks)
-        ended = terminated | truncated
-        final = self._restart(np.flatnonzero(ended), obs, elapsed_s) if ended.any() else {}
-        return obs, rewards, terminated, truncated, self._infos(elapsed_s) | final
+        truncated = np.zeros(self.num_envs, bool)
+        if self.max_episode_steps is not None:
+            truncated = (self._steps >= self.max_episode_steps) & ~terminated
+        which = np.flatnonzero(terminated | truncated)
+        final = self._restart(which, obs, masks, elapsed_s) if which.size else {}
+        return self._observer.shown(obs), rewards, terminated, truncated, self._infos(elapsed_s, masks) | final
 
     def _restart(
-        self, which: NDArray[np.int64], obs: NDArray[np.float32], elapsed_s: NDArray[np.float64]
+        self,
+        which: NDArray[np.int64],
+        obs: NDArray[np.float32],
+        masks: NDArray[np.bool_],
+        elapsed_s: NDArray[np.float64],
     ) -> dict[str, Any]:
-        """Ends episodes and starts new ones; their first observations go into ``obs``."""
+        """Ends episodes and starts new ones; their first observations and masks go into ``obs`` and ``masks``."""
         ended = np.zeros(self.num_envs, bool)
         ended[which] = True
         final_obs = np.full(self.num_envs, None, dtype=object)
         metrics = np.full(self.num_envs, None, dtype=object)
         for e in which.tolist():
-            final_obs[e] = obs[e].copy()
+            final_obs[e] = self._observer.shown(obs[e].copy())
             metrics[e] = totals(self.engine.state.env[e : e + 1])
             self._open(e)
-            obs[e] = observe(self.engine, self.marks, e, e + 1)[0]
+            obs[e] = self._observer.look(e, e + 1)[0]
+        masks[which] = self._observer.masks()[which]
         info = {"metrics": metrics, "_metrics": ended, "elapsed_s": elapsed_s.copy(), "_elapsed_s": ended.copy()}
         return {"final_obs": final_obs, "_final_obs": ended, "final_info": info, "_final_info": ended.copy()}
 
     def action_masks(self) -> NDArray[np.bool_]:
         """(E, levels) which levels are legal now, the knobs' heads one after the other."""
-        return mask_rows(self.engine, has_predictor=self.episodes.predictor is not None)
+        return self._observer.masks()
 
-    def _infos(self, elapsed_s: NDArray[np.float64]) -> dict[str, Any]:
+    def _infos(self, elapsed_s: NDArray[np.float64], masks: NDArray[np.bool_]) -> dict[str, Any]:
         everywhere = np.ones(self.num_envs, bool)
-        infos = {
-            "elapsed_s": elapsed_s,
-            "clock_s": self.engine.state.env["clock_s"].copy(),
-            "action_mask": self.action_masks(),
-        }
+        clock_s = self.engine.state.env["clock_s"].copy()
+        infos = {"elapsed_s": elapsed_s, "clock_s": clock_s, "action_mask": masks}
         return infos | {f"_{name}": everywhere for name in infos}
+
+
+def totals_now(engine: Engine) -> NDArray[np.void]:
+    """(E,) a copy of the engine's totals, for rewards; as bytes, since NumPy copies records field by field."""
+    env = engine.state.env
+    return env.view(np.uint8).copy().view(env.dtype)

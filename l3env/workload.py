@@ -162,6 +162,26 @@ class Workload:
             source=self.source,
         )
 
+    def stretch(self, first: int, last: int) -> Workload:
+        """Requests first to last - 1, the clock moved so that the first arrives at 0; quick, for episodes.
+
+        As ``select`` and ``window`` together; nothing is checked anew, since a stretch of valid rows is valid.
+        """
+        parent = self.parent_idx[first:last] - first
+        parent = np.where(parent >= 0, parent, NO_PARENT)
+        begin, end = self.prefix_offsets[first], self.prefix_offsets[last]
+        return replace(
+            self,
+            arrival_s=self.arrival_s[first:last] - self.arrival_s[first],
+            prompt_tokens=self.prompt_tokens[first:last],
+            output_tokens=self.output_tokens[first:last],
+            parent_idx=parent,
+            think_s=np.where(parent >= 0, self.think_s[first:last], 0.0),
+            session_idx=self.session_idx[first:last],
+            prefix_ids=self.prefix_ids[begin:end],
+            prefix_offsets=self.prefix_offsets[first : last + 1] - begin,
+        )
+
     def window(self, start_s: float, end_s: float) -> Workload:
         """Requests with start_s <= arrival < end_s, the clock moved so that the window starts at 0."""
         mask = (self.arrival_s >= start_s) & (self.arrival_s < end_s)

@@ -9,6 +9,7 @@ from l3env.state import Budget, Order
 from l3env.tables import Tables
 from l3env.workload import Workload
 
+ORDERS = tuple(order for order in Order if order != Order.BY_SCORE)
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192, int(Budget.UNLIMITED), int(Budget.ALIGN))
 
 
@@ -32,7 +33,7 @@ class RandomKnobs(BasePolicy):
             budget_counts_decodes=bool(rng.integers(2)),
             prefill_first=bool(rng.integers(2)),
             hbm_share_frac=float(rng.choice([0.0, 0.1, 0.25, 0.5])),
-            order=Order(int(rng.integers(len(Order)))),
+            order=ORDERS[int(rng.integers(len(ORDERS)))],
             headroom_frac=float(rng.choice([0.0, 0.01, 0.05, 0.1, 0.2])),
             sub_batching=bool(rng.integers(2)),
         )

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 
-from l3env.state import HEAPS_COUNT, NOWHERE, Status
+from l3env.state import NOWHERE, PrefixArrays, Status
 
 RUNNING = (Status.PREFILL, Status.DECODE, Status.PAUSED)
 
@@ -18,12 +18,16 @@ def check_prefix(state, lane_pool, e=0):
     """
     pools = state.pool.shape[1]
     in_use = np.zeros(pools, int)
-    req = state.req[e, : state.env["requests_count"][e]]
-    if not state.env["eviction"][e]:
-        assert not req["ids_count"].any()
-        assert not state.pool["cached"][e].any()
+    prefix = state.prefix
+    if not isinstance(prefix, PrefixArrays):
+        assert prefix == ()
         return in_use
-    segment, slot = state.segment[e], state.slot[e]
+    requests, req = (array[e, : state.env["requests_count"][e]] for array in (state.req, prefix.req))
+    if not prefix.env["eviction"][e]:
+        assert not req["ids_count"].any()
+        assert not prefix.pool["cached"][e].any()
+        return in_use
+    segment, slot = prefix.segment[e], prefix.slot[e]
     count = int((segment["tokens"] > 0).sum())
 
     # copies: each in one slot, at most one a pool and segment
@@ -41,7 +45,7 @@ def check_prefix(state, lane_pool, e=0):
 
     # every other slot is free, once
     for pool in range(pools):
-        free, place = [], int(state.pool["free_slot"][e, pool])
+        free, place = [], int(prefix.pool["free_slot"][e, pool])
         while place != NOWHERE:
             free.append(place)
             place = int(slot["next_copy"][pool, place])
@@ -50,14 +54,14 @@ def check_prefix(state, lane_pool, e=0):
 
     # holders, from who runs
     holders = Counter()
-    for r in np.flatnonzero(np.isin(req["status"], RUNNING)).tolist():
+    for r in np.flatnonzero(np.isin(requests["status"], RUNNING)).tolist():
         row = req[r]
-        held = state.ids[e, row["ids_first"] : row["ids_first"] + row["held_count"]].tolist()
-        holders.update((int(lane_pool[row["lane"]]), number) for number in held)
-        assert row["held_blocks"] == segment["blocks"][held].sum()
+        held = prefix.ids[e, row["ids_first"] : row["ids_first"] + row["held_count"]].tolist()
+        holders.update((int(lane_pool[requests["lane"][r]]), number) for number in held)
         if held:
-            assert segment["end_tokens"][held[-1]] - 1 <= row["prefilled_tokens"] or row["status"] != Status.PREFILL
-    assert not req["held_count"][~np.isin(req["status"], RUNNING)].any()
+            computed = segment["end_tokens"][held[-1]] - 1 <= requests["prefilled_tokens"][r]
+            assert computed or requests["status"][r] != Status.PREFILL
+    assert not req["held_count"][~np.isin(requests["status"], RUNNING)].any()
     assert holders.keys() <= where.keys()  # what is in use is there
     for (pool, number), place in where.items():
         assert slot["refs"][pool, place] == holders[pool, number]
@@ -66,13 +70,13 @@ def check_prefix(state, lane_pool, e=0):
     # idle ones wait in their heap, and their blocks are counted
     for pool in range(pools):
         idle = [p for (at, number), p in where.items() if at == pool and not holders[at, number]]
-        length = int(state.heap_len[e, HEAPS_COUNT + pool])
-        heap = state.idle[e, pool]
+        length = int(prefix.idle_len[e, pool])
+        heap = prefix.idle[e, pool]
         assert sorted(heap["item"][:length].tolist()) == sorted(idle)
         assert heap["pos"][heap["item"][:length]].tolist() == list(range(length))
         keys = heap["key"][heap["item"][:length]]
         assert all(keys[(i - 1) // 2] <= keys[i] for i in range(1, length))
         blocks = {p: int(segment["blocks"][number]) for (at, number), p in where.items() if at == pool}
-        assert state.pool["cached"][e, pool] == sum(blocks[p] for p in idle)
+        assert prefix.pool["cached"][e, pool] == sum(blocks[p] for p in idle)
         in_use[pool] = sum(blocks.values()) - sum(blocks[p] for p in idle)
     return in_use

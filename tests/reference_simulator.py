@@ -19,7 +19,7 @@ from l3env.state import Budget, Eviction, Order, Victim
 from l3env.tables import Tables, fc_grid_tokens
 from l3env.workload import Workload
 
-HEEDS_HOPELESS = set(Order) - {Order.FCFS, Order.NEWEST_FIRST}
+HEEDS_HOPELESS = set(Order) - {Order.FCFS, Order.NEWEST_FIRST, Order.BY_SCORE}
 ALIGN_MIN_CHUNK_TOKENS = 128
 
 
@@ -50,6 +50,7 @@ class Request:
     first_s: float | None = None
     last_s: float | None = None
     finish_s: float | None = None
+    score: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
     keys: list[tuple[Key, int]] = field(default_factory=list)  # its prompt's segments
     hit_tokens: int = 0
@@ -262,6 +263,7 @@ class ReferenceSimulator:
                 Order.SHORTEST_PROMPT_HOPELESS_LAST: r.prompt,
                 Order.EARLIEST_DEADLINE_HOPELESS_LAST: r.arrival_s + r.ttft_slo_s,
                 Order.NEWEST_FIRST: -r.arrival_s,
+                Order.BY_SCORE: -r.score,
                 Order.SHORTEST_PREDICTED_HOPELESS_LAST: r.target + max(r.predicted - r.emitted, 1),
             }
             return (order in HEEDS_HOPELESS and is_late(r), by[order], r.idx)
@@ -312,6 +314,8 @@ class ReferenceSimulator:
 
     def admit_next(self, knobs: Knobs, sub: int) -> Request | None:
         for r in self.queue(knobs.order)[:1]:  # the head of the queue blocks those behind it
+            if knobs.order == Order.BY_SCORE and r.score < 0 and self.running:
+                return None
             lane = self.find_lane(knobs, r, sub)
             if lane is not None:
                 self.admissions += 1
@@ -367,6 +371,7 @@ class ReferenceSimulator:
             Victim.NEWEST_ADMITTED: lambda r: r.seq,
             Victim.MOST_PREDICTED_LEFT: lambda r: r.predicted - r.emitted,
             Victim.LATEST_DEADLINE: lambda r: r.arrival_s + r.ttft_slo_s,
+            Victim.LOWEST_SCORE: lambda r: -r.score,
         }[rule]
         self.growing = True
         for pool, capacity in enumerate(self.capacity):

@@ -4,6 +4,8 @@ The kernels never touch a request while it decodes (decode clocks, block phases,
 one at every token. Machines are presets with little memory, so that preemption, rejection and waiting are common.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from engine_cases import PAIRS, Case, cases, compiled, knobs, with_memory
@@ -103,6 +105,56 @@ def test_whole_runs_agree_with_the_reference(case, held):
     assert engine.run(0) == STOPS[reference.run(held)]
     compare(engine, reference)
     note(reference)
+
+
+def token_times_s(r):
+    return r.first_s + np.cumsum([0.0, *r.gaps_s])
+
+
+def kept(r, form, ttft_s, tbt_s):
+    """Did a finished request keep its SLO, by the definition of each form? None where rounding decides."""
+    times_s, n = token_times_s(r), len(r.gaps_s)
+    due_s = r.arrival_s + ttft_s + np.arange(n + 1) * tbt_s
+    limits = {
+        "mean-tbt": [(np.mean(r.gaps_s) if n else 0.0, tbt_s)],
+        "p99-gap": [(np.quantile(r.gaps_s, 0.99, method="inverted_cdf") if n else 0.0, tbt_s)],
+        "token-deadlines": list(zip(times_s, due_s, strict=True)),
+    }[form]
+    limits.append((times_s[0] - r.arrival_s, ttft_s))
+    if any(abs(got - limit) <= 1e-8 * limit for got, limit in limits):
+        return None
+    return all(got <= limit for got, limit in limits)
+
+
+@pytest.mark.parametrize("form", ["mean-tbt", "p99-gap", "token-deadlines"])
+@settings(SLOW_OK, max_examples=150)
+@given(
+    case=cases(max_requests=30, max_output=250),
+    choices=st.lists(knobs(), min_size=1, max_size=4),
+    scale=st.sampled_from([1.5, 3.0, 8.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_form_of_slo_is_kept_by_the_same_requests(form, case, choices, scale, seed):
+    case = dataclasses.replace(case, slo=Slo(20 * scale, scale, form=form))
+    engine, reference = start(case)
+    rng = np.random.default_rng(seed)
+    stop = "running"
+    for _ in range(6000):
+        if stop != "running":
+            break
+        chosen = choices[rng.integers(len(choices))]
+        chosen.write(engine.knobs, 0)
+        stop = reference.step(chosen)
+        engine.run(0, Until.ITERATIONS, 1)
+    req = engine.state.req[0]
+    ended = [r for r in reference.requests if r.finish_s is not None]
+    verdicts = [(r, kept(r, form, float(req["ttft_slo_s"][r.idx]), float(req["tbt_slo_s"][r.idx]))) for r in ended]
+    for r, verdict in verdicts:
+        if verdict is not None:
+            assert bool(req["slo_met"][r.idx]) == verdict, r
+    for name, found in {"kept": True, "broken": False}.items():
+        event(f"{name}: {any(verdict is found for _, verdict in verdicts)}")
+    assert engine.state.env["slo_met_count"][0] == req["slo_met"].sum()
 
 
 @settings(SLOW_OK, max_examples=200)

@@ -111,7 +111,7 @@ def test_latency_reward_is_minus_the_mean_time_in_system() -> None:
 
 def test_env_and_offline_runner_give_the_same_numbers() -> None:
     env = make()
-    workload = env.episodes.workload.head(80)
+    workload = env.episodes.workloads[0].head(80)
     action = action_of(l3env.Knobs(prefill_budget_tokens=1024, headroom_frac=0.05))
     for decision in ("interval", "iteration", "event"):
         env = make(decision=decision, load=1.0)
@@ -119,7 +119,7 @@ def test_env_and_offline_runner_give_the_same_numbers() -> None:
         terminated = False
         while not terminated:
             _, _, terminated, _, info = env.step(action)
-        offline = run_policy(env.episodes.tables, workload, FixedKnobs("same", knobs_of(action)))
+        offline = run_policy(env.episodes.pairs[0], workload, FixedKnobs("same", knobs_of(action)))
         assert info["metrics"] == pytest.approx(offline.metrics, rel=0, abs=0, nan_ok=True)
 
 
@@ -140,7 +140,7 @@ def test_observations_are_fresh_arrays() -> None:
 
 
 def test_observation_is_blind_to_true_output_lengths() -> None:
-    workload = make().episodes.workload.head(50)
+    workload = make().episodes.workloads[0].head(50)
     longer = Workload.build("longer", workload.arrival_s, workload.prompt_tokens, workload.output_tokens + 400)
     action = action_of(l3env.Knobs(prefill_budget_tokens=512))
     seen = []
@@ -164,9 +164,10 @@ def test_masks_close_what_does_nothing() -> None:
         return dict(zip(LEVELS, np.split(env.action_masks(), np.cumsum(sizes)[:-1]), strict=True))
 
     gpu, pim = legal(make(system="gpu-dgx-a100")), legal(make())
-    assert gpu["sub_batching"].tolist() == [True, False]
+    assert gpu["sub_batching"].tolist() == [True, False, False]
     assert gpu["hbm_share_frac"].sum() == 1
-    assert not gpu["prefill_budget_tokens"][LEVELS["prefill_budget_tokens"].index(Budget.ALIGN)]
+    for budget in (Budget.ALIGN, Budget.ALIGN_WHEN_FULL):
+        assert not gpu["prefill_budget_tokens"][LEVELS["prefill_budget_tokens"].index(budget)]
     assert pim["sub_batching"].all()
     assert pim["hbm_share_frac"].all()
     assert all(head.any() for head in (*gpu.values(), *pim.values()))

@@ -67,7 +67,7 @@ class BlockPool(RuleBasedStateMachine):
         engine = Engine(tables, 1, len(self.workload), prefix_cache=eviction)
         engine.reset(0, self.workload)
         self.t, self.s, self.capacity = engine.tables, engine.state, blocks
-        self.kernel_cache = pool_kernels.cache_of(self.s, 0)
+        self.prefix = engine.state.prefix
         self.cache = PrefixCache(2, BLOCK, eviction)
         self.keys = [prompt_keys(self.workload, r) for r in range(len(self.workload))]
         self.own = {}  # running request -> blocks that only it holds
@@ -93,8 +93,8 @@ class BlockPool(RuleBasedStateMachine):
         if not waiting:
             return
         r = data.draw(st.sampled_from(waiting))
-        pool_kernels.ask_pools(self.kernel_cache, self.s.ids[0], self.s.req[0, r])
-        offer = self.s.pool[0, pool]
+        pool_kernels.ask_pools(self.prefix, 0, r)
+        offer = self.prefix.pool[0, pool]
         assert offer["offer_tokens"] == self.cache.tokens_here(self.keys[r], pool)
         assert offer["offer_blocks"] == self.cache.shared_here(self.keys[r], pool)
         if self.used(pool) + self.footprint(r) - offer["offer_blocks"] > self.capacity:
@@ -113,10 +113,14 @@ class BlockPool(RuleBasedStateMachine):
         row = self.s.req[0, r]
         row["status"], row["lane"], row["prefilled_tokens"] = Status.PREFILL, pool, 0
         self.s.pool[0, pool]["used"] += pool_kernels.footprint_blocks(self.t, self.s, 0, r, self.tokens(r))
-        pool_kernels.hold_prefix(self.kernel_cache, self.s.ids[0], self.s.env[0], row, pool, self.capacity)
-        assert row["held_count"] == len(hits)
-        assert row["moving_tokens"] == crossings
+        pool_kernels.hold_prefix(self.prefix, self.s.req, self.s.pool, 0, r, pool, self.capacity)
+        assert self.prefix.req[0, r]["held_count"] == len(hits)
+        assert self.prefix.req[0, r]["moving_tokens"] == crossings
         assert row["prefilled_tokens"] == min(sum(tokens for _, tokens in hits), self.tokens(r) - 1)
+
+    def held(self, r):
+        row = self.prefix.req[0, r]
+        return self.prefix.ids[0, row["ids_first"] : row["ids_first"] + row["held_count"]]
 
     def running(self, data):
         return data.draw(st.sampled_from(sorted(self.own)))
@@ -127,7 +131,7 @@ class BlockPool(RuleBasedStateMachine):
         r = self.running(data)
         pool, row = self.pool_of[r], self.s.req[0, r]
         row["prefilled_tokens"] = min(int(row["prefilled_tokens"]) + tokens, self.tokens(r))
-        pool_kernels.publish(self.kernel_cache, self.s.ids[0], row, pool)
+        pool_kernels.publish(self.prefix, self.s.pool, 0, r, pool, row["prefilled_tokens"])
         end = 0
         for key, size in self.keys[r]:
             end += size
@@ -146,23 +150,23 @@ class BlockPool(RuleBasedStateMachine):
         self.own[r] += blocks
         self.evict_to_fit(pool)
         self.s.pool[0, pool]["used"] += blocks
-        pool_kernels.evict_to_fit(self.kernel_cache, self.s.env[0], pool, self.capacity)
+        pool_kernels.evict_to_fit(self.prefix, self.s.pool, 0, pool, self.capacity)
 
     @precondition(lambda self: self.own)
     @rule(data=st.data())
     def leave(self, data):
         r = self.running(data)
         pool, row = self.pool_of.pop(r), self.s.req[0, r]
-        self.s.pool[0, pool]["used"] -= self.own.pop(r)
+        held = self.prefix.segment["blocks"][0, self.held(r)].sum()
+        self.s.pool[0, pool]["used"] -= self.own.pop(r) + held
         self.cache.let_go(r, pool)
-        if row["held_count"] > 0:
-            pool_kernels.release_prefix(self.kernel_cache, self.s.ids[0], self.s.env[0], row, pool)
+        pool_kernels.release_prefix(self.prefix, self.s.pool, 0, r, pool)
         row["status"] = Status.WAITING
 
     @rule(eviction=st.sampled_from(RULES))
     def change_rule(self, eviction):
         self.cache.rule = eviction
-        pool_kernels.change_eviction(self.kernel_cache, self.s.env[0], eviction)
+        pool_kernels.change_eviction(self.prefix, 0, eviction)
 
     @invariant()
     def same_books(self):
@@ -172,21 +176,23 @@ class BlockPool(RuleBasedStateMachine):
         for pool, entries in enumerate(self.cache.pools):
             assert in_use[pool] == self.cache.in_use(pool)
             assert self.s.pool["used"][0, pool] == self.used(pool)
-            assert self.s.pool["cached"][0, pool] == self.cache.idle(pool)
+            assert self.prefix.pool["cached"][0, pool] == self.cache.idle(pool)
             assert self.used(pool) + self.cache.idle(pool) <= self.capacity
-            slots = self.s.slot[0, pool]
+            slots = self.prefix.slot[0, pool]
             there = slots[slots_in_use(self.s, pool)]
-            found = sorted((int(self.s.segment[0, row["segment"]]["end_tokens"]), int(row["refs"])) for row in there)
+            found = sorted(
+                (int(self.prefix.segment[0, row["segment"]]["end_tokens"]), int(row["refs"])) for row in there
+            )
             assert found == sorted((entry.key[-1], len(entry.users)) for entry in entries.values())
-        assert self.s.env["prefix_evictions_count"][0] == self.cache.evictions
+        assert self.prefix.env["evictions_count"][0] == self.cache.evictions
 
 
 def slots_in_use(state, pool):
-    free, place = set(), int(state.pool["free_slot"][0, pool])
+    free, place = set(), int(state.prefix.pool["free_slot"][0, pool])
     while place != NOWHERE:
         free.add(place)
-        place = int(state.slot["next_copy"][0, pool, place])
-    return [place for place in range(state.slot.shape[2]) if place not in free]
+        place = int(state.prefix.slot["next_copy"][0, pool, place])
+    return [place for place in range(state.prefix.slot.shape[2]) if place not in free]
 
 
 BlockPool.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None, derandomize=True)
@@ -237,9 +243,9 @@ def served(workload, sizes, *, pair=("gpu-dgx-a100", "llama-2-7b"), eviction=Evi
 def test_a_prompt_that_is_all_cached_computes_its_last_token():
     workload = prompts([[1, 2], [1, 2]], [8, 8], 4, arrival=[0, 1e6])
     engine = served(workload, [100])
-    assert engine.state.req["hit_tokens"][0].tolist() == [0, 8]
+    assert engine.state.prefix.req["hit_tokens"][0].tolist() == [0, 8]
     assert engine.state.env["prefill_tokens"][0] == 8 + 1
-    assert engine.state.pool["cached"][0, 0] == 2
+    assert engine.state.prefix.pool["cached"][0, 0] == 2
 
 
 @pytest.mark.parametrize(
@@ -251,9 +257,9 @@ def test_each_rule_gives_up_what_it_says(eviction, kept):
     rows = [[1, 2], [1, 2], [3], [4, 5], []]
     workload = prompts(rows, [8, 8, 4, 8, 8], 4, arrival=np.arange(5) * 1e6)
     engine = served(workload, [5], eviction=eviction)
-    assert engine.state.env["prefix_evictions_count"][0] == 2
-    names = dict(zip(engine.state.ids[0].tolist(), [i for row in rows for i in row], strict=True))
-    slots = engine.state.slot[0, 0]
+    assert engine.state.prefix.env["evictions_count"][0] == 2
+    names = dict(zip(engine.state.prefix.ids[0].tolist(), [i for row in rows for i in row], strict=True))
+    slots = engine.state.prefix.slot[0, 0]
     assert {names[int(slots["segment"][place])] for place in slots_in_use(engine.state, 0)} == kept
 
 
@@ -283,11 +289,11 @@ def test_two_that_compute_the_same_at_once_share_it_after():
     engine.reset(0, workload)
     Knobs().write(engine.knobs, 0)
     engine.run(0, Until.ITERATIONS, 1)
-    assert engine.state.req["hit_tokens"][0].tolist() == [0, 0]
+    assert engine.state.prefix.req["hit_tokens"][0].tolist() == [0, 0]
     assert engine.state.pool["used"][0, 0] == 2 + 1 + 1  # two blocks shared, one each of their own
     assert engine.state.pool["peak"][0, 0] == 3 + 3
     engine.run(0)
-    assert (engine.state.pool["used"][0, 0], engine.state.pool["cached"][0, 0]) == (0, 2)
+    assert (engine.state.pool["used"][0, 0], engine.state.prefix.pool["cached"][0, 0]) == (0, 2)
 
 
 def test_environments_of_one_engine_keep_caches_of_their_own_while_arrays_grow():
@@ -303,7 +309,7 @@ def test_environments_of_one_engine_keep_caches_of_their_own_while_arrays_grow()
     for e, hits in enumerate([1, 20 + 20, 0]):
         assert engine.run(e) == Stop.DONE
         check_prefix(engine.state, [0], e)
-        assert engine.state.env["prefix_hits_count"][e] == hits
+        assert engine.state.prefix.env["hits_count"][e] == hits
     engine.reset(1, small)
     engine.run(1)
     assert engine.state.env["clock_s"][1] == engine.state.env["clock_s"][0]

@@ -29,8 +29,8 @@ def served(workload, blocks: int, eviction: Eviction = Eviction.LRU, *, pair=("g
 
 
 def hit_frac(engine: Engine) -> float:
-    env = engine.state.env[0]
-    return float(env["prefix_hits_count"] / env["prefix_ids_count"])
+    env = engine.state.prefix.env[0]
+    return float(env["hits_count"] / env["ids_count"])
 
 
 @pytest.mark.parametrize("pair", [("gpu-dgx-a100", "llama-3-8b"), ("l3-dgx-a100", "llama-2-7b")])

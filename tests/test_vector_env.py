@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-import l3env.engine
+import l3env.threads
 from l3env.env import ServingEnv
 from l3env.errors import L3EnvError, PlanError
 from l3env.observe import LEVELS
@@ -71,7 +75,7 @@ def test_episodes_go_on_as_a_single_environment_that_is_reset(monkeypatch: pytes
     """After an end the next episode is what ``reset()`` of the single environment draws; threads change nothing."""
     seen = []
     for threads in (1, 2):
-        monkeypatch.setattr(l3env.engine, "THREADS", threads)
+        monkeypatch.setattr(l3env.threads, "_limit", threads)
         envs, single = make(2), ServingEnv(**OPTIONS)  # type: ignore[arg-type]
         envs.reset(seed=3)
         single.reset(seed=3)
@@ -124,3 +128,91 @@ def test_bad_input_is_refused() -> None:
         envs.reset(seed=[1, 2, 3])
     with pytest.raises(L3EnvError, match="unknown reset options"):
         envs.reset(options={"wind": 1})
+
+
+SHORT_RUN = """
+import hashlib, sys
+import gymnasium, numpy as np
+import l3env
+digest = hashlib.sha256()
+for name in ("Serving-v0", "ServingRequests-v0"):
+    envs = gymnasium.make_vec(
+        f"l3env/{name}", num_envs=2, trace="profile:azure-conv-2023?n=60", load=0.8,
+        episode_requests=8, decision="event",
+        system=["l3-dgx-a100", "gpu-dgx-a100"], model="qwen-72b", slo_form=sys.argv[1],
+    )
+    obs, _ = envs.reset(seed=3)
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        if name == "Serving-v0":
+            actions = np.stack([rng.integers(0, n, 2) for n in envs.single_action_space.nvec], axis=1)
+            seen = [obs]
+        else:
+            actions = rng.uniform(-1, 1, envs.action_space.shape).astype(np.float32)
+            seen = [obs["state"], obs["requests"]]
+        for part in seen:
+            digest.update(np.round(part.astype(float), 5).tobytes())
+        obs, rewards, *_ = envs.step(actions)
+        digest.update(rewards.tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("form", ["p99-gap", "token-deadlines"])
+def test_the_same_with_and_without_compilation(form: str) -> None:
+    """Two environments over two machines, through several episodes, in fresh processes."""
+    seen = []
+    for compiled in ("0", "1"):
+        variables = {**os.environ, "NUMBA_DISABLE_JIT": compiled}
+        command = [sys.executable, "-c", SHORT_RUN, form]
+        seen.append(subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout)
+    assert seen[0] == seen[1]
+
+
+def test_episodes_draw_from_lists_and_ranges() -> None:
+    """Machines, traces and loads are drawn for each episode, fixed by reset options, and repeat with the seed."""
+    options = {
+        "system": ["l3-dgx-a100", "gpu-dgx-a100"],
+        "model": ["gpt-175b", "qwen-72b"],
+        "trace": ["profile:azure-conv-2023?n=300", "profile:azure-code-2023?n=300"],
+        "load": [0.2, 0.6],
+        "episode_requests": 20,
+    }
+    single = ServingEnv(**options)  # type: ignore[arg-type]
+    drawn = set()
+    for seed in range(40):
+        single.reset(seed=seed)
+        episode = single.episode
+        drawn.add((single.episodes.names[episode.pair_idx], single.episodes.traces[episode.trace_idx]))
+        assert 0.2 <= episode.load <= 0.6
+        assert single.engine is not None
+        assert single.engine.pair(0) is single.episodes.pairs[episode.pair_idx]
+    assert len(drawn) == 8
+    fixed = {"system": "gpu-dgx-a100", "model": "qwen-72b", "trace": options["trace"][1], "load": 0.3}
+    single.reset(seed=0, options=fixed)
+    assert single.episodes.names[single.episode.pair_idx] == ("gpu-dgx-a100", "qwen-72b")
+    assert single.episode.load == 0.3
+    envs = ServingVectorEnv(4, **options)
+    obs, info = envs.reset(seed=10)
+    for i in range(4):
+        first, single_info = single.reset(seed=10 + i)
+        np.testing.assert_array_equal(obs[i], first)
+        np.testing.assert_array_equal(info["action_mask"][i], single_info["action_mask"])
+    with pytest.raises(L3EnvError, match="this environment has"):
+        single.reset(options={"system": "cpu-offload-dgx-a100"})
+    with pytest.raises(L3EnvError, match="range"):
+        ServingEnv(load=[2.0, 1.0])
+    with pytest.raises(L3EnvError, match="different names"):
+        ServingEnv(system=[])
+
+
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    def fails(first: int, last: int) -> None:
+        if last == 100:
+            raise ValueError("the last piece")
+
+    with pytest.raises(ValueError, match="the last piece"):
+        l3env.threads.share_out(fails, 100)
+    done = np.zeros(1000, np.int64)
+    l3env.threads.share_out(lambda first, last: done.__setitem__(slice(first, last), done[first:last] + 1), 1000)
+    assert (done == 1).all()

@@ -14,11 +14,25 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from l3env.errors import TraceError
 from l3env.trace_registry import TraceFormat, formats, suggests
 from l3env.workload import Workload
-from traces import azure, burstgpt, canonical, kv_cache_tester, mooncake, profile, servegen, spec, synthetic, vidur
+from traces import (
+    azure,
+    burstgpt,
+    canonical,
+    kv_cache_tester,
+    mooncake,
+    profile,
+    prover_log,
+    servegen,
+    spec,
+    splice,
+    synthetic,
+    vidur,
+)
 from traces.reading import first_line, is_tar
 from traces.window import parse_window
 
@@ -29,7 +43,7 @@ class StandInWarning(UserWarning):
 
 MANIFEST = Path(__file__).parent / "manifest.toml"
 CHECKOUT = Path(__file__).resolve().parent.parent
-BUILT_IN = (canonical, azure, mooncake, burstgpt, vidur, kv_cache_tester, servegen)
+BUILT_IN = (canonical, azure, mooncake, burstgpt, vidur, kv_cache_tester, servegen, prover_log)
 PROFILE_PREFIX = "profile:"
 
 
@@ -148,7 +162,7 @@ def _shown_name(base: str, text: str) -> str:
     """The spec, a path shortened to its file name, a stand-in called what it is."""
     if base in read_manifest() and locate(read_manifest()[base]) is None:
         return PROFILE_PREFIX + text
-    return text if base in names() else Path(base).name + text.removeprefix(base)
+    return text if base in names() or base.startswith(splice.PREFIX) else Path(base).name + text.removeprefix(base)
 
 
 def _lengths(text: str, other: str) -> Workload:
@@ -170,6 +184,8 @@ def _find(base: str, text: str) -> Maker | None:
         if name not in profile.names():
             return None
         return Maker(lambda **own: profile.generate(name, **own), {"n": spec.parse_count, "window": parse_window}, {})
+    if base.startswith(splice.PREFIX):
+        return _splice(base)
     if entry := read_manifest().get(base):
         return _named(entry)
     if not _exists(base):
@@ -179,6 +195,19 @@ def _find(base: str, text: str) -> Maker | None:
     trace_format = find_format(path, wanted[0] if wanted and base != text else None)
     maker = _of_file(path, trace_format, {}, {})
     return replace(maker, options={**maker.options, "format": str})
+
+
+def _splice(base: str) -> Maker:
+    names = [unquote(name) for name in base.removeprefix(splice.PREFIX).split(",") if name]
+
+    def part(name: str, seed: int) -> Workload:
+        workload = resolve(name, seed)
+        if workload is None:
+            raise TraceError(f"trace {base!r}: {name}: no such trace and no such file")
+        return workload
+
+    options = {"every": spec.parse_positive, "rates": splice.parse_rates, "window": parse_window}
+    return Maker(lambda **own: splice.splice(names, part, **own), options, {})
 
 
 def _named(entry: Entry) -> Maker:

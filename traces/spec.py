@@ -13,6 +13,7 @@ from l3env.errors import TraceError
 from l3env.workload import Workload
 from traces.arrivals import KINDS, with_arrivals
 from traces.resample import resample
+from traces.splice import DEFAULT_PERIOD_S, parse_swing, ramp, swing
 from traces.window import parse_window
 
 
@@ -56,6 +57,9 @@ GENERAL: Mapping[str, Callable[[str], Any]] = {
     "arrivals": parse_arrivals,
     "cv": parse_positive,
     "seed": parse_seed,
+    "ramp": parse_swing,
+    "swing": parse_swing,
+    "period": parse_positive,
 }
 
 
@@ -90,6 +94,10 @@ def parse_options(spec: str, extra: Mapping[str, Callable[[str], Any]]) -> dict[
         raise TraceError(f"trace {spec!r}: load and rate both set the speed of arrivals; expected one of them")
     if "cv" in values and values.get("arrivals") != "gamma":
         raise TraceError(f"trace {spec!r}: cv needs arrivals=gamma")
+    if "ramp" in values and "swing" in values:
+        raise TraceError(f"trace {spec!r}: ramp and swing both change the load over time; expected one of them")
+    if "period" in values and "swing" not in values:
+        raise TraceError(f"trace {spec!r}: period needs swing=FIRST:SECOND")
     return values
 
 
@@ -98,7 +106,7 @@ def _decode(text: str, key: str) -> str:
 
 
 def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:
-    """Window, then another sample where ``seed`` >= 1 and the rows are fixed, first ``n``, arrivals, rate or load.
+    """Window, another sample where ``seed`` >= 1 and the rows are fixed, first ``n``, arrivals, rate or load, ramp.
 
     A sample is drawn within the window, so a window that is held out stays unseen. Rows drawn with this seed already
     (``source["drawn_with_seed"]``) are not sampled again.
@@ -121,7 +129,13 @@ def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:
         workload = with_arrivals(workload, kind, rate, values.get("cv"), seed)
     elif rate is not None:
         workload = at_rate(workload, rate)
-    return workload.at_load(values["load"]) if "load" in values else workload
+    if "load" in values:
+        workload = workload.at_load(values["load"])
+    if "ramp" in values:
+        workload = ramp(workload, values["ramp"])
+    elif "swing" in values:
+        workload = swing(workload, values["swing"], values.get("period", DEFAULT_PERIOD_S))
+    return workload
 
 
 def at_rate(workload: Workload, rate_per_s: float) -> Workload:

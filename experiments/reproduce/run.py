@@ -9,16 +9,21 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.reproduce.common import Row
+from experiments.reproduce.common import DEFAULT, Row
 from l3env.errors import L3EnvError
 
 FIGURES = ("fig11", "fig12", "fig13", "fig14", "fig15", "fig16", "energy")
+OTHER_PAPERS = ("prover",)  # not of the L3 paper, and not part of "all"
 
 
-def rows_of(name: str, progress: Callable[[int, int, str], None]) -> list[Row]:
-    """Rows of one figure or of ``all``. Raises L3EnvError for an unknown name."""
-    if name not in (*FIGURES, "all"):
-        raise L3EnvError(f"unknown figure {name!r}; expected one of {', '.join(FIGURES)}, or all")
+def rows_of(name: str, progress: Callable[[int, int, str], None], *, quick: bool = False) -> list[Row]:
+    """Rows of one figure or of ``all``. Raises L3EnvError for an unknown name, or where there is no quick version."""
+    if name not in (*FIGURES, *OTHER_PAPERS, "all"):
+        raise L3EnvError(f"unknown figure {name!r}; expected one of {', '.join((*FIGURES, *OTHER_PAPERS))}, or all")
+    if name in OTHER_PAPERS:
+        return list(importlib.import_module(f"experiments.reproduce.{name}").rows(progress, quick=quick))
+    if quick:
+        raise L3EnvError(f"{name} has no quick version; expected one of {', '.join(OTHER_PAPERS)}")
     names = FIGURES if name == "all" else (name,)
     rows: list[Row] = []
     for done, each in enumerate(names):
@@ -28,12 +33,20 @@ def rows_of(name: str, progress: Callable[[int, int, str], None]) -> list[Row]:
     return rows
 
 
+def assumed(name: str) -> str:
+    """What the rows of a figure rest on, in a sentence."""
+    if name in OTHER_PAPERS:
+        return str(importlib.import_module(f"experiments.reproduce.{name}").assumptions())
+    return DEFAULT.text()
+
+
 def draw(rows: list[Row], out: Path) -> list[Path]:
     """One picture a figure: what the paper reports beside what comes out, sensitivities left out."""
     out.mkdir(parents=True, exist_ok=True)
     paths = []
     for figure in dict.fromkeys(row["figure"] for row in rows):
-        shown = [row for row in rows if row["figure"] == figure and row["paper"] and "sensitivity" not in row["case"]]
+        mine = [row for row in rows if row["figure"] == figure]
+        shown = [row for row in mine if row["paper"] and row["ours"] is not None and "sensitivity" not in row["case"]]
         if shown:
             paths.append(_draw_figure(figure, shown, out / f"{figure}.png"))
     return paths

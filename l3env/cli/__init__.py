@@ -1,7 +1,20 @@
 """The command line: a module a group of commands, each of which adds its own to ``app`` when it is imported here."""
 
-from l3env.cli import bench, compare, gpu, lists, paper, traces
+from l3env.cli import bench, capacity, compare, gpu, learn, lists, paper, study, timeline, traces
 from l3env.cli.main import main
 from l3env.cli.shared import app
 
-__all__ = ["app", "bench", "compare", "gpu", "lists", "main", "paper", "traces"]
+__all__ = [
+    "app",
+    "bench",
+    "capacity",
+    "compare",
+    "gpu",
+    "learn",
+    "lists",
+    "main",
+    "paper",
+    "study",
+    "timeline",
+    "traces",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -18,7 +19,9 @@ def bench(
     announce_compilation()
     from experiments import bench as measure
 
-    figures = measure.run(lambda text: err.print(f"measuring: {text}", highlight=False), quick=quick)
+    figures = measure.run(
+        lambda text: err.print(f"measuring: {text}", highlight=False), quick=quick, training_speed=_training_speed()
+    )
     if as_json:
         print_json(figures)
         return
@@ -32,3 +35,13 @@ def bench(
             ),
         )
     err.print(table)
+
+
+def _training_speed() -> Callable[[], tuple[float, float]] | None:
+    """How training is measured; None, and a note, where its extra is not installed."""
+    try:
+        from experiments.train.speed import training_speed
+    except ModuleNotFoundError as error:
+        err.print(f"training is not measured: {error.name} is not installed (pip install 'l3env[train]')")
+        return None
+    return training_speed

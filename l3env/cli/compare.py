@@ -34,6 +34,10 @@ def compare(
     tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
     ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
     tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
+    slo_form: Annotated[str, typer.Option(help="SLO on tokens: mean-tbt, p99-gap or token-deadlines.")] = "mean-tbt",
+    training: Annotated[
+        str | None, typer.Option(help="Trace of earlier requests to learn from, by default the first fifth.")
+    ] = None,
     prefix_cache: Annotated[
         str, typer.Option(help="Share KV of equal prompt beginnings (traces with prefix ids): off, lru, lfu or tree.")
     ] = "off",
@@ -57,7 +61,8 @@ def compare(
             tuple(numbers(utilization, "--utilization")) if utilization else (),
             seeds,
             tp,
-            slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s),
+            slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s, slo_form),
+            training=training,
             prefix_cache=prefix_cache,
         )
     run_and_report(wanted, out, as_json)
@@ -76,6 +81,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def run_and_report(config: Any, out: Path | None, as_json: bool) -> None:
     """Runs a comparison with a progress bar; prints the table or JSON; writes the folder."""
     from l3env import report
+    from l3env.report import html
     from l3env.runner import run_comparison
 
     with progress_bar("comparing") as progress:
@@ -87,7 +93,11 @@ def run_and_report(config: Any, out: Path | None, as_json: bool) -> None:
     if out is not None:
         with err.status("drawing ..."):
             report.write_results(comparison, out)
-        err.print(f"written: {out}/results.csv, config.json, requests/*.parquet and pictures (*.png)", highlight=False)
+            html.write_html(html.of_comparison(comparison, f"Comparison {out.name}"), out / "report.html")
+        err.print(
+            f"written: {out}/results.csv, report.html, config.json, requests/*.parquet and pictures (*.png)",
+            highlight=False,
+        )
 
 
 @app.command()

@@ -9,6 +9,8 @@ from typing import Any
 from l3env.cli.shared import app, err
 from l3env.errors import L3EnvError
 
+INTERRUPTED = 130
+
 
 def main() -> None:
     """Runs the command line."""
@@ -18,9 +20,10 @@ def main() -> None:
     except L3EnvError as error:
         err.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; what was finished is kept")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
+            err.print("interrupted; what was finished is kept")
+        raise
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -13,21 +13,22 @@ from l3env.errors import L3EnvError
 
 @app.command()
 def reproduce(
-    figure: Annotated[str, typer.Argument(help="fig11 to fig16, energy, or all.")] = "all",
+    figure: Annotated[str, typer.Argument(help="fig11 to fig16, energy, all of these, or prover.")] = "all",
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/reproduce"),
+    quick: Annotated[bool, typer.Option(help="Fewer theorems (prover).")] = False,
     as_json: Json = False,
 ) -> None:
-    """The L3 paper's results, side by side with this model's."""
+    """The L3 paper's results, side by side with this model's; or DeepSeek-Prover's, with the synthetic prover's."""
     announce_compilation()
-    from experiments.reproduce import common, run
+    from experiments.reproduce import run
 
     with progress_bar("reproducing") as progress:
-        rows = run.rows_of(figure, progress)
+        rows = run.rows_of(figure, progress, quick=quick)
     run.draw(rows, out)
     if as_json:
         print_json([{key: finite(value) for key, value in row.items()} for row in rows])
         return
-    err.print(f"Assumed: {common.DEFAULT.text()}.", highlight=False)
+    err.print(f"Assumed: {run.assumed(figure)}.", highlight=False)
     table = plain_table("figure", "what", "paper", "here", "ratio")
     for row in rows:
         numbers = ["-" if row[key] is None else f"{row[key]:.3g}" for key in ("paper", "ours", "ratio")]

@@ -31,7 +31,7 @@ PIPED_WIDTH = 140  # columns where stderr is no terminal
 err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
-TEXT_COLUMNS = ("what", "module", "licence", "decides", "GPUs", "PIM", "here", "profile", "value")
+TEXT_COLUMNS = ("what", "module", "licence", "decides", "GPUs", "PIM", "here", "profile", "value", "model", "trace")
 
 
 def print_json(value: Any) -> None:
@@ -39,12 +39,20 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def announce_compilation() -> None:
-    """Says so before the first use compiles the kernels, which takes half a minute."""
+def announce_compilation(*, compile_now: bool = False) -> None:
+    """Says so before the first use compiles the kernels, which takes half a minute.
+
+    ``compile_now`` does it here and now, so that several processes do not do it side by side.
+    """
     from l3env.jit import is_compiled
 
-    if not is_compiled():
-        err.print("compiling the simulator for this machine: first use only, about half a minute ...")
+    if is_compiled():
+        return
+    err.print("compiling the simulator for this machine: first use only, about half a minute ...")
+    if compile_now:
+        from l3env.runner import warm_up
+
+        warm_up()
 
 
 @contextlib.contextmanager
@@ -61,18 +69,31 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("", total=None)
-        yield lambda done, total, what: progress.update(task, completed=done, total=total, description=what)
+
+        def move(done: int, total: int, what: str) -> None:
+            if progress.tasks[0].total is None:  # what an earlier run has done says nothing about the time left
+                progress.reset(task, completed=done, total=total)
+            progress.update(task, completed=done, total=total, description=what)
+
+        yield move
 
 
-def numbers(text: str, option: str) -> list[float]:
-    """Comma-separated positive numbers of an option."""
+def numbers(text: str, option: str, count: int | None = None) -> list[float]:
+    """Comma-separated positive numbers of an option, ``count`` of them where that is given."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
         raise L3EnvError(f"{option} {text!r}; expected a number, or several with commas between") from None
     if not all(0 < value < float("inf") for value in values):
         raise L3EnvError(f"{option} {text!r}; expected numbers > 0")
+    if count is not None and len(values) != count:
+        raise L3EnvError(f"{option} {text!r}; expected {count} number{'s' if count > 1 else ''}")
     return values
+
+
+def names(text: str) -> list[str]:
+    """Comma-separated names of an option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def plain_table(*columns: str) -> Table:

@@ -6,7 +6,7 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.memory import finish, join_decode, leave_prefill, pool_of
-from l3env.kernels.prefix import cache_of, publish
+from l3env.kernels.prefix import moving_tokens, publish
 from l3env.kernels.price import (
     causal_pairs,
     fc_batch_s,
@@ -19,7 +19,8 @@ from l3env.kernels.price import (
     prefill_work_s,
 )
 from l3env.kernels.schedule import decoding_count
-from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, Status, SubBatching
+from l3env.kernels.slo import note_prefill_token, note_step_deadlines, note_step_gaps
+from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, SloForm, Status, SubBatching
 
 LOG_GAP_RATIO = np.log(GAP_RATIO)
 
@@ -52,7 +53,7 @@ def execute(t, s, e, decode, mode):
         chunk_s = prefill_work_s(t, table, chunk, history)
         joined = 1 if history > 0 else 0
         ends = 1 if history + chunk == req[e, r]["target_tokens"] else 0
-        pushed = (chunk if req[e, r]["lane"] > 0 else 0) + req[e, r]["moving_tokens"]
+        pushed = (chunk if req[e, r]["lane"] > 0 else 0) + moving_tokens(s.prefix, e, r)
         if req[e, r]["sub"] == 0:
             attention_0, chunks_0, histories_0 = attention_0 + chunk_s, chunks_0 + 1, histories_0 + joined
             tokens_0, pushed_0, ends_0 = tokens_0 + chunk, pushed_0 + pushed, ends_0 + ends
@@ -82,36 +83,39 @@ def execute(t, s, e, decode, mode):
 
     # price
     gpu_0_s, gpu_1_s, pim_0_s, pim_1_s, move_0_s, move_1_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    front_0_s, front_1_s, read_s, slowest_s, duration_s, batches = 0.0, 0.0, 0.0, 0.0, np.inf, 0
+    prefill_0_s, prefill_1_s, hbm_0_s, hbm_1_s = 0.0, 0.0, 0.0, 0.0
+    read_0_s, read_1_s, slowest_s, duration_s = 0.0, 0.0, 0.0, np.inf
+    interleaved, batches = 0, 0
     if mode != SubBatching.OFF:
-        front_0_s = attention_0 + prefill_launch_s(t, table, chunks_0, histories_0)
-        front_0_s += hbm_attention_s(t, table, hbm_kv_0, hbm_n_0)
-        front_1_s = attention_1 + prefill_launch_s(t, table, chunks_1, histories_1)
-        front_1_s += hbm_attention_s(t, table, hbm_kv_1, hbm_n_1)
-        gpu_0_s = front_0_s + fc_batch_s(t, table, tokens_0 + decodes_1)
+        prefill_0_s = attention_0 + prefill_launch_s(t, table, chunks_0, histories_0)
+        prefill_1_s = attention_1 + prefill_launch_s(t, table, chunks_1, histories_1)
+        hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0)
+        hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1)
+        gpu_0_s = prefill_0_s + hbm_0_s + fc_batch_s(t, table, tokens_0 + decodes_1)
         gpu_0_s += head_batch_s(t, table, ends_0 + decodes_1)
-        gpu_1_s = front_1_s + fc_batch_s(t, table, tokens_1 + decodes_0)
+        gpu_1_s = prefill_1_s + hbm_1_s + fc_batch_s(t, table, tokens_1 + decodes_0)
         gpu_1_s += head_batch_s(t, table, ends_1 + decodes_0)
         pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0_s, pim_n_0, pushed_1)
         pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1_s, pim_n_1, pushed_0)
-        read_s = read_0_s + read_1_s
         slowest_s = slowest_0_s + slowest_1_s
         duration_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
         batches = (1 if tokens_0 + decodes_1 > 0 else 0) + (1 if tokens_1 + decodes_0 > 0 else 0)
+        interleaved = 1
     if mode != SubBatching.ON:
-        front_s = attention_0 + attention_1
-        front_s += prefill_launch_s(t, table, chunks_0 + chunks_1, histories_0 + histories_1)
-        front_s += hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1)
+        prefill_s = attention_0 + attention_1
+        prefill_s += prefill_launch_s(t, table, chunks_0 + chunks_1, histories_0 + histories_1)
+        hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1)
         batch = tokens_0 + tokens_1 + decodes_0 + decodes_1
         rows = ends_0 + ends_1 + decodes_0 + decodes_1
         pushed = pushed_0 + pushed_1
         one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s = one_batch_s(
-            t, table, front_s, slowest_both_s, pim_n_0 + pim_n_1, pushed, batch, rows
+            t, table, prefill_s + hbm_s, slowest_both_s, pim_n_0 + pim_n_1, pushed, batch, rows
         )
         if one_s < duration_s:
-            duration_s, gpu_0_s, pim_0_s, read_s, move_0_s = one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s
-            gpu_1_s, pim_1_s, move_1_s = 0.0, 0.0, 0.0
-            front_0_s, front_1_s = front_s, 0.0
+            duration_s, gpu_0_s, pim_0_s, read_0_s, move_0_s = one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s
+            gpu_1_s, pim_1_s, read_1_s, move_1_s = 0.0, 0.0, 0.0, 0.0
+            prefill_0_s, prefill_1_s, hbm_0_s, hbm_1_s = prefill_s, 0.0, hbm_s, 0.0
+            interleaved = 0
             slowest_s = slowest_both_s
             batches = 1 if batch > 0 else 0
 
@@ -127,7 +131,7 @@ def execute(t, s, e, decode, mode):
     env["gpu_busy_s"] += gpu_0_s + gpu_1_s
     env["pim_busy_s"] += pim_0_s + pim_1_s
     env["transfer_s"] += move_0_s + move_1_s
-    env["transfer_exposed_s"] += pim_0_s + pim_1_s - read_s
+    env["transfer_exposed_s"] += pim_0_s + pim_1_s - (read_0_s + read_1_s)
     env["energy_j"] += energy_j
     env["queue_s"] += duration_s * env["waiting_count"]
     env["present_s"] += duration_s * (env["waiting_count"] + env["running_count"])
@@ -137,8 +141,11 @@ def execute(t, s, e, decode, mode):
         env["imbalance_s"] += slowest_s - lane_attention_s(t, table, pim_kv, pim_n_0 + pim_n_1) / (lanes - 1)
     env["last_iteration_s"] = duration_s
     env["last_gpu_0_s"], env["last_gpu_1_s"] = gpu_0_s, gpu_1_s
-    env["last_attention_0_s"], env["last_attention_1_s"] = front_0_s, front_1_s
+    env["last_attention_0_s"], env["last_attention_1_s"] = prefill_0_s + hbm_0_s, prefill_1_s + hbm_1_s
+    env["last_prefill_0_s"], env["last_prefill_1_s"] = prefill_0_s, prefill_1_s
     env["last_pim_0_s"], env["last_pim_1_s"] = pim_0_s, pim_1_s
+    env["last_read_0_s"], env["last_read_1_s"] = read_0_s, read_1_s
+    env["last_interleaved"] = interleaved
     env["last_transfer_0_s"], env["last_transfer_1_s"] = move_0_s, move_1_s
     env["last_prefill_tokens"], env["last_decode_tokens"] = tokens, decodes
 
@@ -149,7 +156,7 @@ def execute(t, s, e, decode, mode):
     for sub in range(SUB_BATCHES):
         heap = FINISH_HEAP + sub
         while s.heap_len[e, heap] > 0 and s.heap[e, heap, s.heap[e, heap, 0]["item"]]["key"] <= s.sub[e, sub]["clock"]:
-            finish(t, s, e, s.heap[e, heap, 0]["item"])
+            finish(t, s, e, np.int64(s.heap[e, heap, 0]["item"]))
     if s.log.shape[1] > 1:
         write_log(t, s, e, duration_s, gpu_0_s + gpu_1_s, pim_0_s + pim_1_s, decodes, tokens)
 
@@ -159,6 +166,8 @@ def step_decodes(s, e, lanes):
     """All decoding requests emit a token: clocks, lane loads, gaps between tokens."""
     env = s.env[e]
     now_s = env["clock_s"]
+    if env["slo_form"] == SloForm.P99_GAP:
+        note_step_gaps(s, e, now_s)
     if s.gap_hist.shape[1] > 1:
         record_gaps(s, e, now_s)
     else:
@@ -171,6 +180,8 @@ def step_decodes(s, e, lanes):
         s.sub[e, sub]["last_step_s"] = now_s
         for lane in range(lanes):
             s.lane[e, sub, lane]["kv"] += s.lane[e, sub, lane]["count"]
+    if env["slo_form"] == SloForm.TOKEN_DEADLINES:
+        note_step_deadlines(s, e, now_s)
 
 
 @helper
@@ -205,20 +216,22 @@ def step_prefills(t, s, e):
     now_s = env["clock_s"]
     i = 0
     while i < env["prefill_count"]:
-        r = s.lists[e, i]["prefill"]
+        r = np.int64(s.lists[e, i]["prefill"])
         chunk = req[e, r]["chunk_tokens"]
         req[e, r]["chunk_tokens"] = 0
         req[e, r]["prefilled_tokens"] += chunk
+        env["prefill_left_tokens"] -= chunk
         if req[e, r]["emitted_tokens"] > 0:
             env["recomputed_tokens"] += chunk
-        if chunk > 0 and env["eviction"]:
-            req[e, r]["moving_tokens"] = 0
-            publish(cache_of(s, e), s.ids[e], req[e, r], pool_of(t, s, e, r))
+        if chunk > 0:
+            publish(s.prefix, s.pool, e, r, pool_of(t, s, e, r), req[e, r]["prefilled_tokens"])
         if chunk == 0 or req[e, r]["prefilled_tokens"] < req[e, r]["target_tokens"]:
             i += 1
             continue
         leave_prefill(s, e, r)
         s.lane[e, req[e, r]["sub"], req[e, r]["lane"]]["pending"] -= req[e, r]["target_tokens"]
+        if env["slo_form"] != SloForm.MEAN_TBT:
+            note_prefill_token(s, e, r, now_s)
         if np.isnan(req[e, r]["first_token_s"]):
             req[e, r]["first_token_s"] = now_s
         elif s.gap_hist.shape[1] > 1:
@@ -227,7 +240,7 @@ def step_prefills(t, s, e):
         req[e, r]["emitted_tokens"] += 1
         env["output_tokens"] += 1
         req[e, r]["kv_tokens"] = req[e, r]["target_tokens"]
-        join_decode(t, s, e, r, req[e, r]["sub"])
+        join_decode(t, s, e, r, np.int64(req[e, r]["sub"]))
 
 
 @helper

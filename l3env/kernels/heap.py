@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from l3env.jit import helper, inner
 from l3env.state import NOWHERE
 
@@ -46,9 +48,14 @@ def sift_down(heap, length, place):
     put(heap, place, moved)
 
 
-@helper
+@inner
 def push(heap, lengths, which, request, key):
     """Adds a request that is not in the heap. ``lengths[which]`` is the heap's length."""
+    _push(heap, lengths, np.int64(which), np.int64(request), key)  # one type of index: compiled once
+
+
+@helper
+def _push(heap, lengths, which, request, key):
     heap[request]["key"] = key
     place = lengths[which]
     put(heap, place, request)
@@ -56,10 +63,15 @@ def push(heap, lengths, which, request, key):
     sift_up(heap, place)
 
 
-@helper
+@inner
 def remove(heap, lengths, which, request):
     """Removes a request if it is in the heap."""
-    place = heap[request]["pos"]
+    _remove(heap, lengths, np.int64(which), np.int64(request))
+
+
+@helper
+def _remove(heap, lengths, which, request):
+    place = np.int64(heap[request]["pos"])
     if place == NOWHERE:
         return
     heap[request]["pos"] = NOWHERE
@@ -70,11 +82,11 @@ def remove(heap, lengths, which, request):
     last = heap[length]["item"]
     put(heap, place, last)
     sift_up(heap, place)
-    sift_down(heap, length, heap[last]["pos"])
+    sift_down(heap, length, np.int64(heap[last]["pos"]))
 
 
 @helper
 def rekey(heap, length, request, key):
     """Gives a request in the heap a key that is not smaller than its present one."""
     heap[request]["key"] = key
-    sift_down(heap, length, heap[request]["pos"])
+    sift_down(heap, length, np.int64(heap[request]["pos"]))

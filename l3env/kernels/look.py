@@ -43,7 +43,7 @@ def peek_queue(t, s, e, order, out, frontier):
     """The first ``len(out)`` waiting requests of an order, in order; returns how many there are.
 
     Walks the heap from its root with a frontier of places (``frontier`` has room for len(out) + 1), so the length of
-    the queue does not matter. Hopelessness is as far as it has been noticed.
+    the queue does not matter.
     """
     if s.env[e]["waiting_count"] == 0:
         return 0

@@ -10,9 +10,10 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, remove
-from l3env.kernels.prefix import cache_of, evict_to_fit, footprint_blocks, hold_prefix, release_prefix
-from l3env.kernels.queue import dequeue, enqueue, release_children
-from l3env.state import FINISH_HEAP, NOWHERE, Status, Victim
+from l3env.kernels.prefix import evict_to_fit, footprint_blocks, hold_prefix, release_prefix, segment_tokens
+from l3env.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
+from l3env.kernels.slo import is_met, note_join, note_leave
+from l3env.state import FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SloForm, Status, Victim
 
 
 @inner
@@ -70,8 +71,7 @@ def admit(t, s, e, r, lane, sub):
     req[e, r]["promised_blocks"] = promised
     req[e, r]["prefilled_tokens"] = 0
     s.pool[e, pool]["used"] += footprint_blocks(t, s, e, r, target)
-    if env["eviction"]:
-        hold_prefix(cache_of(s, e), s.ids[e], env, req[e, r], pool, t.pool_blocks[table, pool])
+    hold_prefix(s.prefix, req, s.pool, e, r, pool, t.pool_blocks[table, pool])
     s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
     s.pool[e, pool]["promised"] += promised
     s.lane[e, sub, lane]["pending"] += target
@@ -82,12 +82,32 @@ def admit(t, s, e, r, lane, sub):
     env["admitted_seq"] += 1
     req[e, r]["admitted_seq"] = env["admitted_seq"]
     env["admitted_count"] += 1
+    env["prefill_left_tokens"] += target - req[e, r]["prefilled_tokens"]
     s.sub[e, sub]["members"] += 1
     req[e, r]["running_pos"] = env["running_count"]
     s.lists[e, env["running_count"]]["running"] = r
     env["running_count"] += 1
     s.lists[e, env["prefill_count"]]["prefill"] = r
     env["prefill_count"] += 1
+
+
+@inner
+def count_decoding(s, e, sub, r, sign):
+    """Adds a request that joins to its sub-batch's sums, or takes out one that leaves (before it is written down)."""
+    req, group = s.req[e, r], s.sub[e, sub]
+    joined = req["joined_clock"]
+    age, kv = req["emitted_tokens"] - joined, req["kv_tokens"] - joined
+    group["age_sum"] += sign * age
+    group["age_sum2"] += sign * age * age
+    group["kv_sum"] += sign * kv
+    group["kv_sum2"] += sign * kv * kv
+    group["predicted_sum"] += sign * req["predicted_tokens"]
+    if req["first_token_s"] > req["arrival_s"] + req["ttft_slo_s"]:
+        group["late_count"] += sign
+    group["tbt_slo_s"] += sign * req["tbt_slo_s"]
+    group["due_s"] += sign * (req["first_token_s"] + req["tbt_slo_s"] * age)
+    if s.heap_len[e, FINISH_HEAP + sub] == 0:  # no rounding is carried on
+        group["tbt_slo_s"], group["due_s"] = 0.0, 0.0
 
 
 @helper
@@ -104,13 +124,16 @@ def join_decode(t, s, e, r, sub):
     req[e, r]["joined_clock"] = now
     s.lane[e, sub, lane]["count"] += 1
     s.lane[e, sub, lane]["kv"] += kv
-    s.phase[e, sub, t.lane_pool[table, lane], (now - kv + req[e, r]["ids_tokens"]) % block] += 1
+    s.phase[e, sub, t.lane_pool[table, lane], (now - kv + segment_tokens(s.prefix, e, r)) % block] += 1
     steps_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
     push(s.heap[e, FINISH_HEAP + sub], s.heap_len[e], FINISH_HEAP + sub, r, float(now + steps_left))
+    count_decoding(s, e, sub, r, 1)
     if not req[e, r]["joining"]:
         req[e, r]["joining"] = 1
         s.lists[e, env["joining_count"]]["joining"] = r
         env["joining_count"] += 1
+    if env["slo_form"] != SloForm.MEAN_TBT:
+        note_join(s, e, r)
 
 
 @helper
@@ -120,13 +143,16 @@ def leave_decode(t, s, e, r):
     table = s.env[e]["table_idx"]
     block = t.coef[table]["block_tokens"]
     lane, sub = req[e, r]["lane"], req[e, r]["sub"]
+    if s.env[e]["slo_form"] != SloForm.MEAN_TBT:
+        note_leave(s, e, r)
     kv, emitted = kv_now(s, e, r), emitted_now(s, e, r)
     joined = req[e, r]["joined_clock"]
-    own = req[e, r]["kv_tokens"] - req[e, r]["ids_tokens"]
+    own = req[e, r]["kv_tokens"] - segment_tokens(s.prefix, e, r)
     s.phase[e, sub, t.lane_pool[table, lane], (joined - own) % block] -= 1
     s.lane[e, sub, lane]["count"] -= 1
     s.lane[e, sub, lane]["kv"] -= kv
     remove(s.heap[e, FINISH_HEAP + sub], s.heap_len[e], FINISH_HEAP + sub, r)
+    count_decoding(s, e, sub, r, -1)
     if s.sub[e, sub]["clock"] > joined:
         req[e, r]["last_token_s"] = s.sub[e, sub]["last_step_s"]
     req[e, r]["kv_tokens"] = kv
@@ -140,14 +166,14 @@ def release(t, s, e, r):
     req, env = s.req, s.env[e]
     lane, status = req[e, r]["lane"], req[e, r]["status"]
     pool = pool_of(t, s, e, r)
-    s.pool[e, pool]["used"] -= held_blocks(t, s, e, r) - req[e, r]["held_blocks"]
-    if req[e, r]["held_count"] > 0:
-        release_prefix(cache_of(s, e), s.ids[e], env, req[e, r], pool)
+    s.pool[e, pool]["used"] -= held_blocks(t, s, e, r)
+    release_prefix(s.prefix, s.pool, e, r, pool)
     s.pool[e, pool]["promised"] -= req[e, r]["promised_blocks"]
     if status == Status.DECODE:
         leave_decode(t, s, e, r)
     elif status == Status.PREFILL:
         s.lane[e, req[e, r]["sub"], lane]["pending"] -= req[e, r]["target_tokens"]
+        env["prefill_left_tokens"] -= req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]
         leave_prefill(s, e, r)
     else:
         s.lane[e, req[e, r]["sub"], lane]["pending"] -= req[e, r]["kv_tokens"]
@@ -228,12 +254,13 @@ def finish(t, s, e, r):
     req[e, r]["last_token_s"] = now_s
     req[e, r]["emitted_tokens"] = s.truth[e, r]
     env["finished_count"] += 1
-    ttft_s = req[e, r]["first_token_s"] - req[e, r]["arrival_s"]
-    gaps = s.truth[e, r] - 1
-    tbt_s = (now_s - req[e, r]["first_token_s"]) / gaps if gaps > 0 else 0.0
-    if ttft_s <= req[e, r]["ttft_slo_s"] and tbt_s <= req[e, r]["tbt_slo_s"]:
+    if is_met(s, e, r):
         req[e, r]["slo_met"] = 1
         env["slo_met_count"] += 1
+    note_end(s, e, float(req[e, r]["slo_met"]))
+    env["output_mean_tokens"] = running_mean(
+        env["output_mean_tokens"], float(s.truth[e, r]), env["finished_count"], FINISHED_WEIGHT
+    )
     release_children(s, e, r)
 
 
@@ -258,6 +285,8 @@ def choose_victim(t, s, e, pool, rule):
             badness = float(req[e, r]["predicted_tokens"] - emitted_now(s, e, r))
         elif rule == Victim.LATEST_DEADLINE:
             badness = req[e, r]["arrival_s"] + req[e, r]["ttft_slo_s"]
+        elif rule == Victim.LOWEST_SCORE:
+            badness = -req[e, r]["score"]
         if badness > worst:
             chosen, worst = r, badness
     return chosen
@@ -275,8 +304,7 @@ def make_room_to_grow(t, s, e, rule):
         if need > 0:
             s.pool[e, pool]["used"] += need
             s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
-            if s.pool[e, pool]["cached"] > 0:
-                evict_to_fit(cache_of(s, e), s.env[e], pool, t.pool_blocks[table, pool])
+            evict_to_fit(s.prefix, s.pool, e, pool, t.pool_blocks[table, pool])
 
 
 @helper

@@ -18,7 +18,7 @@ from l3env.kernels.memory import (
     preempt,
     resume,
 )
-from l3env.kernels.prefix import ask_pools, cache_of, footprint_blocks
+from l3env.kernels.prefix import ask_pools, footprint_blocks, offered_blocks, offered_tokens
 from l3env.kernels.run import Stop, ready, skip_idle
 from l3env.kernels.schedule import decoding_count, lighter_sub
 from l3env.state import NOWHERE, SUB_BATCHES, Status, SubBatching, Victim
@@ -58,20 +58,19 @@ class Fault(IntEnum):
 def pick_lane(t, s, e, r, pool, sub, interleaved):
     """The least loaded lane of the wanted pool (or of any, by AUTO / ANY_PIM) with room for the prompt, or -1."""
     table = s.env[e]["table_idx"]
-    if s.env[e]["eviction"]:
-        ask_pools(cache_of(s, e), s.ids[e], s.req[e, r])
+    ask_pools(s.prefix, e, r)
     whole = footprint_blocks(t, s, e, r, np.int64(s.req[e, r]["target_tokens"]))
     best, least = NOWHERE, np.inf
     first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0
     for lane in range(first, t.coef[table]["lanes_count"]):
         of = t.lane_pool[table, lane]
-        need = whole - s.pool[e, of]["offer_blocks"]
+        need = whole - offered_blocks(s.prefix, e, of)
         if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= t.pool_blocks[table, of]:
-            load = lane_load(s, e, sub, lane, interleaved) - s.pool[e, of]["offer_tokens"]
+            load = lane_load(s, e, sub, lane, interleaved) - offered_tokens(s.prefix, e, of)
             if load < least:
                 best, least = lane, load
     if best == NOWHERE and pool == AUTO and first == 1:
-        if s.pool[e, 0]["used"] + whole - s.pool[e, 0]["offer_blocks"] <= t.pool_blocks[table, 0]:
+        if s.pool[e, 0]["used"] + whole - offered_blocks(s.prefix, e, 0) <= t.pool_blocks[table, 0]:
             return 0
     return best
 

@@ -7,7 +7,18 @@ import numpy as np
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, rekey, remove
 from l3env.kernels.prefix import footprint_blocks
-from l3env.state import ARRIVAL_HEAP, NOWHERE, ORDERS_COUNT, Order, Status
+from l3env.state import (
+    ARRIVAL_HEAP,
+    FINISHED_WEIGHT,
+    LONG_WEIGHT,
+    NOWHERE,
+    ORDERS_COUNT,
+    PROMPT_BINS,
+    SHORT_WEIGHT,
+    SLACK_HEAP,
+    Order,
+    Status,
+)
 
 # the key of a request that gives way is scaled by a power of two: exact, so that the order among them stays, and larger
 # than any time or token count
@@ -22,12 +33,31 @@ def latest_start_s(req, e, r):
 
 
 @inner
-def is_hopeless(req, e, r, now_s):
-    """Can the TTFT deadline no longer be met (or has it been missed)?"""
+def hopeless_from_s(req, e, r):
+    """The time after which a waiting request's TTFT deadline cannot be met: never where it was, always if missed."""
     first_s = req[e, r]["first_token_s"]
     if np.isnan(first_s):
-        return now_s > latest_start_s(req, e, r)
-    return first_s > req[e, r]["arrival_s"] + req[e, r]["ttft_slo_s"]
+        return latest_start_s(req, e, r)
+    return -np.inf if first_s > req[e, r]["arrival_s"] + req[e, r]["ttft_slo_s"] else np.inf
+
+
+@inner
+def has_overdue(s, e):
+    """Is there a waiting request that has become hopeless and is not known to be?"""
+    heap = s.heap[e, SLACK_HEAP]
+    return s.heap_len[e, SLACK_HEAP] > 0 and heap[heap[0]["item"]]["key"] < s.env[e]["clock_s"]
+
+
+@helper
+def notice_hopeless(s, e):
+    """Waiting requests that have become hopeless step back in the orders that heed it (once: it cannot heal)."""
+    while has_overdue(s, e):
+        r = np.int64(s.heap[e, SLACK_HEAP, 0]["item"])
+        remove(s.heap[e, SLACK_HEAP], s.heap_len[e], SLACK_HEAP, r)
+        s.req[e, r]["hopeless"] = 1
+        for order in range(ORDERS_COUNT):
+            if heeds_hopeless(order) and s.env[e]["heaps_built"] >> order & 1:
+                rekey(s.heap[e, order], s.heap_len[e, order], r, give_way(s.heap[e, order, r]["key"]))
 
 
 @inner
@@ -42,12 +72,14 @@ def order_key(req, e, r, order):
     if order == Order.SHORTEST_PREDICTED_HOPELESS_LAST:
         left = max(req[e, r]["predicted_tokens"] - req[e, r]["emitted_tokens"], 1)
         return float(req[e, r]["target_tokens"] + left)
+    if order == Order.BY_SCORE:
+        return -req[e, r]["score"]
     return req[e, r]["arrival_s"]
 
 
 @inner
 def heeds_hopeless(order):
-    return order != Order.FCFS and order != Order.NEWEST_FIRST
+    return order != Order.FCFS and order != Order.NEWEST_FIRST and order != Order.BY_SCORE
 
 
 @inner
@@ -63,26 +95,53 @@ def waiting_key(req, e, r, order):
     return give_way(key) if req[e, r]["hopeless"] and heeds_hopeless(order) else key
 
 
+@inner
+def octave(tokens):
+    """The bin of a prompt length: floor(log2(tokens)), the last bin open."""
+    place = 0
+    while tokens > 1 and place < PROMPT_BINS - 1:
+        tokens >>= 1
+        place += 1
+    return place
+
+
+@inner
+def count_waiting(s, e, r, sign):
+    """Adds a request to what is known of the queue as a whole, or takes it out."""
+    req, env = s.req, s.env[e]
+    env["waiting_count"] += sign
+    env["waiting_tokens"] += sign * req[e, r]["target_tokens"]
+    env["waiting_predicted_tokens"] += sign * req[e, r]["predicted_tokens"]
+    env["waiting_arrival_s"] += sign * req[e, r]["arrival_s"]
+    if env["waiting_count"] == 0:
+        env["waiting_arrival_s"] = 0.0  # no rounding is carried on
+    s.prompts[e, octave(req[e, r]["target_tokens"])] += sign
+
+
 @helper
 def enqueue(s, e, r):
     """Puts a request into the queue, in every order that is in use."""
     req, env = s.req, s.env[e]
     req[e, r]["status"] = Status.WAITING
-    env["waiting_count"] += 1
-    env["waiting_tokens"] += req[e, r]["target_tokens"]
+    count_waiting(s, e, r, 1)
+    latest_s = hopeless_from_s(req, e, r)
+    if latest_s < env["clock_s"]:
+        req[e, r]["hopeless"] = 1
     for order in range(ORDERS_COUNT):
         if env["heaps_built"] >> order & 1:
             push(s.heap[e, order], s.heap_len[e], order, r, waiting_key(req, e, r, order))
+    if not req[e, r]["hopeless"]:
+        push(s.heap[e, SLACK_HEAP], s.heap_len[e], SLACK_HEAP, r, latest_s)
 
 
 @helper
 def dequeue(s, e, r):
     """Takes a request out of the queue."""
-    s.env[e]["waiting_count"] -= 1
-    s.env[e]["waiting_tokens"] -= s.req[e, r]["target_tokens"]
+    count_waiting(s, e, r, -1)
     for order in range(ORDERS_COUNT):
         if s.env[e]["heaps_built"] >> order & 1:
             remove(s.heap[e, order], s.heap_len[e], order, r)
+    remove(s.heap[e, SLACK_HEAP], s.heap_len[e], SLACK_HEAP, r)
 
 
 @helper
@@ -101,23 +160,47 @@ def build_order(s, e, order):
 
 @inner
 def next_waiting(s, e, order):
-    """The request to admit next, or -1. Requests found hopeless on the way step back (once: it cannot heal)."""
-    req, env = s.req, s.env[e]
-    if env["waiting_count"] == 0:
+    """The request to admit next, or -1 where none waits or all are held back."""
+    if s.env[e]["waiting_count"] == 0:
         return NOWHERE
-    if not env["heaps_built"] >> order & 1:
+    if not s.env[e]["heaps_built"] >> order & 1:
         build_order(s, e, order)
-    now_s = env["clock_s"]
-    if heeds_hopeless(order):
-        while True:
-            r = s.heap[e, order, 0]["item"]
-            if req[e, r]["hopeless"] or not is_hopeless(req, e, r, now_s):
-                break
-            req[e, r]["hopeless"] = 1
-            for each in range(ORDERS_COUNT):
-                if heeds_hopeless(each) and env["heaps_built"] >> each & 1:
-                    rekey(s.heap[e, each], s.heap_len[e, each], r, give_way(s.heap[e, each, r]["key"]))
-    return s.heap[e, order, 0]["item"]
+    r = s.heap[e, order, 0]["item"]
+    if order == Order.BY_SCORE and s.req[e, r]["score"] < 0 and s.env[e]["running_count"] > 0:
+        return NOWHERE
+    return r
+
+
+@inner
+def running_mean(mean, value, count, weight):
+    """The mean with one more value, the ``count``-th: plain at first, exponentially weighted from 1 / weight on."""
+    return mean + max(weight, 1.0 / count) * (value - mean)
+
+
+@inner
+def note_arrival(s, e, r):
+    """What a scheduler learns from an arrival: the gap since the last one, and the prompt."""
+    req, env = s.req, s.env[e]
+    count = env["arrived_count"]
+    arrival_s = req[e, r]["arrival_s"]
+    if count > 1:
+        gap_s = arrival_s - env["last_arrival_s"]
+        env["gap_short_s"] = running_mean(env["gap_short_s"], gap_s, count - 1, SHORT_WEIGHT)
+        env["gap_short_s2"] = running_mean(env["gap_short_s2"], gap_s * gap_s, count - 1, SHORT_WEIGHT)
+        env["gap_long_s"] = running_mean(env["gap_long_s"], gap_s, count - 1, LONG_WEIGHT)
+        env["gap_long_s2"] = running_mean(env["gap_long_s2"], gap_s * gap_s, count - 1, LONG_WEIGHT)
+    env["last_arrival_s"] = arrival_s
+    env["prompt_mean_tokens"] = running_mean(
+        env["prompt_mean_tokens"], float(req[e, r]["prompt_tokens"]), count, LONG_WEIGHT
+    )
+
+
+@inner
+def note_end(s, e, met):
+    """A request has finished or was rejected; ``met`` is 1 where its SLO was."""
+    env = s.env[e]
+    count = env["finished_count"] + env["rejected_count"]
+    env["slo_met_mean"] = running_mean(env["slo_met_mean"], met, count, FINISHED_WEIGHT)
 
 
 @helper
@@ -125,6 +208,7 @@ def arrive(t, s, e, r):
     """A request enters the system: into the queue, or rejected where it can never fit."""
     req, env = s.req, s.env[e]
     env["arrived_count"] += 1
+    note_arrival(s, e, r)
     req[e, r]["target_tokens"] = req[e, r]["prompt_tokens"]
     table = env["table_idx"]
     need_blocks = footprint_blocks(t, s, e, r, np.int64(req[e, r]["prompt_tokens"]) + s.truth[e, r] - 1)
@@ -134,6 +218,7 @@ def arrive(t, s, e, r):
             return
     req[e, r]["status"] = Status.REJECTED
     env["rejected_count"] += 1
+    note_end(s, e, 0.0)
     release_children(s, e, r)
 
 

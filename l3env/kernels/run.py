@@ -8,10 +8,11 @@ import numpy as np
 
 from l3env.jit import inner, kernel
 from l3env.kernels.execute import execute
-from l3env.kernels.prefix import cache_of, change_eviction
-from l3env.kernels.queue import absorb_arrivals, advance_root, next_arrival_s
+from l3env.kernels.heap import push
+from l3env.kernels.prefix import change_eviction
+from l3env.kernels.queue import absorb_arrivals, advance_root, has_overdue, next_arrival_s, notice_hopeless
 from l3env.kernels.schedule import schedule
-from l3env.state import NOWHERE, SubBatching
+from l3env.state import ARRIVAL_HEAP, NOWHERE, SubBatching
 
 
 class Stop(IntEnum):
@@ -33,7 +34,10 @@ class Until(IntEnum):
 
 @inner
 def ready(t, s, e):
-    """Lets arrivals in; where nothing is present, jumps to the next arrival. False at the end of all work."""
+    """Lets arrivals in; where nothing is present, jumps to the next arrival. Who has become hopeless steps back.
+
+    False at the end of all work.
+    """
     env = s.env[e]
     if next_arrival_s(s, e) <= env["clock_s"]:
         absorb_arrivals(t, s, e)
@@ -44,6 +48,8 @@ def ready(t, s, e):
             return False
         env["clock_s"] = when_s
         absorb_arrivals(t, s, e)
+    if has_overdue(s, e):
+        notice_hopeless(s, e)
     return True
 
 
@@ -74,8 +80,7 @@ def run_one(t, s, k, e, until, limit):
     if env["stop"] == Stop.DONE:
         return
     env["stop"] = Stop.RUNNING
-    if k[e]["eviction"] != env["eviction"] and k[e]["eviction"] and env["eviction"]:
-        change_eviction(cache_of(s, e), env, k[e]["eviction"])
+    change_eviction(s.prefix, e, k[e]["eviction"])
     done = 0
     before = events(s, e)
     while ready(t, s, e):
@@ -116,3 +121,11 @@ def open_environment(t, s, e):
             req[e, parent]["first_child_idx"] = r
     advance_root(s, e, 0)
     absorb_arrivals(t, s, e)
+
+
+@kernel
+def expect(s, e, first, last):
+    """Requests that were added to the table will arrive at their times."""
+    for r in range(first, last):
+        push(s.heap[e, ARRIVAL_HEAP], s.heap_len[e], ARRIVAL_HEAP, r, s.req[e, r]["arrival_s"])
+    advance_root(s, e, s.env[e]["next_root_idx"])

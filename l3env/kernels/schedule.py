@@ -9,7 +9,7 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.memory import admit, lane_load, make_room_to_grow, move
-from l3env.kernels.prefix import ask_pools, cache_of, footprint_blocks
+from l3env.kernels.prefix import ask_pools, footprint_blocks, offered_blocks, offered_tokens
 from l3env.kernels.price import (
     fc_batch_s,
     hbm_attention_s,
@@ -49,7 +49,7 @@ def has_room(t, s, k, e, r, pool):
     target = np.int64(s.req[e, r]["target_tokens"])
     capacity = t.pool_blocks[table, pool]
     used = s.pool[e, pool]["used"]
-    need = footprint_blocks(t, s, e, r, target) - s.pool[e, pool]["offer_blocks"]
+    need = footprint_blocks(t, s, e, r, target) - offered_blocks(s.prefix, e, pool)
     if used == 0:  # an empty pool takes any request that fits; one that outgrows it is preempted and goes elsewhere
         return need <= capacity
     if used + need > capacity - np.int64(np.ceil(k[e]["headroom_frac"] * capacity)):
@@ -83,7 +83,7 @@ def find_pim_lane(t, s, k, e, r, sub):
     best, least = NOWHERE, np.inf
     for lane in range(1, t.coef[table]["lanes_count"]):
         pool = t.lane_pool[table, lane]
-        load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0) - s.pool[e, pool]["offer_tokens"]
+        load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0) - offered_tokens(s.prefix, e, pool)
         if load < least:
             if has_room(t, s, k, e, r, pool):
                 best, least = lane, load
@@ -94,8 +94,7 @@ def find_pim_lane(t, s, k, e, r, sub):
 def find_lane(t, s, k, e, r, sub):
     """Where a waiting request would live now, or -1: PIM where there is one, HBM up to its share of the KV."""
     table = s.env[e]["table_idx"]
-    if s.env[e]["eviction"]:
-        ask_pools(cache_of(s, e), s.ids[e], s.req[e, r])
+    ask_pools(s.prefix, e, r)
     hbm_fits = has_room(t, s, k, e, r, 0)
     if not t.coef[table]["has_pim"]:
         return 0 if hbm_fits else NOWHERE
@@ -149,7 +148,7 @@ def balance_subs(t, s, e):
         return
     heavy = 0 if first > second else 1
     for i in range(s.env[e]["running_count"] - 1, -1, -1):
-        r = s.lists[e, i]["running"]
+        r = np.int64(s.lists[e, i]["running"])
         if s.req[e, r]["status"] == Status.DECODE and s.req[e, r]["sub"] == heavy:
             move(t, s, e, r, 1 - heavy)
             return
@@ -280,7 +279,7 @@ def can_admit(t, s, k, e):
     if s.env[e]["waiting_count"] == 0 or most_admissions(s, k, e) <= 0:
         return False
     r = next_waiting(s, e, k[e]["order"])
-    return find_lane(t, s, k, e, r, lighter_sub(s, e)) != NOWHERE
+    return r != NOWHERE and find_lane(t, s, k, e, r, lighter_sub(s, e)) != NOWHERE
 
 
 @helper

@@ -1,0 +1,69 @@
+"""``l3env evaluate``: a trained policy against heuristics and tuned constants on windows it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from experiments.learning.cells import Cell, Job, run_jobs
+from experiments.learning.iqm import summarise
+from l3env.errors import L3EnvError
+from l3env.policy import policy_names
+from policies.learned_ppo import FILE
+
+CONSTANTS = ("best-constant", "best-constant-global")
+LEARNED = "learned"
+NO_OPPONENT = ("random", "learned-ppo", *CONSTANTS)  # besides oracles
+
+
+def heuristics() -> tuple[str, ...]:
+    """The shipped policies that nothing was tuned or trained for, without oracles."""
+    return tuple(name for name in policy_names() if not name.startswith("oracle-") and name not in NO_OPPONENT)
+
+
+def baselines_of(text: str) -> tuple[str, ...]:
+    """``best``: all heuristics and the tuned constants; otherwise names with commas between."""
+    if text == "best":
+        return (*heuristics(), *CONSTANTS)
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if unknown := [name for name in names if name not in policy_names() and ".py:" not in name]:
+        raise L3EnvError(f"--baselines: unknown {', '.join(unknown)}; expected best, or some of {policy_names()}")
+    return names
+
+
+def networks_of(ref: str) -> tuple[str, ...]:
+    """Files of a trained policy: a run folder, ``.npz`` files with commas between, or ``learned-ppo``."""
+    if ref == "learned-ppo":
+        return (str(FILE),)
+    files = []
+    for part in ref.split(","):
+        path = Path(part)
+        file = path / "best_model.npz" if path.is_dir() else path
+        if not file.is_file():
+            raise L3EnvError(
+                f"{part}: no such file, or a run folder without best_model.npz (train it with l3env train)"
+            )
+        files.append(str(file))
+    return tuple(files)
+
+
+def evaluate(
+    cells: Sequence[Cell],
+    networks: Sequence[str],
+    baselines: Sequence[str],
+    *,
+    seeds_count: int = 5,
+    store: Path | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(figures as ``--json`` prints them, all rows)."""
+    known = {cell.key for cell in cells}
+    if len(known) != len(cells):
+        raise L3EnvError("evaluation: a cell is there twice")
+    jobs = [Job(cell, LEARNED, tuple(networks), seeds_count) for cell in cells]
+    jobs += [Job(cell, name, (name,), seeds_count) for cell, name in product(cells, baselines)]
+    rows = run_jobs(jobs, store, workers=workers, progress=progress)
+    return summarise(rows, LEARNED, [name for name in baselines if name in heuristics()]), rows

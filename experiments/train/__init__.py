@@ -1,0 +1,1 @@
+"""Training of schedulers with Stable-Baselines3: ``l3env train``. Needs the extra ``train``."""

@@ -1,0 +1,59 @@
+"""Weights from torch to NumPy and back: what ``policies/network.py`` runs without torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch as th
+
+from l3env.errors import L3EnvError
+from l3env.observe import FEATURES, LEVELS
+from l3env.sb3 import settings_of
+from policies.network import Network
+
+ACTIVATIONS = {th.nn.Tanh: "tanh", th.nn.ReLU: "relu"}
+
+
+def actor_layers(model: Any) -> list[th.nn.Linear]:
+    """The linear layers from observation to logits (or Q values)."""
+    policy = model.policy
+    if hasattr(policy, "q_net"):
+        modules = list(policy.q_net.q_net)
+    else:
+        modules = [*policy.mlp_extractor.policy_net, policy.action_net]
+    return [module for module in modules if isinstance(module, th.nn.Linear)]
+
+
+def export(model: Any, config: dict[str, Any], *, masked: bool, discrete: list[str] | None = None) -> Network:
+    """The actor as NumPy arrays with all that running it needs; ``config`` is added as it is."""
+    layers = [
+        (linear.weight.detach().cpu().numpy().astype(np.float32), linear.bias.detach().cpu().numpy().astype(np.float32))
+        for linear in actor_layers(model)
+    ]
+    activation = ACTIVATIONS[model.policy.activation_fn]
+    return Network(layers, interface(activation, masked, discrete) | config)
+
+
+def interface(activation: str, masked: bool, discrete: list[str] | None = None) -> dict[str, Any]:
+    """What goes in and out of a network, as the file says it."""
+    return {
+        "features": [name for name, _ in FEATURES],
+        "levels": {name: [float(level) for level in levels] for name, levels in LEVELS.items()},
+        "activation": activation,
+        "masked": masked,
+        "settings": None if discrete is None else settings_of(discrete).tolist(),
+    }
+
+
+def load_weights(model: Any, network: Network) -> None:
+    """Puts a network's weights into a model's actor. Raises L3EnvError where shapes differ."""
+    linears = actor_layers(model)
+    ours = [tuple(linear.weight.shape) for linear in linears]
+    theirs = [weight.shape for weight, _ in network.layers]
+    if ours != theirs or ACTIVATIONS[model.policy.activation_fn] != network.config["activation"]:
+        raise L3EnvError(f"init: layers {theirs} with {network.config['activation']} do not fit the model's {ours}")
+    with th.no_grad():
+        for linear, (weight, bias) in zip(linears, network.layers, strict=True):
+            linear.weight.copy_(th.from_numpy(np.array(weight)))
+            linear.bias.copy_(th.from_numpy(np.array(bias)))

@@ -1,0 +1,127 @@
+"""``l3env capacity`` and ``l3env cost``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from l3env.cli.shared import Json, announce_compilation, app, err, finite, names, plain_table, print_json, progress_bar
+from l3env.cli.study import Workers, plain_rows, start_backend
+from l3env.errors import L3EnvError
+
+PricesFile = Annotated[Path | None, typer.Option("--prices", help="TOML with your prices; l3env cost shows one.")]
+COST_COLUMNS = ("dollars_per_hour", "power_w", "tokens_per_dollar", "dollars_per_million_tokens", "tokens_per_joule")
+
+
+@app.command()
+def capacity(
+    system: Annotated[str, typer.Option(help="Presets or TOML files, with commas between.")] = "l3-dgx-a100",
+    model: Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")] = "gpt-175b",
+    trace: Annotated[str, typer.Option(help="A name (l3env traces list), a file, or a spec.")] = "azure-conv-2023",
+    policies: Annotated[str, typer.Option(help="Names with commas between, or file.py:Class.")] = "sarathi,l3-model",
+    target: Annotated[float, typer.Option(help="Share of requests that must meet the SLO.")] = 0.9,
+    seeds: Annotated[int, typer.Option(help="Seed 0 is the trace itself; the spread gives the interval.")] = 5,
+    tolerance: Annotated[float, typer.Option(help="Width of each seed's bracket, relative.")] = 0.02,
+    ttft_scale: Annotated[float, typer.Option(help="SLO: TTFT, times the request's own uncontended one.")] = 5.0,
+    tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
+    ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
+    tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
+    prices: PricesFile = None,
+    backend: Annotated[str, typer.Option(help="loky (local processes) or ray.")] = "loky",
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
+    jobs: Workers = -1,
+    as_json: Json = False,
+) -> None:
+    """The highest load at which a share of requests meets the SLO, with its 95 % interval over seeds."""
+    if seeds < 1:
+        raise L3EnvError(f"--seeds {seeds}; expected at least 1")
+    announce_compilation(compile_now=True)
+    from l3env.engine import Slo
+    from l3env.study.capacity import CapacityJob, capacities
+
+    slo = Slo(ttft_scale, tbt_scale, ttft_s, tbt_s)
+    work = [
+        CapacityJob(policy, machine, model, trace, seed, target, tolerance, slo)
+        for machine in names(system)
+        for policy in names(policies)
+        for seed in range(seeds)
+    ]
+    costs = None if prices is None else _cost_function(prices, names(system))
+    start_backend(backend, address, jobs)
+    with progress_bar("searching") as progress:
+        rows = capacities(work, backend=backend, workers_count=jobs, progress=progress)
+    if costs is not None:
+        rows = [row | costs(row) for row in rows]
+    if as_json:
+        print_json([{key: finite(value) for key, value in row.items() if key != "brackets"} for row in rows])
+        return
+    err.print(f"{model} · {trace} · {target:.0%} of requests within the SLO · {seeds} seeds", highlight=False)
+    heads = ("policy", "system", "load", "95 % interval", "requests/s", "95 % interval", "tok/s", "J/token")
+    table = plain_table(*heads, *(("tok/$", "tok/J") if costs else ()))
+    for row in rows:
+        spans = [[row[f"capacity_{kind}{end}"] for end in ("", "_low", "_high")] for kind in ("load", "requests_per_s")]
+        cells = [text for mid, low, high in spans for text in (f"{mid:.3g}", f"{low:.3g} to {high:.3g}")]
+        extra = [f"{row[name]:,.3g}" for name in ("tokens_per_dollar", "tokens_per_joule")] if costs else []
+        figures = f"{row['output_tokens_per_s']:,.0f}", f"{row['energy_j_per_token']:.3g}"
+        table.add_row(row["policy"], row["system"], *cells, *figures, *extra)
+    err.print(table)
+
+
+@app.command()
+def cost(
+    run: Annotated[Path | None, typer.Argument(help="Folder of a comparison or study.")] = None,
+    prices: PricesFile = None,
+    as_json: Json = False,
+) -> None:
+    """Tokens per dollar and per joule of every run in a folder, at your prices; without any, an example of prices."""
+    from l3env.study.cost import EXAMPLE
+
+    if run is None or prices is None:
+        err.print("Give a folder and prices: l3env cost runs/first --prices prices.toml. Prices look like this:\n")
+        print(EXAMPLE, end="")
+        return
+    frame = _results(run)
+    costs = _cost_function(prices, sorted(set(frame["system"])))
+    rows = [row | costs(row) for row in frame.to_dict("records")]
+    if as_json:
+        kept = ("policy", "system", "model", "trace", "load", "utilization", "seed", "output_tokens_per_s")
+        print_json([{key: finite(row[key]) for key in (*kept, *COST_COLUMNS) if key in row} for row in rows])
+        return
+    import pandas as pd
+
+    by = ["system", "model", "trace", "load", "policy"]
+    means = pd.DataFrame(rows).groupby(by, sort=False)[["output_tokens_per_s", *COST_COLUMNS]].mean().reset_index()
+    table = plain_table(*by, "tok/s", "$/h", "kW", "tok/$", "$/Mtok", "tok/J")
+    for row in plain_rows(means):
+        scaled = [row["output_tokens_per_s"], row["dollars_per_hour"], row["power_w"] / 1e3]
+        scaled += [row[name] for name in COST_COLUMNS[2:]]
+        table.add_row(*(str(row[name]) for name in by[:3]), f"{row['load']:.3g}", row["policy"], *map(_short, scaled))
+    err.print(table)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _results(folder: Path) -> Any:
+    import pandas as pd
+
+    path = folder / "results.csv"
+    if not path.exists():
+        raise L3EnvError(f"{folder}: no results.csv; expected the folder of a finished comparison or study")
+    frame = pd.read_csv(path)
+    return frame[frame["error"].isna()] if "error" in frame else frame
+
+
+def _cost_function(prices: Path, systems: list[str]) -> Any:
+    """Row -> cost figures; all prices are looked up before anything runs."""
+    from l3env.runner import named_spec
+    from l3env.study.cost import Prices, cost_figures
+
+    known = Prices.from_toml(prices)
+    specs = {name: named_spec("system", name) for name in systems}
+    for spec in specs.values():
+        known.dollars_per_hour(spec)
+    return lambda row: cost_figures(row, specs[row["system"]], known)

@@ -1,0 +1,58 @@
+"""``l3env/ServingRequests-v0``: the scheduler scores single requests; alone and batched. See ``observe_requests``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gymnasium.vector.utils import batch_space
+
+from l3env.engine import Engine
+from l3env.env import ServingEnv
+from l3env.observe import Observer
+from l3env.observe_requests import DEFAULT_VISIBLE, RequestObserver, fixed_knobs, request_spaces
+from l3env.vector_env import ServingVectorEnv
+
+
+class ServingRequestsEnv(ServingEnv):
+    """Scheduling of one replica by scores of requests.
+
+    Observation: {"state": as ``ServingEnv``, "requests": (2 K, features), see ``observe_requests.REQUEST_FEATURES``}.
+    Action: (2 K,) scores from -1 to 1. ``info["action_mask"]``: which rows hold a request.
+
+    Args:
+        visible: K, waiting and running requests shown, each.
+        knobs: the settings beside the scores, by their names in ``Knobs``.
+        kwargs: as for ``ServingEnv``.
+    """
+
+    def __init__(
+        self, *args: Any, visible: int = DEFAULT_VISIBLE, knobs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self._visible, self._knobs = visible, fixed_knobs(knobs)
+        super().__init__(*args, **kwargs)
+        self.observation_space, self.action_space = request_spaces(visible)  # type: ignore[assignment]
+
+    def _make_observer(self, engine: Engine) -> Observer:
+        return RequestObserver(engine, has_predictor=self._has_predictor, visible=self._visible, knobs=self._knobs)
+
+
+class ServingRequestsVectorEnv(ServingVectorEnv):
+    """E of them over one set of arrays; arguments as for ``ServingRequestsEnv``."""
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        visible: int = DEFAULT_VISIBLE,
+        knobs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._visible, self._knobs = visible, fixed_knobs(knobs)
+        super().__init__(num_envs, **kwargs)
+        self.single_observation_space, self.single_action_space = request_spaces(visible)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+
+    def _make_observer(self, engine: Engine) -> Observer:
+        return RequestObserver(engine, has_predictor=self._has_predictor, visible=self._visible, knobs=self._knobs)

@@ -1,0 +1,291 @@
+"""Evaluation on cells, interquartile means, the imitation of tuned constants."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+
+from experiments.learning import cells as cells_module
+from experiments.learning import pictures, teacher
+from experiments.learning.cells import Cell, Job, read_store, requests, run_job, run_jobs
+from experiments.learning.evaluate import LEARNED, baselines_of, evaluate, heuristics, networks_of
+from experiments.learning.grid import grid_cells, table
+from experiments.learning.imitate import fit, imitate
+from experiments.learning.iqm import interquartile_mean, interval, summarise
+from experiments.train.export import interface
+from l3env.errors import L3EnvError
+from l3env.observe import FEATURES, LEVELS
+from l3env.policy import Knobs, make_policy
+from l3env.runner import compile_pair, load_at_capacity, run_policy
+from l3env.trace_registry import load_trace
+from policies.learned_ppo import Learned
+from policies.network import Network
+
+TRACE = "profile:azure-conv-2023?n=300"
+CELL = Cell("gpu-dgx-a100", "qwen-72b", TRACE, 0.9)
+LEVELS_COUNT = sum(len(levels) for levels in LEVELS.values())
+
+
+def network(path: Path, seed: int = 0) -> str:
+    """An untrained network's file."""
+    rng = np.random.default_rng(seed)
+    shapes = [(8, len(FEATURES)), (LEVELS_COUNT, 8)]
+    layers = [(rng.normal(size=shape).astype(np.float32), np.zeros(shape[0], np.float32)) for shape in shapes]
+    about = {"interval_s": 2.0, "predictor": None, "training": {"systems": ["gpu-dgx-a100"]}}
+    Network(layers, interface("tanh", masked=True) | about).save(path)
+    return str(path)
+
+
+# --- statistics
+
+
+def test_interquartile_mean_by_hand() -> None:
+    """Of 1..8 the middle half is 3, 4, 5, 6."""
+    assert interquartile_mean(np.array([8, 1, 7, 2, 6, 3, 5, 4])) == 4.5
+    assert interquartile_mean(np.array([1.0, 1.0, 1.0, 1e9])) == 1.0
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    """Ratios drawn around 1.05 in 12 cells: about 95 % of the intervals hold the IQM of the population."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(60):
+        low, high = interval(1.05 + 0.02 * rng.standard_normal((12, 20)))
+        assert low < high
+        held += low <= 1.05 <= high
+    assert 50 <= held <= 60
+    assert interval(np.array([[1.0], [1.2]])) == (1.1, 1.1)
+
+
+def rows_of(goodput: dict[str, list[list[float]]]) -> list[dict[str, object]]:
+    return [
+        {"system": "s", "model": "m", "trace": "t", "utilization": float(c), "policy": policy, "seed": seed}
+        | {"slo_attainment_frac": value, "requests_count": 100}
+        for policy, by_cell in goodput.items()
+        for c, values in enumerate(by_cell)
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_summary_by_hand() -> None:
+    """Two cells, two seeds. The best heuristic is one a cell: by mean b (0.45) in the first, a in the second."""
+    goodput = {
+        "learned": [[0.6, 0.5], [0.9, 0.8]],
+        "a": [[0.1, 0.7], [0.8, 0.8]],
+        "b": [[0.5, 0.4], [0.1, 0.1]],
+        "l3": [[0.0, 0.25], [0.45, 0.4]],
+        "best-constant": [[0.6, 0.5], [0.9, 0.8]],
+    }
+    figures = summarise(rows_of(goodput), "learned", ["a", "b", "l3"])
+    assert [cell["best_heuristic"] for cell in figures["cells"]] == ["b", "a"]
+    ratios = np.array([[0.6 / 0.5, 0.5 / 0.4], [0.9 / 0.8, 0.8 / 0.8]])
+    assert figures["iqm_vs_best_heuristic"] == pytest.approx(np.sort(ratios, axis=None)[1:3].mean())
+    assert figures["worst_cell_vs_best_heuristic"] == pytest.approx(ratios[1].mean())
+    assert figures["iqm_vs_best_constant"] == figures["iqm_vs_best_constant_high"] == 1.0
+    # 0.0 of 100 requests counts as one request
+    assert figures["cells"][0]["vs_l3"] == pytest.approx((0.6 / 0.01 + 0.5 / 0.25) / 2)
+    assert figures["cells"][0]["goodput_frac"]["a"] == pytest.approx(0.4)
+    assert "1.162" in table(figures) or f"{figures['iqm_vs_best_heuristic']:.3f}" in table(figures)
+    with pytest.raises(L3EnvError, match="b lacks 1 of 4 runs"):
+        summarise(rows_of(goodput | {"b": [[0.5], [0.1, 0.1]]}), "learned", ["a"])
+
+
+# --- cells
+
+
+def test_a_job_is_the_runner_on_the_held_out_window() -> None:
+    """The rows equal runs by hand: the window from 60 %, resampled by seed, at its own capacity's utilization."""
+    rows = run_job(Job(CELL, "edf", ("edf",), 2))
+    tables = compile_pair("gpu-dgx-a100", "qwen-72b")
+    base = load_trace(f"{TRACE}&window=60%:100%")
+    full = load_at_capacity(tables, base)
+    for seed, row in enumerate(rows):
+        workload = load_trace(f"{TRACE}&window=60%:100%", seed=seed).at_load(0.9 * full)
+        outcome = run_policy(tables, workload, make_policy("edf"))
+        assert row["slo_attainment_frac"] == outcome.metrics["slo_attainment_frac"]
+        assert row["seed"] == seed
+    training = load_trace(f"{TRACE}&window=0%:60%")
+    assert requests(CELL, "0%:60%").rate_per_s == pytest.approx(
+        0.9 * load_at_capacity(tables, training) * training.rate_per_s
+    )
+
+
+def test_jobs_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the store is not run again; a line that was cut off is run again; a bad one is an error."""
+    store = tmp_path / "rows.jsonl"
+    jobs = [Job(CELL, name, (name,), 1) for name in ("fcfs", "edf")]
+    rows = run_jobs(jobs, store, workers=1)
+    ran: list[str] = []
+
+    def spy(job: Job) -> list[dict[str, object]]:
+        ran.append(job.name)
+        return run_job(job)
+
+    monkeypatch.setattr(cells_module, "run_job", spy)
+    assert run_jobs(jobs, store, workers=1) == rows
+    assert ran == []
+    text = store.read_text()
+    store.write_text(text[:-20])
+    again = run_jobs(jobs, store, workers=1)
+    assert ran == ["edf"]
+    for left, right in zip(rows, again, strict=True):
+        assert {**left, "wall_s": 0} == {**right, "wall_s": 0}
+    assert len(read_store(store)) == 2
+    store.write_text("nonsense\n" + text)
+    with pytest.raises(L3EnvError, match="line 1: expected a finished job"):
+        read_store(store)
+
+
+def test_processes_change_nothing(tmp_path: Path) -> None:
+    jobs = [Job(CELL, name, (name,), 1) for name in ("fcfs", "edf")]
+    for left, right in zip(run_jobs(jobs, workers=1), run_jobs(jobs, workers=2), strict=True):
+        assert {**left, "wall_s": 0} == {**right, "wall_s": 0}
+
+
+def test_evaluation_takes_several_training_seeds_in_turn(tmp_path: Path) -> None:
+    files = [network(tmp_path / f"{seed}.npz", seed) for seed in (0, 1)]
+    figures, rows = evaluate([CELL], files, ("edf", "fcfs"), seeds_count=2, workers=1)
+    learned = [row for row in rows if row["policy"] == LEARNED]
+    tables = compile_pair("gpu-dgx-a100", "qwen-72b")
+    for seed, row in enumerate(learned):
+        outcome = run_policy(tables, requests(CELL, CELL.window, seed), Learned(Path(files[seed])))
+        assert row["slo_attainment_frac"] == outcome.metrics["slo_attainment_frac"]
+    assert {"iqm_vs_best_heuristic", "iqm_vs_best_heuristic_low", "iqm_vs_best_heuristic_high", "cells"} <= set(figures)
+    json.dumps(figures, allow_nan=False)
+    with pytest.raises(L3EnvError, match="a cell is there twice"):
+        evaluate([CELL, CELL], files, ("edf",), workers=1)
+
+
+def test_opponents_and_networks_by_name(tmp_path: Path) -> None:
+    assert "l3" in heuristics()
+    assert not [name for name in heuristics() if name.startswith("oracle-") or name in ("random", "learned-ppo")]
+    assert {"best-constant", "best-constant-global", *heuristics()} == set(baselines_of("best"))
+    with pytest.raises(L3EnvError, match="unknown foo"):
+        baselines_of("edf,foo")
+    file = network(tmp_path / "best_model.npz")
+    assert networks_of(str(tmp_path)) == (file,)
+    assert networks_of(f"{file},{tmp_path}") == (file, file)
+    with pytest.raises(L3EnvError, match="no such file, or a run folder"):
+        networks_of(str(tmp_path / "none"))
+
+
+def test_the_learning_grid_is_the_whole_of_it() -> None:
+    cells = grid_cells()
+    assert len(cells) == len({cell.key for cell in cells}) == 3 * 2 * 4 * 3
+    assert any(cell.trace.startswith("splice:") for cell in cells)
+
+
+def test_pictures(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "evaluations.csv").write_text(
+        "steps,goodput_frac,standard_error,wall_s\n0,0.4,0.1,1\n10,0.6,0.1,2\n"
+    )
+    pictures.learning_curve([tmp_path / "run"], tmp_path / "curve.png")
+    pictures.policy_picture(CELL, network(tmp_path / "net.npz"), tmp_path / "policy.png")
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+    assert (tmp_path / "policy.png").stat().st_size > 5000
+
+
+# --- imitation
+
+
+SOURCE = teacher.Source(
+    systems=("l3-dgx-a100", "gpu-dgx-a100"), models=("qwen-72b",), traces=(TRACE,), episode_requests=40, interval_s=5.0
+)
+
+
+def test_targets_are_soft_where_a_knob_does_not_matter() -> None:
+    """exp(-loss / tau), normalised: losses 0, tau ln 2, 10 tau give 1 : 1/2 : e^-10; levels not tried get nothing."""
+    tau = 0.02
+    grid = {name: levels[:1] for name, levels in teacher.ACTIONS.items()}
+    grid["headroom_frac"] = LEVELS["headroom_frac"][:3]
+    around = {name: np.array([0.7]) for name in grid} | {
+        "headroom_frac": np.array([0.9, 0.9 - tau * np.log(2), 0.9 - 10 * tau])
+    }
+    heads = dict(
+        zip(
+            LEVELS,
+            np.split(teacher.targets(around, grid, tau), np.cumsum([len(v) for v in LEVELS.values()])[:-1]),
+            strict=True,
+        )
+    )
+    expected = np.array([1, 0.5, np.exp(-10), 0, 0, 0])
+    np.testing.assert_allclose(heads["headroom_frac"], expected / expected.sum())
+    for name, head in heads.items():
+        assert head.sum() == pytest.approx(1)
+        if name != "headroom_frac":
+            assert head[LEVELS[name].index(grid[name][0])] == 1
+
+
+def test_a_tuned_cell_reaches_its_goodput_when_it_is_rolled_out() -> None:
+    """With a decision interval or once: fixed knobs are the same, so the rollout's goodput is the search's."""
+    for i in range(3):
+        row = teacher.tuned(SOURCE, i)
+        cell = teacher.episode(SOURCE, i)
+        fixed = np.array(row["action"])
+        obs, masks, goodput = teacher.rollout(SOURCE, cell, lambda features, mask, fixed=fixed: fixed)
+        assert goodput == row["goodput_frac"]
+        assert obs.shape == (len(masks), len(FEATURES))
+        assert len(row["targets"]) == LEVELS_COUNT
+        assert row == teacher.tuned(SOURCE, i)
+
+
+def test_fit_learns_a_rule_it_can_express() -> None:
+    """The target of one knob depends on the sign of a feature; another's level is illegal: both come out."""
+    rng = np.random.default_rng(0)
+    obs = rng.random((4000, len(FEATURES)), dtype=np.float32)
+    masks = np.ones((4000, LEVELS_COUNT), bool)
+    wanted = np.zeros((4000, LEVELS_COUNT), np.float32)
+    start = 0
+    for k, levels in enumerate(LEVELS.values()):
+        level = (obs[:, 3] > 0.5).astype(int) if k == 1 else np.zeros(4000, int)
+        wanted[np.arange(4000), start + level] = 1
+        start += len(levels)
+    layers = fit(obs, masks, wanted, [16], 0)
+    net = Network(layers, interface("tanh", masked=True) | {"interval_s": 1.0})
+    test = rng.random((200, len(FEATURES)), dtype=np.float32)
+    actions = np.array([net.act(row, masks[0]) for row in test])
+    clear = np.abs(test[:, 3] - 0.5) > 0.1
+    np.testing.assert_array_equal(actions[clear, 1], (test[clear, 3] > 0.5).astype(int))
+    assert (actions[:, [0, *range(2, len(LEVELS))]] == 0).all()
+
+
+def test_imitation_writes_a_policy_and_does_not_tune_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = imitate(SOURCE, tmp_path, 6, rounds=2, hidden=(16,), workers=1)
+    assert 0 < figures["mean"] <= 1.5
+    policy = Learned(tmp_path / "policy.npz")
+    outcome = run_policy(compile_pair("gpu-dgx-a100", "qwen-72b"), load_trace(TRACE), policy)
+    assert 0 <= outcome.metrics["slo_attainment_frac"] <= 1
+    monkeypatch.setattr("experiments.learning.imitate.tuned", lambda *args: pytest.fail("tuned again"))
+    th.manual_seed(1)
+    assert imitate(SOURCE, tmp_path, 6, rounds=2, hidden=(16,), workers=1) == figures
+    with pytest.raises(L3EnvError, match="cells of another source"):
+        imitate(replace(SOURCE, seed=9), tmp_path, 6, workers=1)
+
+
+def test_typed_levels_round_trip() -> None:
+    row = {name: float(levels[-1]) for name, levels in teacher.ACTIONS.items()}
+    assert Knobs(**teacher._typed(row)) == Knobs(**{name: levels[-1] for name, levels in teacher.ACTIONS.items()})
+
+
+def test_the_shipped_policy_runs_on_machines_of_every_kind() -> None:
+    """``learned-ppo`` by name, without torch; its file says how it was made."""
+    policy = make_policy("learned-ppo")
+    assert isinstance(policy, Learned)
+    assert {"command", "seed", "training"} <= set(policy.network.config)
+    for system in ("l3-dgx-a100", "hbm-pim-dgx-a100", "gpu-dgx-a100"):
+        outcome = run_policy(compile_pair(system, "qwen-72b"), load_trace(TRACE), make_policy("learned-ppo"))
+        assert outcome.metrics["finished_count"] + outcome.metrics["rejected_count"] == 300
+
+
+def test_a_learned_policy_needs_no_torch() -> None:
+    code = "import sys; from l3env import make_policy; make_policy('learned-ppo'); print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
