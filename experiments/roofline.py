@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from l3env import Workload, load, specs
-from l3env.costs import gpu
+from l3env.costs import experts
 from l3env.errors import SpecError
 from l3env.specs import ModelSpec, SystemSpec
 from l3env.tables import compile_tables
@@ -40,7 +40,7 @@ class Roofline:
         """FC line of the whole node for a batch shared by its replicas; fractions of a token by linear time."""
         replicas = self.system.gpus_count // self.tp
         each = np.asarray(batch, dtype=float) / replicas
-        time_s = gpu.fc_s(self.model, self.system.gpu, self.system.gpu_link, self.tp, np.maximum(each, 1.0))
+        time_s = np.maximum(*experts.fc_and_all_to_all_s(self.system, self.model, self.tp, np.maximum(each, 1.0)))
         return replicas * each / time_s
 
     def attention_tokens_per_s(self, bytes_per_s: ArrayLike) -> Array:

@@ -6,7 +6,7 @@ from l3env.engine import Slo
 from l3env.policy import BasePolicy, FixedKnobs, Knobs, Plan, Policy, View, make_policy, register_policy
 from l3env.runner import capacity_requests_per_s, compare, compile_pair, run_policy
 from l3env.specs import load
-from l3env.state import Budget, Order, SubBatching, Victim
+from l3env.state import Budget, Order, PimForm, SubBatching, Victim
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
 
@@ -18,6 +18,7 @@ __all__ = [
     "FixedKnobs",
     "Knobs",
     "Order",
+    "PimForm",
     "Plan",
     "Policy",
     "Slo",

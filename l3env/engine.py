@@ -27,11 +27,14 @@ FAULT_TEXT = {
     Fault.NOT_WAITING: "it is not waiting; only waiting requests can be admitted",
     Fault.NOT_PREFILLING: "it is not prefilling; admit it first",
     Fault.BAD_SUB_BATCH: "sub-batch out of range; expected 0, 1 or -1 (the engine chooses)",
-    Fault.BAD_POOL: "no such pool; expected 0 (HBM), a PIM pool, -1 (the engine chooses) or -2 (any PIM pool)",
+    Fault.BAD_POOL: "no such pool; expected 0 (HBM), a PIM pool, -1 (the engine chooses), -2 (any PIM pool) "
+    "or -3 (decompressed, where the model stores a latent)",
     Fault.NO_ROOM: "no room: its prompt's blocks do not fit there after this step's growth",
     Fault.TOO_MANY_TOKENS: "prefill tokens out of range; expected 0 to what is left of its prompt",
 }
 
+
+GOLDEN = (5**0.5 - 1) / 2  # its multiples fill the unit interval evenly
 
 SLO_FORMS = {"mean-tbt": SloForm.MEAN_TBT, "p99-gap": SloForm.P99_GAP, "token-deadlines": SloForm.TOKEN_DEADLINES}
 
@@ -62,6 +65,15 @@ class Slo:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise WorkloadError(f"SLO {name} = {value}; expected a number > 0")
+
+
+def draft_classes(acceptance_frac: NDArray[np.float64]) -> NDArray[np.int8]:
+    """(N,) acceptance -> (N,) guesses that hold in DRAFT_STEPS steps: rounded up or down by an even sequence over the
+    requests, so that the mean is kept and a run does not depend on chance."""
+    if not ((acceptance_frac >= 0) & (acceptance_frac <= 1)).all():
+        raise WorkloadError("acceptance_frac: expected numbers from 0 to 1")
+    dither = (np.arange(acceptance_frac.size) * GOLDEN) % 1.0
+    return np.floor(acceptance_frac * st.DRAFT_STEPS + dither).clip(0, st.DRAFT_STEPS).astype(np.int8)
 
 
 class Engine:
@@ -96,6 +108,7 @@ class Engine:
             self.tables.lane_pool.shape[1],
             self.tables.pool_blocks.shape[1],
             max(blocks),
+            drafts=bool((self.tables.coef["drafts_count"] > 0).any()),
             log_rows=self.LOG_ROWS if record else 0,
         )
         self.prefix_cache = prefix_cache
@@ -114,11 +127,14 @@ class Engine:
         table_idx: int = 0,
         slo: Slo | None = None,
         predicted_tokens: NDArray[np.int64] | None = None,
+        acceptance_frac: NDArray[np.float64] | None = None,
     ) -> None:
         """Puts a workload into environment ``e``, clock at 0.
 
         Args:
             predicted_tokens: (N,) predicted output tokens for the policies that order or reserve by them.
+            acceptance_frac: (N,) share of each request's guessed tokens that hold, where the model guesses; by default
+                the model's for all.
 
         Raises:
             WorkloadError: more requests than the capacity, or prefix ids that do not fit their prompts.
@@ -142,6 +158,10 @@ class Engine:
         if predicted_tokens is not None:
             req["predicted_tokens"][e, :count] = np.clip(predicted_tokens, 1, 2**30)
         self.state.truth[e, :count] = workload.output_tokens
+        model = self.pairs[table_idx].model
+        if model.draft_modules_count:
+            chosen = np.full(count, model.draft_acceptance_frac) if acceptance_frac is None else acceptance_frac
+            req["draft_class"][e, :count] = draft_classes(chosen)
         wanted = slo or Slo()
         self.set_limits(e, workload, wanted, table_idx=table_idx)
         self.state.env["slo_form"][e] = SLO_FORMS[wanted.form]
@@ -154,6 +174,11 @@ class Engine:
         run.open_environment(self.tables, self.state, e)
 
     def _open_prefix_cache(self, e: int, table_idx: int, workload: Workload) -> None:
+        if self.tables.coef["spread_pool"][table_idx]:
+            raise WorkloadError(
+                f"{workload.name}: a prefix cache where KV may lie in two forms in the same memory is not modelled; "
+                "switch it off for a latent on the PIM side"
+            )
         found, block = segments(workload), self.pairs[table_idx].block_tokens
         count, blocks = len(workload), -(-found.tokens // block)
         # a pool holds a segment once, in a block at least
@@ -216,6 +241,9 @@ class Engine:
         if predicted_tokens is not None:
             req["predicted_tokens"][e, rows] = np.clip(predicted_tokens, 1, 2**30)
         self.state.truth[e, rows] = workload.output_tokens
+        if self.pair(e).model.draft_modules_count:
+            usual = np.full(rows.size, self.pair(e).model.draft_acceptance_frac)
+            req["draft_class"][e, rows] = draft_classes(usual)
         self.set_limits(e, workload, slo or Slo(), first, table_idx=int(env["table_idx"][e]))
         env["requests_count"][e] = first + rows.size
         env["stop"][e] = Stop.RUNNING
@@ -292,13 +320,22 @@ class Engine:
         """How environment ``e`` stands."""
         return Stop(int(self.state.env["stop"][e]))
 
-    def step_plan(self, e: int, ops: NDArray[np.int64], *, prefill_all: bool, decode: bool, interleaved: bool) -> Stop:
+    def step_plan(
+        self,
+        e: int,
+        ops: NDArray[np.int64],
+        *,
+        prefill_all: bool,
+        decode: bool,
+        interleaved: bool,
+        multi_token: bool = True,
+    ) -> Stop:
         """Applies a plan's operations and runs one iteration.
 
         Raises:
             PlanError: the plan is not legal; names the request and what was expected.
         """
-        fault = plan.step_plan(self.tables, self.state, e, ops, prefill_all, decode, interleaved)
+        fault = plan.step_plan(self.tables, self.state, e, ops, prefill_all, decode, interleaved, multi_token)
         if fault != Fault.NONE:
             request = int(self.state.env["bad_request_idx"][e])
             raise PlanError(f"plan: request {request}: {FAULT_TEXT[Fault(fault)]}")

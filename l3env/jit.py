@@ -67,6 +67,11 @@ def helper(function: F) -> F:
     return _compile(function, **CALLED_FROM_KERNELS)
 
 
+def rare(function: F) -> F:
+    """Compiles a function that most runs never call: as it is, never inlined into what all runs call."""
+    return _compile(function, _dbg_optnone=True, **CALLED_FROM_KERNELS)
+
+
 def _compile(function: F, **options: bool) -> F:
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(CACHE_DIR)

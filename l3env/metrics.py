@@ -89,7 +89,8 @@ def timeline_frame(engine: Engine, e: int, replica: int) -> pd.DataFrame:
     frame = pd.DataFrame({name: log[name].copy() for name in log.dtype.names or ()})
     capacity = engine.tables.pool_blocks[int(engine.state.env["table_idx"][e])]
     frame["kv_hbm_frac"] = frame.pop("hbm_blocks") / max(int(capacity[0]), 1)
-    frame["kv_pim_frac"] = frame.pop("pim_blocks") / max(int(capacity[1:].sum()), 1)
+    pair = engine.pair(e)
+    frame["kv_pim_frac"] = frame.pop("pim_blocks") / max(pair.pim_tokens // pair.block_tokens, 1)
     frame.insert(0, "replica", replica)
     return frame
 

@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 from l3env.engine import Engine, Slo
 from l3env.errors import PlanError, PolicyError
 from l3env.kernels import look
-from l3env.kernels.plan import ANY_PIM, AUTO, Op
+from l3env.kernels.plan import ANY_PIM, AUTO, DECOMPRESSED, Op
 from l3env.rollout import Rollouts, present_idx
-from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Eviction, Order, Status, SubBatching, Victim
+from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Eviction, Order, PimForm, Status, SubBatching, Victim
 from l3env.tables import Tables
 from l3env.workload import Workload
 
 UNLIMITED = 1 << 30
-PLACES = {"auto": AUTO, "pim": ANY_PIM, "hbm": 0}
+PLACES = {"auto": AUTO, "pim": ANY_PIM, "pim-decompressed": DECOMPRESSED, "hbm": 0}
 ENTRY_POINT_GROUP = "l3env.policies"
 
 
@@ -51,6 +51,8 @@ class Knobs:
         reserve_predicted: admit only what fits together with the predicted growth of all residents.
         sub_batching: two interleaved sub-batches (systems with PIM): off, on, or adaptive (whichever is shorter).
         victim: who is preempted when a pool runs over.
+        pim_form: how new KV lies on the PIM side, for models that store a latent.
+        multi_token: verify a guessed token in each decode step, for models that guess; off, one token a step.
         eviction: which cached segment of a prompt goes first, where the prefix cache is on; OFF keeps the rule in use.
     """
 
@@ -64,6 +66,8 @@ class Knobs:
     reserve_predicted: bool = False
     sub_batching: SubBatching | bool = SubBatching.ON
     victim: Victim = Victim.NEWEST_ADMITTED
+    pim_form: PimForm = PimForm.STORED
+    multi_token: bool = True
     eviction: Eviction = Eviction.OFF
 
     def __post_init__(self) -> None:
@@ -78,6 +82,8 @@ class Knobs:
             raise PlanError(f"knobs: order = {self.order}; expected one of {', '.join(o.name for o in Order)}")
         if self.sub_batching not in list(SubBatching):
             raise PlanError(f"knobs: sub_batching = {self.sub_batching}; expected off (0), on (1) or adaptive (2)")
+        if self.pim_form not in list(PimForm):
+            raise PlanError(f"knobs: pim_form = {self.pim_form}; expected stored (0) or decompressed (1)")
         if self.victim not in list(Victim):
             raise PlanError(f"knobs: victim = {self.victim}; expected one of {', '.join(v.name for v in Victim)}")
         if self.eviction not in list(Eviction):
@@ -97,13 +103,14 @@ class Plan:
 
     Attributes:
         admit: waiting requests to start; a sequence, or a mapping to a place: "auto" (PIM where there is room, else
-            HBM), "hbm", "pim" or a pool number.
+            HBM), "hbm", "pim", "pim-decompressed" (models that store a latent) or a pool number.
         prefill: prompt tokens for each prefilling request, the new ones included; None gives all their whole rest.
         sub_batch: 0 or 1 for requests that are admitted, moved or resumed; the others stay, new ones go to the smaller.
         preempt: running requests to drop for recomputing.
         pause, resume: decoding requests that keep their KV and stop, and start again.
         decode: False stalls all decoding for this iteration.
         interleave: two interleaved sub-batches; False runs one batch. Without PIM there is always one.
+        multi_token: verify a guessed token beside the next one, for models that guess.
     """
 
     admit: Sequence[int] | Mapping[int, str | int] = ()
@@ -114,6 +121,7 @@ class Plan:
     resume: Sequence[int] = ()
     decode: bool = True
     interleave: bool = True
+    multi_token: bool = True
 
     def operations(self) -> NDArray[np.int64]:
         """(M, 4) operations in the engine's order. Raises PlanError for a place that does not exist."""

@@ -108,7 +108,7 @@ class Rollouts:
             target[trial, :rows] = source[scenario, :rows]
         built = int(self._source.state.env["heaps_built"][scenario])
         source, target = self._heaps
-        for h in range(st.HEAPS_COUNT):
+        for h in range(source.shape[1]):
             if h >= st.ORDERS_COUNT or built >> h & 1:
                 target[trial, h, :rows] = source[scenario, h, :rows]
 

@@ -161,6 +161,7 @@ class Driver:
                 prefill_all=plan.prefill is None,
                 decode=plan.decode,
                 interleaved=plan.interleave,
+                multi_token=plan.multi_token,
             )
             if self.watch is not None:
                 self.watch()

@@ -50,6 +50,7 @@ class GpuSpec:
 
     name: str
     fp16_flop_per_s: float = positive(high=1e17)
+    fp8_flop_per_s: float = at_least(0.0, default=0.0, high=1e17)  # for weights of 8 bit; 0: no faster than 16 bit
     hbm_bytes: float = positive(high=1e13)
     hbm_bytes_per_s: float = positive(high=1e14)
     compute_utilisation_frac: float = fraction()
@@ -86,6 +87,7 @@ class GpuSpec:
     decode_launch_s: float = at_least(0.0, default=0.0, high=1.0)
     decode_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the bandwidth; 0: as linear operations
     decode_tail_frac: float = at_least(0.0, default=0.0, high=1.0)  # least share of a wave that a started one takes
+    decode_compute_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the FLOP/s; 0: as linear ones
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -164,9 +166,87 @@ class PimSpec:
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class AttentionForm:
+    """How queries meet stored KV in one layer: what is stored per token, and how often each element is used.
+
+    Attributes:
+        kv_heads_count: groups of heads that share stored elements.
+        queries_per_kv_head: query heads of each group.
+        key_size, value_size: elements of a KV head that a score, and the context, is computed with.
+        stored_size: elements of a KV head that are stored: keys and values, or a latent that serves as both.
+    """
+
+    kv_heads_count: int
+    queries_per_kv_head: int
+    key_size: int
+    value_size: int
+    stored_size: int
+
+    @property
+    def heads_count(self) -> int:
+        return self.kv_heads_count * self.queries_per_kv_head
+
+    @property
+    def macs_per_pair(self) -> int:
+        """Multiply-accumulates of a (query token, KV token) pair over all heads: score and context."""
+        return self.heads_count * (self.key_size + self.value_size)
+
+    @property
+    def stored_elements(self) -> int:
+        """Elements stored per token."""
+        return self.kv_heads_count * self.stored_size
+
+    @property
+    def query_elements(self) -> int:
+        return self.heads_count * self.key_size
+
+    @property
+    def output_elements(self) -> int:
+        return self.heads_count * self.value_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): K and V are projections of one latent per token."""
+
+    query_rank: int = at_least(1, high=1e6)
+    kv_rank: int = at_least(1, high=1e6)
+    nope_size: int = at_least(1, high=1e6)  # of a head's query and key, without position
+    rope_size: int = at_least(1, high=1e6)  # with rotary position; the key's is shared by all heads
+    value_size: int = at_least(1, high=1e6)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def stored_size(self) -> int:
+        """Elements per token and layer: the latent and the shared rotary key."""
+        return self.kv_rank + self.rope_size
+
+    def parameters_count(self, hidden_size: int, heads_count: int) -> int:
+        """Down- and up-projections of queries and KV, output projection."""
+        query = hidden_size * self.query_rank + self.query_rank * heads_count * (self.nope_size + self.rope_size)
+        kv = hidden_size * self.stored_size + self.kv_rank * heads_count * (self.nope_size + self.value_size)
+        return query + kv + heads_count * self.value_size * hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSpec:
+    """Mixture of experts in place of the FFN in all layers but the first ones (DeepSeekMoE, arXiv 2401.06066)."""
+
+    experts_count: int = at_least(1, high=1e5)  # routed ones
+    chosen_count: int = at_least(1, high=1e5)  # routed experts per token
+    shared_count: int = at_least(0, high=100)  # experts that all tokens pass
+    expert_ffn_size: int = at_least(1, high=1e7)
+    dense_layers_count: int = at_least(0, high=1000)  # first layers with the model's own FFN
+    groups_count: int = at_least(1, high=1e4)  # experts come in groups,
+    chosen_groups_count: int = at_least(1, high=1e4)  # of which a token may use the best few
+    route_scale: float = positive(high=1e3)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A decoder-only transformer in 16 bit."""
+    """A decoder-only transformer; weights of 16 or 8 bit, activations of 16 bit."""
 
     name: str
     layers_count: int = at_least(1, high=1000)
@@ -182,31 +262,124 @@ class ModelSpec:
     tensor_parallel_count: int = at_least(1, high=1024)  # the deployment the source uses; a system may override
     bytes_per_parameter: float = positive(high=8)
     bytes_per_kv_element: float = positive(high=8)
+    mla: LatentSpec | None = None
+    moe: MoeSpec | None = None
+    draft_modules_count: int = at_least(0, default=0, high=1)  # multi-token prediction: tokens guessed a step
+    draft_acceptance_frac: float = at_least(0.0, default=0.0, high=1.0)  # share of the guesses that hold
     sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def naive_form(self) -> AttentionForm:
+        """Attention on plain keys and values: prefill, and decode on decompressed KV."""
+        if self.mla is None:
+            groups = self.heads_count // self.kv_heads_count
+            return AttentionForm(self.kv_heads_count, groups, self.head_size, self.head_size, 2 * self.head_size)
+        key, value = self.mla.nope_size + self.mla.rope_size, self.mla.value_size
+        return AttentionForm(self.heads_count, 1, key, value, key + value)
+
+    @property
+    def stored_form(self) -> AttentionForm:
+        """Attention on KV as it is stored: with MLA absorbed, all heads' queries on one latent that is key and value
+        (arXiv 2405.04434, section 2.1.2)."""
+        if self.mla is None:
+            return self.naive_form
+        return AttentionForm(1, self.heads_count, self.mla.stored_size, self.mla.kv_rank, self.mla.stored_size)
+
+    def form_bytes_per_token(self, form: AttentionForm) -> float:
+        """KV of one token over all layers in a form."""
+        return self.layers_count * form.stored_elements * self.bytes_per_kv_element
+
+    @property
     def kv_bytes_per_token(self) -> float:
-        """K and V of one token over all layers."""
-        return 2 * self.layers_count * self.kv_heads_count * self.head_size * self.bytes_per_kv_element
+        """KV of one token over all layers, as stored."""
+        return self.form_bytes_per_token(self.stored_form)
+
+    @property
+    def decompressed_bytes_per_token(self) -> float:
+        """Plain keys and values of one token over all layers."""
+        return self.form_bytes_per_token(self.naive_form)
 
     @property
     def gqa_group_count(self) -> int:
-        """Query heads per KV head (N_gqa)."""
-        return self.heads_count // self.kv_heads_count
+        """Query heads per stored KV head (N_gqa)."""
+        return self.stored_form.queries_per_kv_head
+
+    @property
+    def moe_layers_count(self) -> int:
+        """Layers with experts."""
+        return 0 if self.moe is None else self.layers_count - self.moe.dense_layers_count
+
+    @property
+    def attention_parameters_count(self) -> int:
+        """Weights of one layer's attention."""
+        if self.mla is not None:
+            return self.mla.parameters_count(self.hidden_size, self.heads_count)
+        return 2 * self.hidden_size * (self.heads_count + self.kv_heads_count) * self.head_size
+
+    @property
+    def ffn_matrices_count(self) -> int:
+        """Gate, up and down, or up and down."""
+        return 3 if self.gated_ffn else 2
 
     @property
     def layer_parameters_count(self) -> int:
-        """Weights of one layer: Q, K, V, O and the FFN matrices."""
-        q = self.hidden_size * self.heads_count * self.head_size
-        kv = 2 * self.hidden_size * self.kv_heads_count * self.head_size
-        ffn = (3 if self.gated_ffn else 2) * self.hidden_size * self.ffn_size
-        return 2 * q + kv + ffn
+        """Weights of one dense layer: attention and the FFN matrices."""
+        return self.attention_parameters_count + self.ffn_matrices_count * self.hidden_size * self.ffn_size
+
+    @property
+    def expert_parameters_count(self) -> int:
+        """Weights of one expert; 0 without."""
+        return 0 if self.moe is None else self.ffn_matrices_count * self.hidden_size * self.moe.expert_ffn_size
+
+    def moe_layer_parameters_count(self, experts_count: int) -> int:
+        """Weights of one layer with experts, counting so many of them: attention, router and experts."""
+        assert self.moe is not None
+        router = self.hidden_size * self.moe.experts_count
+        return self.attention_parameters_count + router + experts_count * self.expert_parameters_count
+
+    def layers_parameters_count(self, routed_count: int | None = None) -> int:
+        """Weights of all layers with so many routed experts a layer (all by default)."""
+        dense = (self.layers_count - self.moe_layers_count) * self.layer_parameters_count
+        if self.moe is None:
+            return dense
+        routed = self.moe.experts_count if routed_count is None else routed_count
+        return dense + self.moe_layers_count * self.moe_layer_parameters_count(routed + self.moe.shared_count)
+
+    @property
+    def embedding_parameters_count(self) -> int:
+        """The token embedding, and the head where it has its own."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied_embedding else 2)
 
     @property
     def parameters_count(self) -> int:
-        """All weights, norms and biases left out (< 0.1 %)."""
-        embedding = self.vocab_size * self.hidden_size * (1 if self.tied_embedding else 2)
-        return self.layers_count * self.layer_parameters_count + embedding
+        """All weights, norms and biases left out (< 0.1 %), the modules that guess tokens too."""
+        return self.layers_parameters_count() + self.embedding_parameters_count
+
+    @property
+    def linear_flop_per_token(self) -> float:
+        """FLOP of all linear operations for one token: its experts, router and head included, the embedding not."""
+        chosen = 0 if self.moe is None else self.moe.chosen_count
+        return 2.0 * (self.layers_parameters_count(chosen) + self.vocab_size * self.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertParallelSpec:
+    """How the GPUs of a system share the routed experts of every layer.
+
+    ``ranks_count`` GPUs form a group over which the experts are spread; a system may hold several groups. Each token is
+    sent to the GPUs of its experts and comes back summed (dispatch and combine).
+    """
+
+    ranks_count: int = at_least(1, high=1e5)
+    slots_count: int = at_least(1, high=1e5)  # expert places over all ranks: experts and their redundant copies
+    tensor_parallel_count: int = at_least(1, high=1024)  # GPUs that a replica spans: attention is data-parallel
+    network: LinkSpec  # one GPU's link to other hosts
+    by_node: bool = False  # a token crosses the network once per host, then goes on over the GPU link
+    shared_is_routed: bool = False  # the shared expert has slots of its own and is sent tokens like a routed one
+    most_nodes_count: int = at_least(1, default=1000)  # hosts that a token's experts may lie on
+    imbalance_frac: float = at_least(0.0, high=100.0)  # (largest - mean) / mean of the ranks' tokens
+    micro_batches_count: int = at_least(1, default=1, high=2)  # 2: computing of one hides the all-to-all of the other
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +394,14 @@ class SystemSpec:
     pim_link: LinkSpec | None = None  # one GPU's link to the PIM side; None where PIM sits in the GPU's own memory
     hbm_kv: bool = True  # may KV live in HBM and be attended to by the GPU?
     max_batched_tokens: int = at_least(1)  # sizes the activation buffers that HBM keeps
+    gpus_per_host_count: int = at_least(0, default=0, high=1024)  # GPUs that share one ``pim``; 0: all of them
+    experts: ExpertParallelSpec | None = None  # None: every replica holds all experts, split like its other weights
     sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def host_gpus_count(self) -> int:
+        """GPUs of one host."""
+        return self.gpus_per_host_count or self.gpus_count
 
 
 Spec = TypeVar("Spec", GpuSpec, LinkSpec, DramSpec, PimSpec, ModelSpec, SystemSpec)
@@ -232,6 +412,9 @@ KINDS: dict[str, type] = {
     "pim": PimSpec,
     "model": ModelSpec,
     "system": SystemSpec,
+    "mla": LatentSpec,  # the last three are tables of a model or a system, without presets of their own
+    "moe": MoeSpec,
+    "experts": ExpertParallelSpec,
 }
 
 
@@ -341,9 +524,8 @@ def _nested(kind: str, value: Any, where: str, key: str, problems: list[str]) ->
     if isinstance(value, KINDS[kind]):
         return value
     if not isinstance(value, str) or not value.startswith((f"{kind}/", f"{kind}:")):
-        problems.append(
-            f"{key} = {value!r}: expected a table or the name of a {kind}, such as '{kind}/{names(kind)[0]}'"
-        )
+        such = [f" or the name of a {kind}, such as '{kind}/{name}'" for name in names(kind)[:1]]
+        problems.append(f"{key} = {value!r}: expected a table{''.join(such)}")
         return None
     try:
         return load(value)
@@ -394,10 +576,31 @@ def _cross_checks(spec: Any) -> list[str]:
         problems.append(
             f"heads_count = {spec.heads_count}: expected a multiple of kv_heads_count = {spec.kv_heads_count}"
         )
+    if isinstance(spec, MoeSpec):
+        problems += _moe_checks(spec)
+    if isinstance(spec, ModelSpec) and spec.moe and spec.moe.dense_layers_count > spec.layers_count:
+        problems.append(f"moe.dense_layers_count = {spec.moe.dense_layers_count}: expected <= {spec.layers_count}")
+    if isinstance(spec, ExpertParallelSpec) and spec.slots_count % spec.ranks_count:
+        problems.append(f"slots_count = {spec.slots_count}: expected a multiple of ranks_count = {spec.ranks_count}")
     if isinstance(spec, PimSpec) and spec.kind not in PIM_KINDS:
         problems.append(f"kind = {spec.kind!r}: expected one of {', '.join(PIM_KINDS)}")
     if isinstance(spec, SystemSpec) and spec.pim is None and not spec.hbm_kv:
         problems.append("hbm_kv = false without pim: there is no place for KV")
     if isinstance(spec, SystemSpec) and spec.pim and spec.pim.kind != "hbm-pim" and spec.pim_link is None:
         problems.append(f"missing key pim_link: {spec.pim.kind} is reached over a link")
+    if isinstance(spec, SystemSpec) and spec.gpus_count % spec.host_gpus_count:
+        problems.append(f"gpus_count = {spec.gpus_count}: expected a multiple of {spec.gpus_per_host_count} a host")
+    if isinstance(spec, SystemSpec) and spec.experts and spec.gpus_count % spec.experts.ranks_count:
+        problems.append(f"gpus_count = {spec.gpus_count}: expected a multiple of {spec.experts.ranks_count} ranks")
+    return problems
+
+
+def _moe_checks(spec: MoeSpec) -> list[str]:
+    problems = []
+    if spec.experts_count % spec.groups_count:
+        problems.append(f"experts_count = {spec.experts_count}: expected a multiple of {spec.groups_count} groups")
+    if spec.chosen_groups_count > spec.groups_count:
+        problems.append(f"chosen_groups_count = {spec.chosen_groups_count}: expected <= {spec.groups_count}")
+    elif spec.chosen_count > spec.experts_count // spec.groups_count * spec.chosen_groups_count:
+        problems.append(f"chosen_count = {spec.chosen_count}: more than the chosen groups hold")
     return problems

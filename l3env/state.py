@@ -3,9 +3,14 @@
 E environments (or replicas) side by side, N requests each, S = 2 sub-batches, L lanes, P pools, B tokens a block.
 
 Requests that decode are not touched while they decode. Each sub-batch has a *decode clock* that counts its decode
-steps; a decoding request remembers the clock at which it joined, so its KV length and emitted tokens follow by
+tokens; a decoding request remembers the clock at which it joined, so its KV length and emitted tokens follow by
 subtraction, its finish is a fixed clock value (kept in a heap), and the blocks it will need are counted by the phase at
 which its KV fills a block. A decode step costs work per lane and pool, none per request.
+
+Multi-token prediction: a step emits one token, or two where the guess of the second holds. How often it holds is drawn
+for each request before the run, in eighths (its ``draft_class``: guesses that hold in every DRAFT_STEPS steps, evenly
+spread); all requests of a class and sub-batch emit alike, so there is a clock for each class. D = DRAFT_CLASSES, or 1
+where no model guesses.
 """
 
 from __future__ import annotations
@@ -75,14 +80,16 @@ class SloForm(IntEnum):
     TOKEN_DEADLINES = 2  # token k comes by arrival + TTFT SLO + k x TBT SLO
 
 
-# heaps of an environment: one a queue order (built when first used), one a decode clock, one of dependent arrivals, one
-# of the waiting requests whose TTFT deadline can still be met, by the latest start that meets it, one of the decoding
-# ones by the deadline of a token (see kernels/slo)
-FINISH_HEAP = ORDERS_COUNT
-ARRIVAL_HEAP = ORDERS_COUNT + SUB_BATCHES
+# heaps of an environment: one a queue order (built when first used), one of dependent arrivals, one of the waiting
+# requests whose TTFT deadline can still be met, by the latest start that meets it, one of the decoding ones by the
+# deadline of a token (see kernels/slo), one a decode clock
+ARRIVAL_HEAP = ORDERS_COUNT
 SLACK_HEAP = ARRIVAL_HEAP + 1
 DUE_HEAP = SLACK_HEAP + 1
-HEAPS_COUNT = DUE_HEAP + 1
+FINISH_HEAP = DUE_HEAP + 1  # + sub-batch + SUB_BATCHES x draft class
+
+DRAFT_STEPS = 8
+DRAFT_CLASSES = DRAFT_STEPS + 1
 
 # prompts in the queue by octave of their length: bin b holds 2^b to 2^(b+1) - 1 tokens
 PROMPT_BINS = 20
@@ -112,6 +119,7 @@ REQUEST_DTYPE = np.dtype(
         ("sub", np.int8),
         ("hopeless", np.int8),
         ("joining", np.int8),  # has not decoded since it joined its sub-batch
+        ("draft_class", np.int8),  # guessed tokens that hold in DRAFT_STEPS steps
         ("lane", np.int16),
         ("target_tokens", np.int32),  # KV to build by prefill: the prompt, after a preemption what was emitted too
         ("prefilled_tokens", np.int32),
@@ -152,6 +160,7 @@ ENV_DTYPE = np.dtype(
         ("admitted_seq", np.int64),
         ("stop", np.int64),  # see kernels.run.Stop
         ("bad_request_idx", np.int64),  # which request an illegal plan is about
+        ("drafting", np.int64),  # does this iteration's decode step verify a guessed token beside the next one?
         # what happened, summed from the start
         ("arrived_count", np.int64),
         ("finished_count", np.int64),
@@ -249,6 +258,8 @@ KNOB_DTYPE = np.dtype(
         ("reserve_predicted", np.int64),  # admit only what fits with all predicted growth
         ("sub_batching", np.int64),  # SubBatching
         ("victim", np.int64),
+        ("pim_form", np.int64),  # PimForm of new KV on the PIM side
+        ("multi_token", np.int64),  # guess and verify a token more in each decode step, where the model can
         ("eviction", np.int64),  # of the prefix cache, where it is on; OFF: leave it
     ],
     align=True,
@@ -284,9 +295,19 @@ MARK_DTYPE = np.dtype(
 
 SUB_DTYPE = np.dtype(
     [
-        ("clock", np.int64),  # decode steps so far
+        ("drafts", np.int64),  # decode steps so far that verified a guess
+        ("decoding", np.int64),  # decoding requests
         ("last_step_s", np.float64),  # end of the last one
         ("members", np.int64),  # running requests
+    ],
+    align=True,
+)
+
+# the decoding requests of one draft class in a sub-batch
+GROUP_DTYPE = np.dtype(
+    [
+        ("clock", np.int64),  # the decode clock: tokens that such a request would have emitted since the start
+        ("emitted", np.int64),  # tokens that each emitted in the last step
         # sums over the decoding ones, from which means and spreads follow at any clock
         ("age_sum", np.int64),  # emitted tokens minus clock of joining
         ("age_sum2", np.int64),
@@ -421,6 +442,13 @@ class SubBatching(IntEnum):
     ADAPTIVE = 2  # in each iteration, interleaved or as one batch, whichever is shorter
 
 
+class PimForm(IntEnum):
+    """How KV lies on the PIM side."""
+
+    STORED = 0  # as the model stores it: with MLA the latent
+    DECOMPRESSED = 1  # plain keys and values of a latent: 71 times the memory for DeepSeek-V3
+
+
 class State(NamedTuple):
     """All of the engine's memory. Copying these arrays copies the environments.
 
@@ -433,8 +461,10 @@ class State(NamedTuple):
     truth: NDArray[np.int32]  # (E, N) output tokens; kernels and oracle-* policies only
     sub: NDArray[np.void]  # (E, S) SUB_DTYPE
     lane: NDArray[np.void]  # (E, S, L) LANE_DTYPE
+    lane_class: NDArray[np.int32]  # (E, S, L, D) decoding requests by draft class; kept where D > 1
+    group: NDArray[np.void]  # (E, S, D) GROUP_DTYPE
     pool: NDArray[np.void]  # (E, P) POOL_DTYPE
-    phase: NDArray[np.int32]  # (E, S, P, B) decoding requests by the clock phase at which they need a block
+    phase: NDArray[np.int32]  # (E, S, P, D, B) decoding requests by the clock phase at which they need a block
     heap: NDArray[np.void]  # (E, H, N) HEAP_DTYPE
     heap_len: NDArray[np.int64]  # (E, H)
     lists: NDArray[np.void]  # (E, N) LISTS_DTYPE
@@ -446,20 +476,32 @@ class State(NamedTuple):
 
 
 def allocate(
-    envs_count: int, requests_count: int, lanes_count: int, pools_count: int, block_tokens: int, *, log_rows: int = 0
+    envs_count: int,
+    requests_count: int,
+    lanes_count: int,
+    pools_count: int,
+    block_tokens: int,
+    *,
+    drafts: bool = False,
+    log_rows: int = 0,
 ) -> State:
-    """Zeroed arrays of the given sizes. ``log_rows`` > 0 records the time line and the gaps between tokens."""
+    """Zeroed arrays of the given sizes. ``drafts``: a model guesses tokens. ``log_rows`` > 0 records the time line and
+    the gaps between tokens."""
     e, n, s = envs_count, requests_count, SUB_BATCHES
+    d = DRAFT_CLASSES if drafts else 1
+    heaps_count = FINISH_HEAP + s * d
     return State(
         env=np.zeros(e, ENV_DTYPE),
         req=np.zeros((e, n), REQUEST_DTYPE),
         truth=np.zeros((e, n), np.int32),
         sub=np.zeros((e, s), SUB_DTYPE),
         lane=np.zeros((e, s, lanes_count), LANE_DTYPE),
+        lane_class=np.zeros((e, s, lanes_count, d), np.int32),
+        group=np.zeros((e, s, d), GROUP_DTYPE),
         pool=np.zeros((e, pools_count), POOL_DTYPE),
-        phase=np.zeros((e, s, pools_count, block_tokens), np.int32),
-        heap=np.zeros((e, HEAPS_COUNT, n), HEAP_DTYPE),
-        heap_len=np.zeros((e, HEAPS_COUNT), np.int64),
+        phase=np.zeros((e, s, pools_count, d, block_tokens), np.int32),
+        heap=np.zeros((e, heaps_count, n), HEAP_DTYPE),
+        heap_len=np.zeros((e, heaps_count), np.int64),
         lists=np.zeros((e, n), LISTS_DTYPE),
         prompts=np.zeros((e, PROMPT_BINS), np.int32),
         long_steps=np.zeros((e, s, n), np.int32),
@@ -521,7 +563,8 @@ def _copy(array: NDArray[Any]) -> NDArray[Any]:
     return array.view(np.uint8).copy().view(array.dtype)
 
 
-def row_bytes() -> int:
-    """Bytes that an environment takes for each request it can hold."""
+def row_bytes(*, drafts: bool = False) -> int:
+    """Bytes that an environment takes for each request it can hold; ``drafts`` as in ``allocate``."""
+    heaps_count = FINISH_HEAP + SUB_BATCHES * (DRAFT_CLASSES if drafts else 1)
     per_request = REQUEST_DTYPE.itemsize + LISTS_DTYPE.itemsize + np.dtype(np.int32).itemsize
-    return int(per_request + HEAPS_COUNT * HEAP_DTYPE.itemsize)
+    return int(per_request + heaps_count * HEAP_DTYPE.itemsize)

@@ -5,6 +5,10 @@ Tables of several (system, model) pairs stack along a first axis T; each environ
 Places for KV. Pool 0 and lane 0 are the GPUs' HBM (capacity 0 where KV may not live there); the others are the PIM
 side's, see ``costs/pim.py``. A request lives in one lane; the lane belongs to one pool; pools have capacities in
 blocks of ``block_tokens`` tokens.
+
+A latent (MLA) may also lie on the PIM side decompressed, as plain keys and values: one more lane and pool, the last of
+each, spread evenly over all ranks. It shares the ranks' memory and time with the other PIM lanes and pools: its
+attention adds to that of every rank, and each of its blocks takes ``spread_share`` blocks of every other PIM pool.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.costs import energy, gpu, link, memory, pim
+from l3env.costs import energy, experts, gpu, link, memory, pim
 from l3env.errors import SpecError
 from l3env.specs import GpuSpec, ModelSpec, SystemSpec
 
@@ -31,8 +35,15 @@ COEF_DTYPE = np.dtype(
         ("pools_count", np.int64),
         ("block_tokens", np.int64),
         ("has_pim", np.int64),  # is there a PIM side (pools 1..)?
+        ("spread_lane", np.int64),  # lane of decompressed KV, the last one; 0: none
+        ("spread_pool", np.int64),  # its pool, the last one; 0: none
+        ("spread_share", np.float64),  # blocks of each other PIM pool that one of its blocks takes
+        ("drafts_count", np.int64),  # tokens guessed a decode step (multi-token prediction); 0: none
+        ("sends", np.int64),  # is there an all-to-all that computing hides?
         ("fc_slope_s", np.float64),  # per token beyond TABLE_TOKENS
         ("head_slope_s", np.float64),
+        ("comm_slope_s", np.float64),
+        ("draft_slope_s", np.float64),
         ("prefill_pair_s", np.float64),  # compute, per causal (query, key) pair
         ("prefill_kv_s", np.float64),  # memory, per KV token read
         ("prefill_query_s", np.float64),  # memory, per query token
@@ -43,15 +54,21 @@ COEF_DTYPE = np.dtype(
         ("prefill_chunk_ratio", np.float64),  # cost of new tokens among themselves when there is a history
         ("prefill_history_ratio", np.float64),  # cost of a pair with history over that of a pair without
         ("hbm_token_s", np.float64),  # decode attention on the GPU, per KV token
-        ("hbm_request_s", np.float64),  # and per request
+        ("hbm_verify_s", np.float64),  # the same with the guessed token's query beside it, the guess's own included
+        ("hbm_request_s", np.float64),  # and per query token
         ("hbm_fixed_s", np.float64),  # and per batch
         ("hbm_waves_per_request", np.float64),  # share of the multiprocessors that a request occupies
         ("hbm_tail_frac", np.float64),  # least share of a wave that a started one takes; 0: no waves
         ("pim_token_s", np.float64),  # decode attention in one lane, per KV token
+        ("pim_verify_s", np.float64),  # the same with the guessed token's query
+        ("spread_token_s", np.float64),  # decode attention on decompressed KV over all lanes, per KV token
+        ("spread_verify_s", np.float64),
         ("pim_request_s", np.float64),  # per request
         ("pim_batch_s", np.float64),  # and per sub-batch that decodes on the PIM side
         ("transfer_token_s", np.float64),  # KV of one prefilled token to the PIM side
         ("transfer_request_s", np.float64),  # Q, K, V and output of one decoding request
+        ("spread_token_ratio", np.float64),  # both for decompressed KV, over the above
+        ("spread_request_ratio", np.float64),
         ("transfer_latency_s", np.float64),  # per sub-batch that decodes on the PIM side: two transfers a layer
         ("transfer_exposed_frac", np.float64),  # share of transfer time that blocks a given rank
         ("fc_batch_j", np.float64),
@@ -60,6 +77,7 @@ COEF_DTYPE = np.dtype(
         ("prefill_kv_j", np.float64),
         ("hbm_token_j", np.float64),
         ("pim_token_j", np.float64),
+        ("spread_token_j", np.float64),
         ("transfer_token_j", np.float64),
         ("transfer_request_j", np.float64),
         ("static_w", np.float64),
@@ -73,6 +91,8 @@ class TableArrays(NamedTuple):
     coef: NDArray[np.void]  # (T,) COEF_DTYPE
     fc_s: NDArray[np.float64]  # (T, K) see fc_grid_tokens
     head_s: NDArray[np.float64]  # (T, K)
+    comm_s: NDArray[np.float64]  # (T, K) all-to-all beside the FC of a batch
+    draft_s: NDArray[np.float64]  # (T, K) the module that guesses tokens, for so many requests
     lane_pool: NDArray[np.int64]  # (T, L)
     pool_blocks: NDArray[np.int64]  # (T, P) capacity
 
@@ -112,8 +132,9 @@ class Tables:
 
     @property
     def pim_tokens(self) -> int:
-        """KV tokens that fit in the PIM pools of one replica."""
-        return int(self.arrays.pool_blocks[0, 1:].sum()) * self.block_tokens
+        """KV tokens that fit in the PIM pools of one replica, in the form in which the model stores them."""
+        spread = int(self.arrays.coef["spread_pool"][0])
+        return int(self.arrays.pool_blocks[0, 1 : spread or None].sum()) * self.block_tokens
 
 
 def fc_grid_tokens() -> NDArray[np.float64]:
@@ -130,50 +151,72 @@ def compile_tables(
     """Compiles one replica of ``model`` on ``system``.
 
     Args:
-        tp: tensor-parallel degree, by default the model's; must divide the system's GPUs.
+        tp: tensor-parallel degree, by default the model's, or the system's where it shares out experts; must divide the
+            GPUs of a host.
         block_tokens: tokens per KV block.
 
     Raises:
         SpecError: the degree does not divide the GPUs, the model does not fit, or no place is left for KV.
     """
-    degree = min(model.tensor_parallel_count, system.gpus_count) if tp is None else tp
+    usual = min(model.tensor_parallel_count, system.gpus_count)
+    if model.moe is not None and system.experts is not None:
+        usual = system.experts.tensor_parallel_count
+    degree = usual if tp is None else tp
     if degree < 1 or system.gpus_count % degree:
         raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide {system.gpus_count} GPUs")
     if block_tokens < 1:
         raise SpecError(f"block_tokens = {block_tokens}: expected at least 1")
+    if system.host_gpus_count % degree:
+        raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide the GPUs of a host")
     replicas = system.gpus_count // degree
     free_hbm = memory.free_hbm_bytes(system, model, degree)
     block_bytes = block_tokens * model.kv_bytes_per_token
 
-    lane_pool, pool_bytes = [0], [free_hbm if system.hbm_kv else 0.0]
+    lane_pool, pool_blocks = [0], [0]
+    if system.hbm_kv:
+        pool_blocks = [int(free_hbm // (block_bytes * memory.kv_copies_count(model, degree)))]
     coef = np.zeros(1, COEF_DTYPE)
     if system.pim is not None:
-        plan = pim.layout(system.pim, model, replicas)
-        pim_bytes = [free_hbm] if system.pim.holds_weights else list(plan.pool_bytes)
+        plan = pim.layout(system.pim, model, system.host_gpus_count // degree)
+        pim_bytes = (free_hbm,) if system.pim.holds_weights else plan.pool_bytes
         lane_pool += [1 + pool for pool in plan.lane_pool]
-        pool_bytes += pim_bytes
+        pool_blocks += [int(size // block_bytes) for size in pim_bytes]
         _fill_pim(coef, system, model, degree, plan)
+        if model.mla is not None:
+            coef["spread_lane"], coef["spread_pool"] = len(lane_pool), len(pool_blocks)
+            ratio = model.decompressed_bytes_per_token / model.kv_bytes_per_token
+            coef["spread_share"] = ratio / len(pim_bytes)
+            lane_pool.append(len(pool_blocks))
+            pool_blocks.append(int(min(pool_blocks[1:]) // (ratio / len(pim_bytes))))
     _fill_gpu(coef, system, model, degree)
-    coef["lanes_count"], coef["pools_count"] = len(lane_pool), len(pool_bytes)
+    coef["lanes_count"], coef["pools_count"] = len(lane_pool), len(pool_blocks)
     coef["block_tokens"] = block_tokens
-    pool_blocks = np.array([int(size // block_bytes) for size in pool_bytes], dtype=np.int64)
-    if pool_blocks.max() == 0:
+    if max(pool_blocks) == 0:
         raise SpecError(f"{model.name} on {system.name}: weights and activations leave no room for KV")
 
-    grid = fc_grid_tokens()
-    fc = gpu.fc_s(model, system.gpu, system.gpu_link, degree, grid)
-    head = gpu.head_s(model, system.gpu, degree, grid)
+    rows = _rows(system, model, degree)
     back = SLOPE_STEPS if system.gpu.sm_count else 1
-    coef["fc_slope_s"] = (fc[-1] - fc[-1 - back]) / (back * STRIDE_TOKENS)
-    coef["head_slope_s"] = (head[-1] - head[-1 - back]) / (back * STRIDE_TOKENS)
-    arrays = TableArrays(coef, fc[None, :], head[None, :], np.array([lane_pool], dtype=np.int64), pool_blocks[None, :])
-    return Tables(system, model, degree, replicas, arrays)
+    for name, row in rows.items():
+        coef[f"{name}_slope_s"] = (row[-1] - row[-1 - back]) / (back * STRIDE_TOKENS)
+    coef["sends"] = rows["comm"].any()
+    lanes, blocks = np.array([lane_pool], dtype=np.int64), np.array([pool_blocks], dtype=np.int64)
+    fc, head, comm, draft = (rows[name][None, :] for name in ("fc", "head", "comm", "draft"))
+    return Tables(system, model, degree, replicas, TableArrays(coef, fc, head, comm, draft, lanes, blocks))
+
+
+def _rows(system: SystemSpec, model: ModelSpec, tp: int) -> dict[str, NDArray[np.float64]]:
+    """Times at every count of ``fc_grid_tokens``: FC, head, all-to-all that computing hides, guessing of tokens."""
+    grid = fc_grid_tokens()
+    fc, comm = experts.fc_and_all_to_all_s(system, model, tp, grid)
+    head = gpu.head_s(model, system.gpu, tp, grid)
+    return {"fc": fc, "head": head, "comm": comm, "draft": experts.draft_s(system, model, tp, grid)}
 
 
 def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int) -> None:
     device = system.gpu
     fill_attention(coef, device, model, tp)
-    batch_j, token_j = energy.fc_j(model, device, tp)
+    coef["drafts_count"] = model.draft_modules_count
+    batch_j, token_j = energy.fc_j(model, device, tp, system.experts)
     coef["fc_batch_j"] = batch_j
     coef["fc_token_j"] = token_j + energy.all_reduce_token_j(system, model, tp)
     coef["prefill_pair_j"] = energy.attention_pair_j(model, device.mac_j)
@@ -194,25 +237,40 @@ def fill_attention(coef: NDArray[np.void], device: GpuSpec, model: ModelSpec, tp
     coef["prefill_chunk_ratio"] = device.prefill_chunk_ratio
     coef["prefill_history_ratio"] = device.prefill_history_ratio
     coef["hbm_token_s"] = gpu.decode_token_s(model, device, tp)
-    coef["hbm_request_s"] = gpu.query_move_s(model, device, tp)
+    coef["hbm_verify_s"] = gpu.decode_token_s(model, device, tp, query_tokens=2) * _draft_ratio(model)
+    coef["hbm_request_s"] = gpu.query_move_s(model, device, tp, model.stored_form)
     coef["hbm_fixed_s"] = model.layers_count * device.decode_launch_s
     coef["hbm_waves_per_request"] = gpu.decode_waves_per_request(model, device, tp)
     coef["hbm_tail_frac"] = device.decode_tail_frac
+
+
+def _draft_ratio(model: ModelSpec) -> float:
+    """Attention layers with the guessing module's own over those without."""
+    return (model.layers_count + model.draft_modules_count) / model.layers_count
 
 
 def _fill_pim(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int, plan: pim.Layout) -> None:
     assert system.pim is not None
     coef["has_pim"] = 1
     coef["pim_token_s"] = pim.lane_token_s(system.pim, model, plan.lane_bytes_per_s)
+    coef["pim_verify_s"] = pim.verify_token_s(system.pim, model, plan.lane_bytes_per_s) * _draft_ratio(model)
     coef["pim_request_s"] = pim.lane_request_s(system.pim, model, plan.lane_bytes_per_s)
     coef["pim_batch_s"] = pim.batch_s(system.pim, model)
     coef["pim_token_j"] = energy.pim_token_j(system, model)
     coef["transfer_exposed_frac"] = link.exposed_transfer_frac(system)
+    naive = model.naive_form
+    if model.mla is not None:
+        whole = plan.lane_bytes_per_s * plan.lanes_count
+        coef["spread_token_s"] = pim.stream_token_s(system.pim, model, whole, naive)
+        coef["spread_verify_s"] = pim.stream_token_s(system.pim, model, whole, naive, 2) * _draft_ratio(model)
+        coef["spread_token_j"] = energy.pim_token_j(system, model, naive)
     if system.pim_link is None:
         return
     rate = link.transfer_bytes_per_s(system, tp)
     coef["transfer_token_s"] = model.kv_bytes_per_token / rate
     coef["transfer_request_s"] = link.decode_request_bytes(model) / rate
+    coef["spread_token_ratio"] = model.decompressed_bytes_per_token / model.kv_bytes_per_token
+    coef["spread_request_ratio"] = link.decode_request_bytes(model, naive) / link.decode_request_bytes(model)
     coef["transfer_latency_s"] = 2 * model.layers_count * system.pim_link.latency_s
     coef["transfer_token_j"] = model.kv_bytes_per_token * energy.transfer_byte_j(system)
     coef["transfer_request_j"] = energy.decode_transfer_j(system, model)
@@ -230,6 +288,8 @@ def stack(tables: list[Tables]) -> TableArrays:
         np.concatenate([t.arrays.coef for t in tables]),
         np.concatenate([t.arrays.fc_s for t in tables]),
         np.concatenate([t.arrays.head_s for t in tables]),
+        np.concatenate([t.arrays.comm_s for t in tables]),
+        np.concatenate([t.arrays.draft_s for t in tables]),
         np.concatenate([padded(t.arrays.lane_pool, lanes) for t in tables]),
         np.concatenate([padded(t.arrays.pool_blocks, pools) for t in tables]),
     )

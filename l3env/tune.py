@@ -185,7 +185,9 @@ def serve(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.float64], NDAr
     parts = [cell.workload.select(rows) for rows in shares]
     capacity = max(len(part) for part in parts)
     jobs = [(s, part) for s in range(len(knobs)) for part in parts]
-    batch = int(np.clip(ENGINE_BYTES // (capacity * row_bytes()), 1, len(jobs)))
+    batch = int(
+        np.clip(ENGINE_BYTES // (capacity * row_bytes(drafts=cell.tables.model.draft_modules_count > 0)), 1, len(jobs))
+    )
     engine = Engine(cell.tables, batch, capacity)
     met, present_s = np.zeros(len(knobs)), np.zeros(len(knobs))
     for first in range(0, len(jobs), batch):

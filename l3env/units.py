@@ -6,4 +6,5 @@ GIB = 1024**3
 GB = 1e9
 TERA = 1e12
 
+FP8_BYTES = 1
 FP16_BYTES = 2

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from l3env import specs
 from l3env.engine import Engine, Slo
 from l3env.policy import UNLIMITED, Knobs
-from l3env.state import Budget, Eviction, Order, Victim
+from l3env.state import Budget, Eviction, Order, PimForm, Victim
 from l3env.tables import Tables, compile_tables
 from l3env.workload import Workload
 
@@ -29,7 +29,13 @@ PAIRS = (
     ("hbm-pim-ext-dgx-a100", "llama-3-8b"),
     ("rank-pim-dgx-a100", "llama-3-8b"),
     ("cpu-offload-dgx-a100", "llama-2-7b"),
+    ("l3-dgx-h200", "deepseek-v3"),  # a latent that may lie decompressed, and a token guessed in each step
+    ("l3-h800-ep144-decode", "deepseek-v3"),  # and an all-to-all that computing hides
 )
+
+
+# a prefix cache beside two forms of KV in the same memory is refused; guesses without them stay
+SHARED_PAIRS = [*(pair for pair in PAIRS if pair[1] != "deepseek-v3"), ("gpu-dgx-h200", "deepseek-v3")]
 
 
 @cache
@@ -64,6 +70,7 @@ class Case:
     workload: Workload
     predicted_tokens: np.ndarray
     slo: Slo
+    acceptance_frac: np.ndarray | None = None  # of guessed tokens, where the model guesses
     eviction: Eviction = Eviction.OFF
 
     def __repr__(self) -> str:
@@ -82,7 +89,13 @@ class Case:
 
     def engine(self, *, record: bool = True) -> Engine:
         engine = Engine(self.tables, 1, len(self.workload), record=record, prefix_cache=self.eviction)
-        engine.reset(0, self.workload, slo=self.slo, predicted_tokens=self.predicted_tokens)
+        engine.reset(
+            0,
+            self.workload,
+            slo=self.slo,
+            predicted_tokens=self.predicted_tokens,
+            acceptance_frac=self.acceptance_frac,
+        )
         return engine
 
 
@@ -141,13 +154,20 @@ def machines(draw, longest_tokens: int, pairs=PAIRS) -> Tables:
     sizes = [max(math.ceil(tokens * part / block), 1) for part in parts]
     if tables.arrays.pool_blocks[0, 0] == 0:
         sizes[0] = 0  # no KV in HBM on this system
+    spread = int(tables.arrays.coef["spread_pool"][0])
+    if spread:  # decompressed KV in the memory of the pools before it
+        share = draw(st.sampled_from([0.3, 1.0, 2.5]))
+        sizes[spread] = int(min(sizes[1:spread]) / share)
+        tables = with_coef(tables, spread_share=share)
     return with_memory(tables, block, sizes)
 
 
 @st.composite
 def cases(draw, pairs=PAIRS, shared: bool = False, **sizes) -> Case:
     workload = draw(shared_prompts(**sizes) if shared else workloads(**sizes))
-    tables = draw(machines(int((workload.prompt_tokens + workload.output_tokens).max()), pairs))
+    tables = draw(
+        machines(int((workload.prompt_tokens + workload.output_tokens).max()), SHARED_PAIRS if shared else pairs)
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(["none", "noisy", "truth"]))
     truth = workload.output_tokens
@@ -156,8 +176,9 @@ def cases(draw, pairs=PAIRS, shared: bool = False, **sizes) -> Case:
     # at exactly 1 the last bit of a sum would decide what is late
     scale = draw(st.sampled_from([1.001, 1.5, 5.0, 100.0]))
     absolute = draw(st.sampled_from([None, None, 0.05, 2.0]))
+    acceptance_frac = rng.choice([0.0, 0.3, 0.5, 0.85, 1.0], truth.size)
     eviction = draw(st.sampled_from(list(Eviction)[1:])) if shared else Eviction.OFF
-    return Case(tables, workload, predicted, Slo(scale, scale, absolute, absolute), eviction)
+    return Case(tables, workload, predicted, Slo(scale, scale, absolute, absolute), acceptance_frac, eviction)
 
 
 def knobs(*, align: bool = True, headroom=(0.0, 0.01, 0.1, 0.5, 1.0)) -> st.SearchStrategy[Knobs]:
@@ -176,4 +197,6 @@ def knobs(*, align: bool = True, headroom=(0.0, 0.01, 0.1, 0.5, 1.0)) -> st.Sear
         reserve_predicted=st.booleans(),
         sub_batching=st.sampled_from([True, True, False]),
         victim=st.sampled_from(list(Victim)),
+        pim_form=st.sampled_from(list(PimForm)),
+        multi_token=st.booleans(),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from reference_prefix import Key, PrefixCache, prompt_keys
 
 from l3env.policy import Knobs
-from l3env.state import Budget, Eviction, Order, Victim
+from l3env.state import Budget, Eviction, Order, PimForm, Victim
 from l3env.tables import Tables, fc_grid_tokens
 from l3env.workload import Workload
 
@@ -36,6 +36,7 @@ class Request:
     predicted: int
     ttft_slo_s: float
     ttft_alone_s: float
+    guesses_right: int  # of every eight guessed tokens
     status: str = "future"
     sub: int = 0
     lane: int = -1
@@ -82,6 +83,7 @@ class Prices:
         self.coef = {name: tables.arrays.coef[name][0].item() for name in tables.arrays.coef.dtype.names}
         self.grid = fc_grid_tokens()
         self.fc_row, self.head_row = tables.arrays.fc_s[0], tables.arrays.head_s[0]
+        self.comm_row, self.draft_row = tables.arrays.comm_s[0], tables.arrays.draft_s[0]
 
     def _along(self, row: np.ndarray, tokens: int, slope: float) -> float:
         beyond = max(tokens - self.grid[-1], 0.0)
@@ -89,6 +91,13 @@ class Prices:
 
     def fc_s(self, tokens: int) -> float:
         return self._along(self.fc_row, tokens, self.coef["fc_slope_s"])
+
+    def comm_s(self, tokens: int) -> float:
+        """All-to-all that computing hides."""
+        return self._along(self.comm_row, tokens, self.coef["comm_slope_s"])
+
+    def guessing_s(self, requests: int) -> float:
+        return self._along(self.draft_row, requests, self.coef["draft_slope_s"])
 
     def head_s(self, rows: int) -> float:
         return self._along(self.head_row, rows, self.coef["head_slope_s"])
@@ -114,7 +123,7 @@ class Prices:
         reading_s = c["prefill_kv_s"] * (done + chunk) + c["prefill_query_s"] * chunk
         return max(triangle, reading_s)
 
-    def hbm_s(self, kv: int, requests: int) -> float:
+    def hbm_s(self, kv: int, requests: int, queries: int = 1) -> float:
         """Reading, a launch, and what the last wave of (request, KV head) blocks wastes."""
         c = self.coef
         if requests == 0:
@@ -122,11 +131,17 @@ class Prices:
         waves = c["hbm_waves_per_request"] * requests
         whole, part = divmod(waves, 1.0)
         wasted = (whole + max(part, c["hbm_tail_frac"])) / waves if c["hbm_tail_frac"] and waves > 1 and part else 1.0
-        return c["hbm_token_s"] * kv * wasted + c["hbm_request_s"] * requests + c["hbm_fixed_s"]
+        token_s = c[{1: "hbm_token_s", 2: "hbm_verify_s"}[queries]]
+        return token_s * kv * wasted + c["hbm_request_s"] * requests * queries + c["hbm_fixed_s"]
 
-    def lane_s(self, kv: int, requests: int) -> float:
+    def lane_s(self, kv: int, requests: int, queries: int = 1) -> float:
         """Attention of one PIM lane: linear in tokens and requests."""
-        return self.coef["pim_token_s"] * kv + self.coef["pim_request_s"] * requests
+        token_s = self.coef[{1: "pim_token_s", 2: "pim_verify_s"}[queries]]
+        return token_s * kv + self.coef["pim_request_s"] * requests * queries
+
+    def spread_s(self, kv: int, queries: int) -> float:
+        """Attention on decompressed KV, which keeps all lanes busy alike."""
+        return self.coef[{1: "spread_token_s", 2: "spread_verify_s"}[queries]] * kv
 
     def pim_s(self, slowest_s: float, requests: int, pushed: float) -> float:
         """T_PIM: the slowest lane and the filling of its pipeline, held up by a share of the transfers; never less than
@@ -142,14 +157,22 @@ class Prices:
         has_pim = self.coef["has_pim"]
         ttft = max(self.prefill_s((prompt, 0)), self.pim_s(0, 0, prompt if has_pim else 0))
         tbt = self.pim_s(self.lane_s(prompt + 1, 1), 1, 0) if has_pim else self.hbm_s(prompt + 1, 1)
-        return ttft + self.fc_s(prompt) + self.head_s(1), tbt + self.fc_s(1) + self.head_s(1)
+        ttft, tbt = ttft + self.fc_s(prompt) + self.head_s(1), tbt + self.fc_s(1) + self.head_s(1)
+        return max(ttft, self.comm_s(prompt)), max(tbt, self.comm_s(1))
 
 
 class ReferenceSimulator:
     """One machine, one workload; ``step(knobs)`` runs one iteration."""
 
     def __init__(
-        self, tables: Tables, workload: Workload, predicted, ttft_slo_s, ttft_alone_s, eviction=Eviction.OFF
+        self,
+        tables: Tables,
+        workload: Workload,
+        predicted,
+        ttft_slo_s,
+        ttft_alone_s,
+        guesses_right=None,
+        eviction=Eviction.OFF,
     ) -> None:
         arrays = tables.arrays
         self.price = Prices(tables)
@@ -160,7 +183,10 @@ class ReferenceSimulator:
         self.cache = PrefixCache(len(self.capacity), self.block, eviction)
         self.now = 0.0
         self.admissions = 0
-        self.growing = False  # blocks of the coming decode step are taken
+        self.spread_lane, self.spread_pool = coef["spread_lane"], coef["spread_pool"]  # 0: none
+        self.growing: set[int] = set()  # pools where blocks of the coming decode step are taken
+        self.queries = 1  # tokens that a decode step verifies
+        self.guessing_steps = [0, 0]
         self.totals = Totals()
         self.running: list[Request] = []
         self.requests = [
@@ -174,6 +200,7 @@ class ReferenceSimulator:
                 predicted=int(predicted[i]),
                 ttft_slo_s=float(ttft_slo_s[i]),
                 ttft_alone_s=float(ttft_alone_s[i]),
+                guesses_right=0 if guesses_right is None else int(guesses_right[i]),
                 keys=prompt_keys(workload, i) if eviction else [],
             )
             for i in range(len(workload))
@@ -192,7 +219,23 @@ class ReferenceSimulator:
     def held(self, r: Request) -> int:
         if r.status == "prefill":
             return self.footprint(r, r.target)
-        return self.footprint(r, r.kv + (1 if self.growing and r.status == "decode" else 0))
+        grows = r.status == "decode" and self.lane_pool[r.lane] in self.growing
+        return self.footprint(r, r.kv + (self.emits(r) if grows else 0))
+
+    def emits(self, r: Request) -> int:
+        """Tokens of its next step: of steps 1..x with a guess, the whole part of x / 8 x its rate were right."""
+        if self.queries == 1:
+            return 1
+        done = self.guessing_steps[r.sub]
+        return 1 + math.floor((done + 1) / 8 * r.guesses_right) - math.floor(done / 8 * r.guesses_right)
+
+    def room(self, pool: int) -> int:
+        """Blocks a pool may hold beside those of the other form of KV in the same memory."""
+        share, others = self.price.coef["spread_share"], range(1, self.spread_pool)
+        if pool == self.spread_pool and pool > 0:
+            return min(self.capacity[pool], *(int((self.capacity[p] - self.used(p)) / share) for p in others))
+        taken = math.ceil(self.used(self.spread_pool) * share) if pool in others else 0
+        return self.capacity[pool] - taken
 
     def used(self, pool: int) -> int:
         """What is shared counts once."""
@@ -273,7 +316,7 @@ class ReferenceSimulator:
     # --- admission
 
     def has_room(self, knobs: Knobs, r: Request, pool: int) -> bool:
-        capacity = self.capacity[pool]
+        capacity = self.room(pool)
         need = self.footprint(r, r.target) - self.cache.shared_here(r.keys, pool)
         residents = [x for x in self.running if self.lane_pool[x.lane] == pool]
         if not residents:
@@ -288,7 +331,10 @@ class ReferenceSimulator:
         return self.footprint(r, r.target + max(r.predicted - r.emitted, 1) - 1)
 
     def find_pim_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
-        lanes = range(1, len(self.lane_pool))
+        decompressed = self.spread_lane and knobs.pim_form == PimForm.DECOMPRESSED
+        if decompressed and self.blocks(r.target) <= self.capacity[self.spread_pool]:
+            return self.spread_lane if self.has_room(knobs, r, self.spread_pool) else None
+        lanes = range(1, self.spread_lane or len(self.lane_pool))
         fitting = [lane for lane in lanes if self.has_room(knobs, r, self.lane_pool[lane])]
 
         def load(lane: int) -> int:
@@ -373,9 +419,9 @@ class ReferenceSimulator:
             Victim.LATEST_DEADLINE: lambda r: r.arrival_s + r.ttft_slo_s,
             Victim.LOWEST_SCORE: lambda r: -r.score,
         }[rule]
-        self.growing = True
-        for pool, capacity in enumerate(self.capacity):
-            while self.used(pool) > capacity:
+        for pool in range(len(self.capacity)):
+            self.growing.add(pool)
+            while self.used(pool) > self.room(pool):
                 self.preempt(max((r for r in self.running if self.lane_pool[r.lane] == pool), key=badness))
             self.evict_to_fit(pool)
 
@@ -385,7 +431,8 @@ class ReferenceSimulator:
         """(decode?, prompt tokens planned)"""
         for r in self.running:
             r.chunk = 0
-        self.growing = False
+        self.growing = set()
+        self.queries = 2 if knobs.multi_token and self.price.coef["drafts_count"] else 1
         self.interleaved = knobs.sub_batching and self.has_pim
         if not knobs.prefill_first:
             self.make_room(knobs.victim)
@@ -429,10 +476,16 @@ class ReferenceSimulator:
     def gpu_phase_s(self, sub: int, chunks: list[tuple[int, int]]) -> float:
         """T_GPU of a phase in which ``sub`` prefills (chunk, done) pairs, as the aligning planner foresees it."""
         hbm = [r for r in self.decoding(sub) if r.lane == 0]
-        others = len(self.decoding(1 - sub))
+        others, queries = len(self.decoding(1 - sub)), self.queries
+        tokens = sum(chunk for chunk, _ in chunks) + queries * others
         attention_s = self.price.prefill_s(*chunks)
-        fc_s = self.price.fc_s(sum(chunk for chunk, _ in chunks) + others) + self.price.head_s(others)
-        return attention_s + fc_s + self.price.hbm_s(sum(r.kv + 1 for r in hbm), len(hbm))
+        attention_s += self.price.hbm_s(sum(r.kv + queries for r in hbm), len(hbm), queries)
+        return max(attention_s + self.back_s(tokens, queries * others, others), self.price.comm_s(tokens))
+
+    def back_s(self, tokens: int, rows: int, decodes: int) -> float:
+        """FC and head of a batch, and a guess for each of its decoding requests."""
+        guessing_s = self.price.guessing_s(decodes) if self.queries == 2 else 0.0
+        return self.price.fc_s(tokens) + self.price.head_s(rows) + guessing_s
 
     def plan_aligned(self, knobs: Knobs) -> None:
         """Whole prefills while the GPU is faster than PIM; the last one then cut to the largest that stays hidden.
@@ -443,7 +496,7 @@ class ReferenceSimulator:
         pushed = 0
         for sub in (0, 1):
             in_pim = [r for r in self.decoding(sub) if r.lane > 0]
-            goal_s = self.price.pim_s(self.slowest_lane_s(in_pim), len(in_pim), pushed)
+            goal_s = self.price.pim_s(self.slowest_lane_s(in_pim), self.moved(in_pim), pushed)
             begun = [r for r in self.prefilling() if r.sub == sub]
             taken: list[Request] = []
             while not taken or self.gpu_phase_s(sub, [(r.chunk, r.prefilled) for r in taken]) < goal_s:
@@ -483,11 +536,24 @@ class ReferenceSimulator:
 
     def slowest_lane_s(self, decoding: list[Request]) -> float:
         """Attention of the busiest PIM lane, the new tokens included."""
-        lanes = [[r.kv + 1 for r in decoding if r.lane == lane] for lane in range(1, len(self.lane_pool))]
-        return max((self.price.lane_s(sum(kv), len(kv)) for kv in lanes), default=0.0)
+        queries, stored = self.queries, range(1, self.spread_lane or len(self.lane_pool))
+        lanes = [[r.kv + queries for r in decoding if r.lane == lane] for lane in stored]
+        spread = sum(r.kv + queries for r in decoding if self.spread_lane and r.lane == self.spread_lane)
+        slowest_s = max((self.price.lane_s(sum(kv), len(kv), queries) for kv in lanes), default=0.0)
+        return slowest_s + self.price.spread_s(spread, queries)
+
+    def moved(self, in_pim: list[Request]) -> float:
+        """Requests on the PIM side by what their queries, KV and outputs move."""
+        ratio = self.price.coef["spread_request_ratio"]
+        return self.queries * sum(ratio if self.spread_lane and r.lane == self.spread_lane else 1 for r in in_pim)
+
+    def pushed(self, r: Request) -> float:
+        """Tokens of a chunk by what their KV moves to the PIM side."""
+        ratio = self.price.coef["spread_token_ratio"]
+        return r.chunk * (ratio if self.spread_lane and r.lane == self.spread_lane else 1) if r.lane > 0 else 0
 
     def execute(self, decode: bool) -> None:
-        price, coef = self.price, self.price.coef
+        price, coef, queries = self.price, self.price.coef, self.queries
         chunked = [r for r in self.prefilling() if r.chunk]
         decoding = self.decoding() if decode else []
         subs = (0, 1) if self.interleaved else (None,)
@@ -499,19 +565,19 @@ class ReferenceSimulator:
             fc_decodes = [r for r in decoding if other in (None, r.sub)]
             attends = [r for r in decoding if sub in (None, r.sub)]
             hbm, pim = [r for r in attends if r.lane == 0], [r for r in attends if r.lane > 0]
-            pushed = sum(r.chunk for r in chunked if other in (None, r.sub) and r.lane > 0)
+            pushed = sum(self.pushed(r) for r in chunked if other in (None, r.sub))
             pushed += sum(r.moving for r in chunked if other in (None, r.sub))
-            batch = sum(r.chunk for r in mine) + len(fc_decodes)
-            rows = sum(r.prefilled + r.chunk == r.target for r in mine) + len(fc_decodes)
+            batch = sum(r.chunk for r in mine) + queries * len(fc_decodes)
+            rows = sum(r.prefilled + r.chunk == r.target for r in mine) + queries * len(fc_decodes)
             front_s = price.prefill_s(*((r.chunk, r.prefilled) for r in mine))
-            front_s += price.hbm_s(sum(r.kv + 1 for r in hbm), len(hbm))
-            fc_s = price.fc_s(batch) + price.head_s(rows)
-            side_s = price.pim_s(self.slowest_lane_s(pim), len(pim), pushed)
+            front_s += price.hbm_s(sum(r.kv + queries for r in hbm), len(hbm), queries)
+            fc_s = self.back_s(batch, rows, len(fc_decodes))
+            side_s = price.pim_s(self.slowest_lane_s(pim), self.moved(pim), pushed)
             if sub is None:  # one batch: attention on both sides, then FC
-                duration_s += max(front_s, side_s) + fc_s
+                duration_s += max(max(front_s, side_s) + fc_s, price.comm_s(batch))
             else:  # T_GPU_i beside T_PIM_i
-                duration_s += max(front_s + fc_s, side_s)
-            gpu_s += front_s + fc_s
+                duration_s += max(front_s + fc_s, side_s, price.comm_s(batch))
+            gpu_s += max(front_s + fc_s, price.comm_s(batch))
             pim_s += side_s
             batches += batch > 0
         self.now += duration_s
@@ -528,17 +594,25 @@ class ReferenceSimulator:
             totals.recomputed_tokens += r.chunk if r.emitted else 0
             pairs = sum(r.prefilled + i for i in range(1, r.chunk + 1))
             totals.energy_j += coef["prefill_pair_j"] * pairs + coef["prefill_kv_j"] * (r.prefilled + r.chunk)
-            totals.energy_j += (coef["fc_token_j"] + (coef["transfer_token_j"] if r.lane > 0 else 0)) * r.chunk
-            totals.energy_j += coef["transfer_token_j"] * r.moving
+            totals.energy_j += coef["fc_token_j"] * r.chunk + coef["transfer_token_j"] * (self.pushed(r) + r.moving)
         for r in decoding:
             token_j = coef["pim_token_j"] if r.lane > 0 else coef["hbm_token_j"]
-            totals.energy_j += coef["fc_token_j"] + token_j * (r.kv + 1)
-            totals.energy_j += coef["transfer_request_j"] if r.lane > 0 else 0
+            if self.spread_lane and r.lane == self.spread_lane:
+                token_j = coef["spread_token_j"]
+            totals.energy_j += coef["fc_token_j"] * queries + token_j * (r.kv + queries)
+            totals.energy_j += coef["transfer_request_j"] * self.moved([r]) if r.lane > 0 else 0
 
-        self.growing = False
+        self.growing = set()
+        dropped = set()
         for r in decoding:
-            r.kv += 1
-            self.emit(r)
+            for _ in range(self.emits(r)):
+                r.kv += 1
+                if r.emitted == r.output:
+                    dropped.add(r.idx)
+                else:
+                    self.emit(r)
+        if decode and queries == 2:
+            self.guessing_steps = [done + 1 for done in self.guessing_steps]
         for r in chunked:
             r.prefilled += r.chunk
             r.moving = 0
@@ -546,7 +620,7 @@ class ReferenceSimulator:
             if r.prefilled == r.target:
                 r.status, r.kv = "decode", r.target
                 self.emit(r)
-        for r in sorted(self.decoding(), key=lambda r: (r.sub, r.idx)):
+        for r in sorted(self.decoding(), key=lambda r: (r.guesses_right, r.sub, r.idx not in dropped, r.idx)):
             if r.emitted == r.output:
                 self.leave(r)
                 r.status, r.finish_s = "finished", self.now

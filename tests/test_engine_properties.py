@@ -44,9 +44,10 @@ RUNNING = (Status.PREFILL, Status.DECODE, Status.PAUSED)
 
 
 def decoded_since_joining(state, e, r):
-    """Decode steps since a request joined its sub-batch."""
+    """Tokens emitted by decode steps since a request joined its sub-batch."""
     req = state.req[e, r]
-    return int(state.sub["clock"][e, req["sub"]] - req["joined_clock"]) if req["status"] == Status.DECODE else 0
+    clock = state.group["clock"][e, req["sub"], req["draft_class"]]
+    return int(clock - req["joined_clock"]) if req["status"] == Status.DECODE else 0
 
 
 def check(engine, e=0):
@@ -75,7 +76,7 @@ def check(engine, e=0):
     # memory, lanes and phases
     used, promised = check_prefix(state, lane_pool, e)[:pools], np.zeros(pools, int)
     lane = {name: np.zeros((2, lanes)) for name in ("count", "kv", "pending")}
-    phase = np.zeros_like(state.phase[e])
+    phase, lane_class = np.zeros_like(state.phase[e]), np.zeros_like(state.lane_class[e])
     members = [0, 0]
     emitted = req["emitted_tokens"].astype(int)
     for r in running:
@@ -98,7 +99,10 @@ def check(engine, e=0):
         assert emitted[r] < state.truth[e, r]
         lane["count"][sub, req["lane"][r]] += 1
         lane["kv"][sub, req["lane"][r]] += kv
-        phase[sub, pool, (state.sub["clock"][e, sub] - (kv - prefix_column(state, e, "ids_tokens")[r])) % block] += 1
+        draft = req["draft_class"][r]
+        lane_class[sub, req["lane"][r], draft] += 1
+        own = kv - prefix_column(state, e, "ids_tokens")[r]
+        phase[sub, pool, draft, (state.group["clock"][e, sub, draft] - own) % block] += 1
     assert state.pool["used"][e, :pools].tolist() == used.tolist()
     assert state.pool["promised"][e, :pools].tolist() == promised.tolist()
     assert (state.pool["used"][e, :pools] <= state.pool["peak"][e, :pools]).all()
@@ -109,6 +113,10 @@ def check(engine, e=0):
     for name, expected in lane.items():
         assert state.lane[name][e, :, :lanes].tolist() == expected.tolist(), name
     assert (state.phase[e] == phase).all()
+    assert (state.lane_class[e] == lane_class).all()
+    if coef["spread_pool"]:  # both forms of KV fit in the same memory
+        taken = used[coef["spread_pool"]] * coef["spread_share"]
+        assert (used[1 : coef["spread_pool"]] + taken <= capacity[1 : coef["spread_pool"]] + 1e-6).all()
     assert state.sub["members"][e].tolist() == members
 
     # tokens and times
@@ -126,7 +134,7 @@ def check(engine, e=0):
     assert env["slo_met_count"] == req["slo_met"].sum()
     assert env["preemptions_count"] == req["preemptions_count"].sum()
     assert env["admitted_count"] == env["preemptions_count"] + len(running) + env["finished_count"]
-    assert env["decode_tokens"] <= env["output_tokens"]
+    assert env["decode_tokens"] <= env["output_tokens"]  # requests in decode steps: each emits a token or two
     if state.gap_hist.shape[1] > 1:
         assert state.gap_hist[e].sum() == np.maximum(emitted - 1, 0).sum()
 
@@ -137,11 +145,15 @@ def check(engine, e=0):
             length = state.heap_len[e, order]
             assert sorted(state.heap["item"][e, order, :length].tolist()) == waiting
     for sub in (0, 1):
-        inside = np.flatnonzero((status == Status.DECODE) & (req["sub"] == sub)).tolist()
-        heap = state.heap[e, FINISH_HEAP + sub]
-        assert sorted(heap["item"][: state.heap_len[e, FINISH_HEAP + sub]].tolist()) == inside
-        left = state.truth[e, inside] - emitted[inside]
-        assert (heap["key"][inside] == state.sub["clock"][e, sub] + left).all()
+        mine = (status == Status.DECODE) & (req["sub"] == sub)
+        assert state.sub["decoding"][e, sub] == mine.sum()
+        for draft in range(state.group.shape[2]):
+            inside = np.flatnonzero(mine & (req["draft_class"] == draft)).tolist()
+            place = FINISH_HEAP + sub + 2 * draft
+            heap = state.heap[e, place]
+            assert sorted(heap["item"][: state.heap_len[e, place]].tolist()) == inside
+            left = state.truth[e, inside] - emitted[inside]
+            assert (heap["key"][inside] == state.group["clock"][e, sub, draft] + left).all()
     dependent = [r for r in np.flatnonzero(status == Status.FUTURE).tolist() if req["parent_idx"][r] != NOWHERE]
     known = [r for r in dependent if status[req["parent_idx"][r]] in (Status.FINISHED, Status.REJECTED)]
     assert sorted(state.heap["item"][e, ARRIVAL_HEAP, : state.heap_len[e, ARRIVAL_HEAP]].tolist()) == known
@@ -276,7 +288,14 @@ def test_machines_side_by_side_in_one_engine_do_not_touch_each_other(first, seco
         engine.reset(e, first.workload, slo=first.slo)  # a used environment is cleared by the next reset
         engine.run(e, Until.ITERATIONS, 5)
         table_idx = 0 if case is first else 1
-        engine.reset(e, case.workload, table_idx=table_idx, slo=case.slo, predicted_tokens=case.predicted_tokens)
+        engine.reset(
+            e,
+            case.workload,
+            table_idx=table_idx,
+            slo=case.slo,
+            predicted_tokens=case.predicted_tokens,
+            acceptance_frac=case.acceptance_frac,
+        )
         setting.write(engine.knobs, e)
     for e in range(3):
         engine.run(e, Until.ITERATIONS, 7)

@@ -228,6 +228,24 @@ def test_an_unknown_rule_is_refused():
         eviction_rule("fifo")
 
 
+def test_two_forms_of_kv_in_the_same_memory_are_refused():
+    engine = Engine(compiled("l3-dgx-h200", "deepseek-v3"), 1, 1, prefix_cache=Eviction.LRU)
+    with pytest.raises(WorkloadError, match="KV may lie in two forms in the same memory is not modelled"):
+        engine.reset(0, prompts([[1]], [4], 4))
+    engine.reset(0, Workload.build("no ids", 0.0, 10, 10))
+
+
+def test_requests_with_ids_cannot_be_added_to_a_running_cache():
+    engine = Engine(compiled("gpu-dgx-a100", "llama-2-7b"), 1, 3, prefix_cache=Eviction.LRU)
+    engine.reset(0, prompts([[1]], [5], 4))
+    with pytest.raises(WorkloadError, match="requests with prefix ids cannot be added where the prefix cache is on"):
+        engine.append(0, prompts([[1]], [5], 4))
+    engine.append(0, Workload.build("no ids", 0.0, 10, 10))
+    assert engine.run(0) == Stop.DONE
+    check_prefix(engine.state, [0])
+    assert engine.state.env["finished_count"][0] == 2
+
+
 # --- worked by hand
 
 

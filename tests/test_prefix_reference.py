@@ -103,7 +103,7 @@ def test_under_memory_pressure_each_rule_agrees_with_the_reference(pair, budget,
     )
     tables = compiled(*pair)
     tables = with_memory(tables, 4, [70] * tables.arrays.pool_blocks.shape[1])
-    case = Case(tables, workload, workload.output_tokens, Slo(), rule)
+    case = Case(tables, workload, workload.output_tokens, Slo(), eviction=rule)
     engine, reference = start(case)
     held = Knobs(prefill_budget_tokens=budget, headroom_frac=0.0, hbm_share_frac=0.2)
     held.write(engine.knobs, 0)

@@ -184,9 +184,11 @@ def test_a_killed_sweep_resumes_to_the_same_dataset(tmp_path: Path) -> None:
 def test_ray_gives_the_same_dataset(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     path = study_file(tmp_path)
-    run_cli("sweep", str(path), "--backend", "ray", "-j", "2", "--out", str(tmp_path / "ray"))
-    run_cli("sweep", str(path), "--backend", "sequential", "--out", str(tmp_path / "here"))
-    assert dataset(tmp_path / "ray") == dataset(tmp_path / "here")
+    run_cli("sweep", str(path), "--backend", "ray", "-j", "2", "--out", str(tmp_path / "ray" / "study"))
+    run_cli("sweep", str(path), "--backend", "sequential", "--out", str(tmp_path / "here" / "study"))
+    found = dataset(tmp_path / "ray" / "study")
+    assert found == dataset(tmp_path / "here" / "study")
+    assert {"results.csv", "report.html", "config.json"} < set(found)
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from experiments.reproduce.common import Row, row
 from l3env import rmaxts
-from l3env.engine import THREADS
+from l3env.threads import THREADS
 from traces.proofs import JOBS, MOST_STEPS, ProofModel, first_success, first_success_by_tree
 
 TREE_SAMPLES = 6400

@@ -6,6 +6,7 @@ import importlib
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -13,7 +14,8 @@ from experiments.reproduce.common import DEFAULT, Row
 from l3env.errors import L3EnvError
 
 FIGURES = ("fig11", "fig12", "fig13", "fig14", "fig15", "fig16", "energy")
-OTHER_PAPERS = ("prover",)  # not of the L3 paper, and not part of "all"
+OTHER_PAPERS = ("prover", "deepseek-v3")  # not of the L3 paper, and not part of "all"
+MOST_SPREAD = 1000.0  # of values that one axis can show
 
 
 def rows_of(name: str, progress: Callable[[int, int, str], None], *, quick: bool = False) -> list[Row]:
@@ -21,22 +23,26 @@ def rows_of(name: str, progress: Callable[[int, int, str], None], *, quick: bool
     if name not in (*FIGURES, *OTHER_PAPERS, "all"):
         raise L3EnvError(f"unknown figure {name!r}; expected one of {', '.join((*FIGURES, *OTHER_PAPERS))}, or all")
     if name in OTHER_PAPERS:
-        return list(importlib.import_module(f"experiments.reproduce.{name}").rows(progress, quick=quick))
+        return list(_module(name).rows(progress, quick=quick))
     if quick:
         raise L3EnvError(f"{name} has no quick version; expected one of {', '.join(OTHER_PAPERS)}")
     names = FIGURES if name == "all" else (name,)
     rows: list[Row] = []
     for done, each in enumerate(names):
         progress(done, len(names), each)
-        rows += importlib.import_module(f"experiments.reproduce.{each}").rows()
+        rows += _module(each).rows()
     progress(len(names), len(names), "done")
     return rows
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"experiments.reproduce.{name.replace('-', '_')}")
 
 
 def assumed(name: str) -> str:
     """What the rows of a figure rest on, in a sentence."""
     if name in OTHER_PAPERS:
-        return str(importlib.import_module(f"experiments.reproduce.{name}").assumptions())
+        return str(_module(name).assumptions())
     return DEFAULT.text()
 
 
@@ -55,6 +61,9 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
 def _draw_figure(figure: str, rows: list[Row], path: Path) -> Path:
     picture = Figure(figsize=(10, 1.2 + 0.7 * len(rows)), layout="constrained")
     axes = picture.subplots()
+    values = [abs(row["paper"]) for row in rows]
+    if max(values) > MOST_SPREAD * min(values):  # of many units: over the paper's
+        rows = [{**row, "ours": row["ours"] / row["paper"], "paper": 1.0} for row in rows]
     for i, row in enumerate(rows):
         axes.barh(i - 0.18, row["paper"], 0.34, color="#bbbbbb", label="paper" if i == 0 else None)
         axes.barh(i + 0.18, row["ours"], 0.34, color="#0072B2", label="l3env" if i == 0 else None)

@@ -13,7 +13,9 @@ from l3env.errors import L3EnvError
 
 @app.command()
 def reproduce(
-    figure: Annotated[str, typer.Argument(help="fig11 to fig16, energy, all of these, or prover.")] = "all",
+    figure: Annotated[
+        str, typer.Argument(help="fig11 to fig16, energy, all of these, prover, or deepseek-v3.")
+    ] = "all",
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/reproduce"),
     quick: Annotated[bool, typer.Option(help="Fewer theorems (prover).")] = False,
     as_json: Json = False,

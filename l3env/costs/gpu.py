@@ -11,10 +11,12 @@ fitted to measurements, see ``experiments/fit_gpu.py`` and ``docs/gpu-validation
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from l3env.specs import GpuSpec, LinkSpec, ModelSpec
+from l3env.specs import AttentionForm, GpuSpec, LinkSpec, ModelSpec
 from l3env.units import FP16_BYTES
 
 Array = NDArray[np.float64]
@@ -34,6 +36,11 @@ def compute_s(gpu: GpuSpec, flop: ArrayLike) -> Array:
     return np.asarray(flop, dtype=float) / (gpu.fp16_flop_per_s * gpu.compute_utilisation_frac)
 
 
+def speedup(model: ModelSpec, gpu: GpuSpec) -> float:
+    """How much faster than in 16 bit the model's matrix products compute: 8-bit weights use the FP8 units."""
+    return max(gpu.fp8_flop_per_s / gpu.fp16_flop_per_s, 1.0) if model.bytes_per_parameter <= 1 else 1.0
+
+
 def overlap_s(gpu: GpuSpec, a_s: Array, b_s: Array) -> Array:
     """Two times that overlap: the larger (Williams et al., CACM 2009), or a p-norm that rounds the corner off.
 
@@ -46,8 +53,8 @@ def overlap_s(gpu: GpuSpec, a_s: Array, b_s: Array) -> Array:
     return large * (1 + ratio**gpu.roofline_exponent) ** (1 / gpu.roofline_exponent)
 
 
-def matmul_compute_s(gpu: GpuSpec, tokens: Array, k: float, n: float) -> Array:
-    """Compute time of a (tokens, k) x (k, n) product: the best tile's waves over the multiprocessors.
+def matmul_compute_s(gpu: GpuSpec, tokens: Array, k: float, n: float | Array) -> Array:
+    """Compute time of a (tokens, k) x (k, n) product in 16 bit: the best tile's waves over the multiprocessors.
 
     A partly filled last wave is waited for in part (split-K and stream-K schedules fill some of it); small tiles reuse
     their operands less. Without ``sm_count`` the plain FLOP over FLOP/s. Never falls with ``tokens``.
@@ -64,20 +71,34 @@ def matmul_compute_s(gpu: GpuSpec, tokens: Array, k: float, n: float) -> Array:
     return np.where(tokens > 0, best, 0.0)
 
 
-def linear_shapes(model: ModelSpec, tp: int) -> list[tuple[float, float]]:
-    """(input, output) sizes of the layer's linear operations on one GPU: QKV, output projection, FFN up, FFN down.
+def attention_shapes(model: ModelSpec, tp: int) -> list[tuple[float, float]]:
+    """(input, output) sizes of the linear operations of a layer's attention on one GPU: QKV, output projection.
 
-    KV heads fewer than ``tp`` are replicated, as in Megatron-style tensor parallelism.
+    KV heads fewer than ``tp`` are replicated, as in Megatron-style tensor parallelism. With latent attention: queries
+    down and up, KV down (replicated), KV up, output. Absorbed decode applies the two halves of "KV up" to queries and
+    outputs instead: the same weights and FLOP per token.
     """
-    q_size = model.heads_count * model.head_size / tp
-    kv_size = 2 * max(model.kv_heads_count / tp, 1) * model.head_size
-    up_size = (2 if model.gated_ffn else 1) * model.ffn_size / tp
+    if model.mla is None:
+        q_size = model.heads_count * model.head_size / tp
+        kv_size = 2 * max(model.kv_heads_count / tp, 1) * model.head_size
+        return [(model.hidden_size, q_size + kv_size), (q_size, model.hidden_size)]
+    mla, heads = model.mla, model.heads_count / tp
     return [
-        (model.hidden_size, q_size + kv_size),
-        (q_size, model.hidden_size),
-        (model.hidden_size, up_size),
-        (model.ffn_size / tp, model.hidden_size),
+        (model.hidden_size, mla.query_rank + mla.stored_size),
+        (mla.query_rank, heads * (mla.nope_size + mla.rope_size)),
+        (mla.kv_rank, heads * (mla.nope_size + mla.value_size)),
+        (heads * mla.value_size, model.hidden_size),
     ]
+
+
+def ffn_shapes(model: ModelSpec, ffn_size: float) -> list[tuple[float, float]]:
+    """(input, output) sizes of an FFN or expert: up (with the gate beside it), down."""
+    return [(model.hidden_size, (2 if model.gated_ffn else 1) * ffn_size), (ffn_size, model.hidden_size)]
+
+
+def linear_shapes(model: ModelSpec, tp: int) -> list[tuple[float, float]]:
+    """(input, output) sizes of a dense layer's linear operations on one GPU: those of attention, FFN up, FFN down."""
+    return attention_shapes(model, tp) + ffn_shapes(model, model.ffn_size / tp)
 
 
 def linear_flop_and_bytes(model: ModelSpec, tokens: Array, k: float, n: float) -> tuple[Array, Array]:
@@ -90,49 +111,65 @@ def linear_flop_and_bytes(model: ModelSpec, tokens: Array, k: float, n: float) -
 def linear_s(model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float, n: float) -> Array:
     """One linear operation of one GPU."""
     _, moved = linear_flop_and_bytes(model, tokens, k, n)
-    return gpu.linear_launch_s + overlap_s(gpu, matmul_compute_s(gpu, tokens, k, n), memory_s(gpu, moved))
+    compute = matmul_compute_s(gpu, tokens, k, n) / speedup(model, gpu)
+    return gpu.linear_launch_s + overlap_s(gpu, compute, memory_s(gpu, moved))
+
+
+def linears_s(model: ModelSpec, gpu: GpuSpec, tokens: ArrayLike, shapes: Sequence[tuple[float, float]]) -> Array:
+    """Several linear operations of one GPU, one after the other."""
+    count = np.asarray(tokens, dtype=float)
+    total = np.zeros_like(count)
+    for k, n in shapes:
+        total = total + linear_s(model, gpu, count, k, n)
+    return total
 
 
 def linear_layer_s(model: ModelSpec, gpu: GpuSpec, tp: int, tokens: ArrayLike) -> Array:
-    """The four linear operations of one layer on one GPU."""
-    count = np.asarray(tokens, dtype=float)
-    layer = np.zeros_like(count)
-    for k, n in linear_shapes(model, tp):
-        layer = layer + linear_s(model, gpu, count, k, n)
-    return layer
+    """The linear operations of one dense layer on one GPU."""
+    return linears_s(model, gpu, tokens, linear_shapes(model, tp))
 
 
-def elementwise_bytes(model: ModelSpec, tp: int) -> float:
+def elementwise_bytes(model: ModelSpec, tp: int, inner_size: float | None = None) -> float:
     """Bytes per token of a layer's small operations on one GPU, each a kernel of its own that streams.
 
     Two residual additions with norm (two inputs, two outputs of the hidden size), RoPE with the KV write (Q, K, V in
-    and out), the activation (the up projection in, the down projection's input out).
+    and out), the activation (the up projection in, the down projection's input out). ``inner_size`` is the sum of the
+    FFN's inner sizes that a token passes on this GPU, by default the dense FFN's share.
     """
+    inner = model.ffn_size / tp if inner_size is None else inner_size
+    stored = model.stored_form
     norms = 2 * 4 * model.hidden_size
-    heads = model.heads_count / tp + 2 * max(model.kv_heads_count / tp, 1)
-    activation = (3 if model.gated_ffn else 2) * model.ffn_size / tp
-    return (norms + 2 * heads * model.head_size + activation) * FP16_BYTES
+    rotated = model.naive_form.query_elements / tp + max(stored.kv_heads_count / tp, 1) * stored.stored_size
+    activation = (3 if model.gated_ffn else 2) * inner
+    return (norms + 2 * rotated + activation) * FP16_BYTES
 
 
-def elementwise_layer_s(model: ModelSpec, gpu: GpuSpec, tp: int, tokens: ArrayLike) -> Array:
+def elementwise_layer_s(
+    model: ModelSpec, gpu: GpuSpec, tp: int, tokens: ArrayLike, inner_size: float | None = None
+) -> Array:
     """Norms, residuals, RoPE, KV write and activation of one layer on one GPU; free in a plain roofline."""
     count = np.asarray(tokens, dtype=float)
     launch = np.full_like(count, gpu.elementwise_launch_s)
     if gpu.elementwise_utilisation_frac == 0:
         return launch
     rate = gpu.hbm_bytes_per_s * gpu.elementwise_utilisation_frac
-    return overlap_s(gpu, launch, count * elementwise_bytes(model, tp) / rate)
+    return overlap_s(gpu, launch, count * elementwise_bytes(model, tp, inner_size) / rate)
 
 
-def fc_s(model: ModelSpec, gpu: GpuSpec, link: LinkSpec, tp: int, tokens: ArrayLike) -> Array:
-    """Work of all layers outside attention for a batch of ``tokens``, all-reduces included; 0 for 0 tokens.
+def dense_layer_s(model: ModelSpec, gpu: GpuSpec, link: LinkSpec, tp: int, tokens: ArrayLike) -> Array:
+    """Work of one layer outside attention for a batch of ``tokens``, all-reduces included; 0 for 0 tokens.
 
     Two all-reduces a layer (after the output projection and after the FFN) of tokens x hidden elements.
     """
     count = np.asarray(tokens, dtype=float)
     layer = linear_layer_s(model, gpu, tp, count) + elementwise_layer_s(model, gpu, tp, count)
     layer = layer + 2 * all_reduce_s(link, tp, count * model.hidden_size * FP16_BYTES)
-    return np.where(count > 0, model.layers_count * layer, 0.0)
+    return np.where(count > 0, layer, 0.0)
+
+
+def fc_s(model: ModelSpec, gpu: GpuSpec, link: LinkSpec, tp: int, tokens: ArrayLike) -> Array:
+    """Work of all layers of a dense model outside attention (``costs/experts.py`` has the one for all models)."""
+    return model.layers_count * dense_layer_s(model, gpu, link, tp, tokens)
 
 
 def head_s(model: ModelSpec, gpu: GpuSpec, tp: int, rows: ArrayLike) -> Array:
@@ -150,37 +187,43 @@ def all_reduce_s(link: LinkSpec, tp: int, message_bytes: ArrayLike) -> Array:
     return link.latency_s + wire
 
 
-def pair_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0) -> float:
-    """Compute time per (query, key) pair of attention, all layers: 4 FLOP x heads x head size.
+def pair_s(
+    model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0, form: AttentionForm | None = None
+) -> float:
+    """Compute time per (query, key) pair of attention, all layers: 2 FLOP a multiply-accumulate of the form.
 
     ``utilisation_frac`` is the share of the peak that is reached, by default that of linear operations.
     """
-    flop = 4 * model.heads_count * model.head_size / tp
+    flop = 2 * (form or model.naive_form).macs_per_pair / tp
     return model.layers_count * flop / (gpu.fp16_flop_per_s * (utilisation_frac or gpu.compute_utilisation_frac))
 
 
 def prefill_pair_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
-    """Compute time per pair of prefill attention; c new tokens on a history of f have c f + c (c + 1) / 2 pairs."""
+    """Compute time per pair of prefill attention, on plain keys and values; c new tokens on a history of f have
+    c f + c (c + 1) / 2 pairs."""
     return pair_s(model, gpu, tp, gpu.prefill_utilisation_frac)
 
 
 def kv_read_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0) -> float:
-    """Time to read one token's K and V of all layers from HBM, heads divided over ``tp`` GPUs."""
-    shard = model.kv_bytes_per_token * max(1 / tp, 1 / model.kv_heads_count)
+    """Time to read one token's stored KV of all layers from HBM, KV heads divided over ``tp`` GPUs."""
+    shard = model.kv_bytes_per_token * max(1 / tp, 1 / model.stored_form.kv_heads_count)
     return shard / (gpu.hbm_bytes_per_s * (utilisation_frac or gpu.memory_utilisation_frac))
 
 
-def query_move_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
+def query_move_s(model: ModelSpec, gpu: GpuSpec, tp: int, form: AttentionForm | None = None) -> float:
     """Time to read Q and write the attention output of one query token in HBM, all layers."""
-    moved = 2 * model.layers_count * model.heads_count * model.head_size / tp * FP16_BYTES
+    each = form or model.naive_form
+    moved = model.layers_count * (each.query_elements + each.output_elements) / tp * FP16_BYTES
     return moved / (gpu.hbm_bytes_per_s * gpu.memory_utilisation_frac)
 
 
-def decode_token_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
-    """Decode attention in HBM per KV token: the larger of reading it and computing with it (one pair)."""
-    return max(kv_read_s(model, gpu, tp, gpu.decode_utilisation_frac), pair_s(model, gpu, tp))
+def decode_token_s(model: ModelSpec, gpu: GpuSpec, tp: int, query_tokens: int = 1) -> float:
+    """Decode attention in HBM per KV token: the larger of reading it and computing with it, for so many query tokens
+    of the request at once."""
+    compute = pair_s(model, gpu, tp, gpu.decode_compute_utilisation_frac, model.stored_form)
+    return max(kv_read_s(model, gpu, tp, gpu.decode_utilisation_frac), query_tokens * compute)
 
 
 def decode_waves_per_request(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
     """Share of the multiprocessors that one request's KV heads occupy, one block a head; 0 without waves."""
-    return max(model.kv_heads_count / tp, 1) / gpu.sm_count if gpu.sm_count else 0.0
+    return max(model.stored_form.kv_heads_count / tp, 1) / gpu.sm_count if gpu.sm_count else 0.0

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from l3env.costs.pim import is_dimm
-from l3env.specs import ModelSpec, SystemSpec
+from l3env.specs import AttentionForm, ModelSpec, SystemSpec
 from l3env.units import FP16_BYTES
 
 
-def decode_request_bytes(model: ModelSpec) -> float:
-    """Per decoding request and step: Q and new K, V to the memory, the attention output back; all layers."""
-    q_and_output = 2 * model.layers_count * model.heads_count * model.head_size * FP16_BYTES
-    return q_and_output + model.kv_bytes_per_token
+def decode_request_bytes(model: ModelSpec, form: AttentionForm | None = None) -> float:
+    """Per decoding request and step: Q and new KV to the memory, the attention output back; all layers.
+
+    ``form`` is that of the KV in the memory, by default as the model stores it.
+    """
+    each = form or model.stored_form
+    q_and_output = model.layers_count * (each.query_elements + each.output_elements) * FP16_BYTES
+    return q_and_output + model.form_bytes_per_token(each)
 
 
 def transfer_bytes_per_s(system: SystemSpec, tp: int) -> float:
     """One replica's bandwidth to its PIM share: its GPUs' links in sum, no more than its DIMM channels."""
     assert system.pim is not None
     assert system.pim_link is not None
-    replicas = system.gpus_count // tp
+    replicas = max(system.host_gpus_count // tp, 1)
     links = tp * system.pim_link.bytes_per_s * system.pim_link.utilisation_frac
     if not (is_dimm(system.pim) or system.pim.kind == "host-cpu"):
         return links

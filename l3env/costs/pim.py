@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from l3env.dimm.stored import load_fit
 from l3env.errors import SpecError
-from l3env.specs import ModelSpec, PimSpec
+from l3env.specs import AttentionForm, ModelSpec, PimSpec
 from l3env.units import FP16_BYTES
 
 FITS = {"dimm-bank": "dimm-pim-ddr4-3200", "dimm-rank": "rank-pim-ddr4-3200"}
@@ -77,18 +77,40 @@ def layout(pim: PimSpec, model: ModelSpec, replicas_count: int) -> Layout:
     return Layout(lane_pool, (capacity / channels,) * channels, bandwidth / (channels * staggers))
 
 
-def compute_passes(pim: PimSpec, model: ModelSpec) -> int:
-    """How often each element must be fetched: ceil(N_gqa / N_cmr) (arXiv 2504.17584, section 5, T_comp)."""
-    return math.ceil(model.gqa_group_count / pim.macs_per_element_count)
+def compute_passes(pim: PimSpec, model: ModelSpec, form: AttentionForm | None = None, query_tokens: int = 1) -> int:
+    """How often each element must be fetched: ceil(N_gqa / N_cmr) (arXiv 2504.17584, section 5, T_comp).
+
+    N_cmr counts 16-bit elements: smaller ones come more to a fetch and share its multiply-accumulates. Several query
+    tokens of a request are as many more queries.
+    """
+    queries = query_tokens * (form or model.stored_form).queries_per_kv_head
+    return math.ceil(queries * FP16_BYTES / (pim.macs_per_element_count * model.bytes_per_kv_element))
 
 
-def stream_token_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:
+def fetched_bytes(pim: PimSpec, model: ModelSpec, form: AttentionForm | None = None, query_tokens: int = 1) -> float:
+    """Bytes of one KV token that the PUs fetch in a step, all layers: keys and values once per pass.
+
+    A latent is fetched as key and as value (arXiv 2405.04434: the value is part of the key).
+    """
+    each = form or model.stored_form
+    elements = each.kv_heads_count * (each.key_size + each.value_size)
+    passes = compute_passes(pim, model, each, query_tokens)
+    return model.layers_count * elements * passes * model.bytes_per_kv_element
+
+
+def stream_token_s(
+    pim: PimSpec,
+    model: ModelSpec,
+    lane_bytes_per_s: float,
+    form: AttentionForm | None = None,
+    query_tokens: int = 1,
+) -> float:
     """Closed form, per KV token resident in a lane, all layers: its K and V streamed once per pass.
 
     Cross-chip movement of scores is hidden behind computing (bubble-free pipelining; T_comm <= T_comp holds for the
     N_hc the paper uses: 8 for MHA, 1 for GQA-8).
     """
-    return model.kv_bytes_per_token * compute_passes(pim, model) / lane_bytes_per_s
+    return fetched_bytes(pim, model, form, query_tokens) / lane_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -113,7 +135,7 @@ def rank_model(pim: PimSpec, model: ModelSpec) -> RankModel | None:
     fit = load_fit(FITS[pim.kind]) if is_dimm(pim) else None
     kind = fit.find(model.gqa_group_count) if fit else None
     known = (pim.chips_per_rank_count, pim.banks_per_chip_count, model.head_size, model.bytes_per_kv_element)
-    if fit is None or kind is None or known != (8, 16, 128, FP16_BYTES):
+    if model.mla is not None or fit is None or kind is None or known != (8, 16, 128, FP16_BYTES):
         return None
     job_token_bytes = kind.heads_per_job_count * 2 * model.head_size * FP16_BYTES
     slower = fit.rank_bytes_per_s / rank_bytes_per_s(pim) * compute_passes(pim, model) / kind.passes_count
@@ -135,6 +157,12 @@ def lane_token_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> flo
     closed_s = stream_token_s(pim, model, lane_bytes_per_s)
     fitted = rank_model(pim, model)
     return closed_s if fitted is None else closed_s * pim.internal_utilisation_frac / fitted.streaming_frac
+
+
+def verify_token_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:
+    """As ``lane_token_s`` with two query tokens of each request at once: more passes where one query fills the PUs."""
+    once = fetched_bytes(pim, model)
+    return lane_token_s(pim, model, lane_bytes_per_s) * fetched_bytes(pim, model, query_tokens=2) / once
 
 
 def lane_request_s(pim: PimSpec, model: ModelSpec, lane_bytes_per_s: float) -> float:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import helper, inner
-from l3env.kernels.memory import finish, join_decode, leave_prefill, pool_of
+from l3env.jit import helper, inner, rare
+from l3env.kernels.memory import emits, finish, join_decode, leave_prefill, pim_blocks_used, pool_of
 from l3env.kernels.prefix import moving_tokens, publish
 from l3env.kernels.price import (
+    back_batch_s,
     causal_pairs,
-    fc_batch_s,
+    comm_batch_s,
     hbm_attention_s,
-    head_batch_s,
     lane_attention_s,
     one_batch_s,
     pim_side_s,
     prefill_launch_s,
     prefill_work_s,
+    spread_attention_s,
 )
-from l3env.kernels.schedule import decoding_count
+from l3env.kernels.schedule import decoding_count, moved_requests, stored_lanes
 from l3env.kernels.slo import note_prefill_token, note_step_deadlines, note_step_gaps
 from l3env.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES, SloForm, Status, SubBatching
 
@@ -41,7 +42,7 @@ def execute(t, s, e, decode, mode):
     attention_0, attention_1 = 0.0, 0.0  # t_p, launches apart
     chunks_0, chunks_1, histories_0, histories_1 = 0, 0, 0, 0
     tokens_0, tokens_1 = 0, 0
-    pushed_0, pushed_1 = 0, 0  # tokens whose KV goes to the PIM side, or comes from it
+    pushed_0, pushed_1 = 0.0, 0.0  # tokens whose KV goes to the PIM side, or comes from it, in tokens as stored
     ends_0, ends_1 = 0, 0
     energy_j = 0.0
     for i in range(env["prefill_count"]):
@@ -53,7 +54,10 @@ def execute(t, s, e, decode, mode):
         chunk_s = prefill_work_s(t, table, chunk, history)
         joined = 1 if history > 0 else 0
         ends = 1 if history + chunk == req[e, r]["target_tokens"] else 0
-        pushed = (chunk if req[e, r]["lane"] > 0 else 0) + moving_tokens(s.prefix, e, r)
+        pushed = float(chunk) if req[e, r]["lane"] > 0 else 0.0
+        if coef["spread_lane"] > 0 and req[e, r]["lane"] == coef["spread_lane"]:
+            pushed *= coef["spread_token_ratio"]
+        pushed += moving_tokens(s.prefix, e, r)
         if req[e, r]["sub"] == 0:
             attention_0, chunks_0, histories_0 = attention_0 + chunk_s, chunks_0 + 1, histories_0 + joined
             tokens_0, pushed_0, ends_0 = tokens_0 + chunk, pushed_0 + pushed, ends_0 + ends
@@ -67,19 +71,34 @@ def execute(t, s, e, decode, mode):
     decodes_0, decodes_1 = 0, 0
     hbm_n_0, hbm_n_1, hbm_kv_0, hbm_kv_1 = 0.0, 0.0, 0.0, 0.0
     slowest_0_s, slowest_1_s, slowest_both_s, pim_kv = 0.0, 0.0, 0.0, 0.0
-    lanes = coef["lanes_count"]
+    spread_0_s, spread_1_s, spread_kv, moved_0, moved_1 = 0.0, 0.0, 0.0, 0.0, 0.0
+    lanes = stored_lanes(t, table)
+    queries = 1 + env["drafting"]
     if decode:
         decodes_0, decodes_1 = decoding_count(s, e, 0), decoding_count(s, e, 1)
         hbm_n_0, hbm_n_1 = s.lane[e, 0, 0]["count"], s.lane[e, 1, 0]["count"]
-        hbm_kv_0, hbm_kv_1 = s.lane[e, 0, 0]["kv"] + hbm_n_0, s.lane[e, 1, 0]["kv"] + hbm_n_1
+        hbm_kv_0 = s.lane[e, 0, 0]["kv"] + queries * hbm_n_0
+        hbm_kv_1 = s.lane[e, 1, 0]["kv"] + queries * hbm_n_1
+        moved_0, moved_1 = moved_requests(t, s, e, 0), moved_requests(t, s, e, 1)
         for lane in range(1, lanes):
             n_0, n_1 = s.lane[e, 0, lane]["count"], s.lane[e, 1, lane]["count"]
-            kv_0, kv_1 = s.lane[e, 0, lane]["kv"] + n_0, s.lane[e, 1, lane]["kv"] + n_1
-            lane_0_s, lane_1_s = lane_attention_s(t, table, kv_0, n_0), lane_attention_s(t, table, kv_1, n_1)
+            kv_0 = s.lane[e, 0, lane]["kv"] + queries * n_0
+            kv_1 = s.lane[e, 1, lane]["kv"] + queries * n_1
+            lane_0_s = lane_attention_s(t, table, kv_0, n_0, queries)
+            lane_1_s = lane_attention_s(t, table, kv_1, n_1, queries)
             slowest_0_s, slowest_1_s = max(slowest_0_s, lane_0_s), max(slowest_1_s, lane_1_s)
             slowest_both_s = max(slowest_both_s, lane_0_s + lane_1_s)
             pim_kv += kv_0 + kv_1
-    pim_n_0, pim_n_1 = decodes_0 - hbm_n_0, decodes_1 - hbm_n_1
+        spread = coef["spread_lane"]
+        if spread > 0:
+            kv_0 = s.lane[e, 0, spread]["kv"] + queries * s.lane[e, 0, spread]["count"]
+            kv_1 = s.lane[e, 1, spread]["kv"] + queries * s.lane[e, 1, spread]["count"]
+            spread_kv = kv_0 + kv_1
+            spread_0_s = spread_attention_s(t, table, kv_0, queries)
+            spread_1_s = spread_attention_s(t, table, kv_1, queries)
+    pim_n = decodes_0 + decodes_1 - hbm_n_0 - hbm_n_1
+    rows_0, rows_1 = queries * decodes_0, queries * decodes_1
+    guessed_0, guessed_1 = env["drafting"] * decodes_0, env["drafting"] * decodes_1
 
     # price
     gpu_0_s, gpu_1_s, pim_0_s, pim_1_s, move_0_s, move_1_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -89,14 +108,14 @@ def execute(t, s, e, decode, mode):
     if mode != SubBatching.OFF:
         prefill_0_s = attention_0 + prefill_launch_s(t, table, chunks_0, histories_0)
         prefill_1_s = attention_1 + prefill_launch_s(t, table, chunks_1, histories_1)
-        hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0)
-        hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1)
-        gpu_0_s = prefill_0_s + hbm_0_s + fc_batch_s(t, table, tokens_0 + decodes_1)
-        gpu_0_s += head_batch_s(t, table, ends_0 + decodes_1)
-        gpu_1_s = prefill_1_s + hbm_1_s + fc_batch_s(t, table, tokens_1 + decodes_0)
-        gpu_1_s += head_batch_s(t, table, ends_1 + decodes_0)
-        pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0_s, pim_n_0, pushed_1)
-        pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1_s, pim_n_1, pushed_0)
+        hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0, queries)
+        hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1, queries)
+        gpu_0_s = prefill_0_s + hbm_0_s + back_batch_s(t, table, tokens_0 + rows_1, ends_0 + rows_1, guessed_1)
+        gpu_0_s = max(gpu_0_s, comm_batch_s(t, table, tokens_0 + rows_1))
+        gpu_1_s = prefill_1_s + hbm_1_s + back_batch_s(t, table, tokens_1 + rows_0, ends_1 + rows_0, guessed_0)
+        gpu_1_s = max(gpu_1_s, comm_batch_s(t, table, tokens_1 + rows_0))
+        pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0_s + spread_0_s, moved_0, pushed_1)
+        pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1_s + spread_1_s, moved_1, pushed_0)
         slowest_s = slowest_0_s + slowest_1_s
         duration_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
         batches = (1 if tokens_0 + decodes_1 > 0 else 0) + (1 if tokens_1 + decodes_0 > 0 else 0)
@@ -104,12 +123,20 @@ def execute(t, s, e, decode, mode):
     if mode != SubBatching.ON:
         prefill_s = attention_0 + attention_1
         prefill_s += prefill_launch_s(t, table, chunks_0 + chunks_1, histories_0 + histories_1)
-        hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1)
-        batch = tokens_0 + tokens_1 + decodes_0 + decodes_1
-        rows = ends_0 + ends_1 + decodes_0 + decodes_1
+        hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1, queries)
+        batch = tokens_0 + tokens_1 + rows_0 + rows_1
+        rows = ends_0 + ends_1 + rows_0 + rows_1
         pushed = pushed_0 + pushed_1
         one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s = one_batch_s(
-            t, table, prefill_s + hbm_s, slowest_both_s, pim_n_0 + pim_n_1, pushed, batch, rows
+            t,
+            table,
+            prefill_s + hbm_s,
+            slowest_both_s + spread_0_s + spread_1_s,
+            moved_0 + moved_1,
+            pushed,
+            batch,
+            rows,
+            guessed_0 + guessed_1,
         )
         if one_s < duration_s:
             duration_s, gpu_0_s, pim_0_s, read_0_s, move_0_s = one_s, one_gpu_s, one_pim_s, one_read_s, one_move_s
@@ -121,9 +148,9 @@ def execute(t, s, e, decode, mode):
 
     # account
     tokens, decodes = tokens_0 + tokens_1, decodes_0 + decodes_1
-    energy_j += coef["fc_batch_j"] * batches + coef["fc_token_j"] * (tokens + decodes)
+    energy_j += coef["fc_batch_j"] * batches + coef["fc_token_j"] * (tokens + rows_0 + rows_1)
     energy_j += coef["hbm_token_j"] * (hbm_kv_0 + hbm_kv_1) + coef["pim_token_j"] * pim_kv
-    energy_j += coef["transfer_request_j"] * (pim_n_0 + pim_n_1)
+    energy_j += coef["spread_token_j"] * spread_kv + coef["transfer_request_j"] * (moved_0 + moved_1)
     energy_j += coef["transfer_token_j"] * (pushed_0 + pushed_1)
     env["clock_s"] += duration_s
     env["iterations_count"] += 1
@@ -138,7 +165,7 @@ def execute(t, s, e, decode, mode):
     env["prefill_tokens"] += tokens
     env["decode_tokens"] += decodes
     if lanes > 1:
-        env["imbalance_s"] += slowest_s - lane_attention_s(t, table, pim_kv, pim_n_0 + pim_n_1) / (lanes - 1)
+        env["imbalance_s"] += slowest_s - lane_attention_s(t, table, pim_kv, pim_n, queries) / (lanes - 1)
     env["last_iteration_s"] = duration_s
     env["last_gpu_0_s"], env["last_gpu_1_s"] = gpu_0_s, gpu_1_s
     env["last_attention_0_s"], env["last_attention_1_s"] = prefill_0_s + hbm_0_s, prefill_1_s + hbm_1_s
@@ -150,20 +177,21 @@ def execute(t, s, e, decode, mode):
     env["last_prefill_tokens"], env["last_decode_tokens"] = tokens, decodes
 
     if decode:
-        step_decodes(s, e, lanes)
+        step_decodes(s, e, coef["lanes_count"])
     if tokens > 0:
         step_prefills(t, s, e)
-    for sub in range(SUB_BATCHES):
-        heap = FINISH_HEAP + sub
-        while s.heap_len[e, heap] > 0 and s.heap[e, heap, s.heap[e, heap, 0]["item"]]["key"] <= s.sub[e, sub]["clock"]:
-            finish(t, s, e, np.int64(s.heap[e, heap, 0]["item"]))
+    for draft in range(s.group.shape[2]):
+        for sub in range(SUB_BATCHES):
+            heap, now = FINISH_HEAP + sub + SUB_BATCHES * draft, s.group[e, sub, draft]["clock"]
+            while s.heap_len[e, heap] > 0 and s.heap[e, heap, s.heap[e, heap, 0]["item"]]["key"] <= now:
+                finish(t, s, e, np.int64(s.heap[e, heap, 0]["item"]))
     if s.log.shape[1] > 1:
         write_log(t, s, e, duration_s, gpu_0_s + gpu_1_s, pim_0_s + pim_1_s, decodes, tokens)
 
 
 @inner
 def step_decodes(s, e, lanes):
-    """All decoding requests emit a token: clocks, lane loads, gaps between tokens."""
+    """All decoding requests emit their tokens: clocks, lane loads, gaps between tokens."""
     env = s.env[e]
     now_s = env["clock_s"]
     if env["slo_form"] == SloForm.P99_GAP:
@@ -175,18 +203,40 @@ def step_decodes(s, e, lanes):
             s.req[e, s.lists[e, i]["joining"]]["joining"] = 0
     env["joining_count"] = 0
     for sub in range(SUB_BATCHES):
-        env["output_tokens"] += decoding_count(s, e, sub)
-        s.sub[e, sub]["clock"] += 1
+        if s.group.shape[2] == 1:
+            env["output_tokens"] += decoding_count(s, e, sub)
+            s.group[e, sub, 0]["clock"] += 1
+            s.group[e, sub, 0]["emitted"] = 1
+            for lane in range(lanes):
+                s.lane[e, sub, lane]["kv"] += s.lane[e, sub, lane]["count"]
+        else:
+            step_drafted(s, e, sub, lanes)
         s.sub[e, sub]["last_step_s"] = now_s
-        for lane in range(lanes):
-            s.lane[e, sub, lane]["kv"] += s.lane[e, sub, lane]["count"]
     if env["slo_form"] == SloForm.TOKEN_DEADLINES:
         note_step_deadlines(s, e, now_s)
 
 
+@rare
+def step_drafted(s, e, sub, lanes):
+    """The decode step of a sub-batch whose requests emit at rates of their own."""
+    for draft in range(s.group.shape[2]):
+        emitted = emits(s.env[e]["drafting"], s.sub[e, sub]["drafts"], draft)
+        members = s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft]
+        s.group[e, sub, draft]["clock"] += emitted
+        s.group[e, sub, draft]["emitted"] = emitted
+        s.env[e]["output_tokens"] += emitted * members
+        if members > 0:
+            for lane in range(lanes):
+                s.lane[e, sub, lane]["kv"] += emitted * s.lane_class[e, sub, lane, draft]
+    s.sub[e, sub]["drafts"] += s.env[e]["drafting"]
+
+
 @helper
 def record_gaps(s, e, now_s):
-    """Adds this decode step's gaps: one and the same for all who took the last step, their own for those who joined."""
+    """Adds this decode step's gaps: one and the same for all who took the last step, their own for those who joined.
+
+    A second token of the step has none before it.
+    """
     env, req = s.env[e], s.req
     common_0, common_1 = decoding_count(s, e, 0), decoding_count(s, e, 1)
     for i in range(env["joining_count"]):
@@ -200,6 +250,11 @@ def record_gaps(s, e, now_s):
                 common_1 -= 1
     add_gap(s, e, now_s - s.sub[e, 0]["last_step_s"], common_0)
     add_gap(s, e, now_s - s.sub[e, 1]["last_step_s"], common_1)
+    if env["drafting"] > 0:
+        for sub in range(SUB_BATCHES):
+            for draft in range(s.group.shape[2]):
+                seconds = emits(1, s.sub[e, sub]["drafts"], draft) - 1
+                add_gap(s, e, 0.0, seconds * s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft])
 
 
 @inner
@@ -270,10 +325,7 @@ def write_log(t, s, e, duration_s, gpu_s, pim_s, decodes, tokens):
     log[e, row]["waiting_count"] = env["waiting_count"]
     log[e, row]["running_count"] = env["running_count"]
     log[e, row]["hbm_blocks"] = s.pool[e, 0]["used"]
-    pim_blocks = 0
-    for pool in range(1, t.coef[env["table_idx"]]["pools_count"]):
-        pim_blocks += s.pool[e, pool]["used"]
-    log[e, row]["pim_blocks"] = pim_blocks
+    log[e, row]["pim_blocks"] = pim_blocks_used(t, s, e)
     env["log_count"] = row + 1
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner, kernel
-from l3env.kernels.memory import growth_blocks
+from l3env.kernels.memory import growth_blocks, pim_blocks_used
 from l3env.kernels.price import (
+    comm_batch_s,
+    draft_batch_s,
     fc_batch_s,
     hbm_attention_s,
     head_batch_s,
     lane_attention_s,
     pim_side_s,
+    spread_attention_s,
     ttft_alone_s,
 )
-from l3env.kernels.schedule import decoding_count
-from l3env.state import NOMINAL_PROMPT_TOKENS, PROMPT_BINS, SLACK_HEAP, SUB_BATCHES
+from l3env.kernels.schedule import decoding_count, moved_requests, stored_lanes
+from l3env.state import FINISH_HEAP, NOMINAL_PROMPT_TOKENS, PROMPT_BINS, SLACK_HEAP, SUB_BATCHES
 
 QUEUE, RUNNING, MEMORY, PRICES, INTERVAL, ARRIVALS, MACHINE = 0, 11, 23, 31, 41, 51, 61  # where each group starts
 FEATURES_END = 76
@@ -104,15 +107,18 @@ def write_running(s, e, mark, row, i):
         return
     age, age2, kv, kv2, predicted, late, slo_s, due_s = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     for sub in range(SUB_BATCHES):
-        group, members, clock = s.sub[e, sub], float(decoding_count(s, e, sub)), float(s.sub[e, sub]["clock"])
-        age += group["age_sum"] + clock * members
-        age2 += group["age_sum2"] + 2 * clock * group["age_sum"] + clock * clock * members
-        kv += group["kv_sum"] + clock * members
-        kv2 += group["kv_sum2"] + 2 * clock * group["kv_sum"] + clock * clock * members
-        predicted += group["predicted_sum"]
-        late += group["late_count"]
-        slo_s += group["tbt_slo_s"]
-        due_s += group["due_s"] + clock * group["tbt_slo_s"]
+        for draft in range(s.group.shape[2]):
+            group = s.group[e, sub, draft]
+            members = float(s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft])
+            clock = float(group["clock"])
+            age += group["age_sum"] + clock * members
+            age2 += group["age_sum2"] + 2 * clock * group["age_sum"] + clock * clock * members
+            kv += group["kv_sum"] + clock * members
+            kv2 += group["kv_sum2"] + 2 * clock * group["kv_sum"] + clock * clock * members
+            predicted += group["predicted_sum"]
+            late += group["late_count"]
+            slo_s += group["tbt_slo_s"]
+            due_s += group["due_s"] + clock * group["tbt_slo_s"]
     mark["tbt_slo_s"] = slo_s / count
     row[i + 5] = squash(age / count, 256.0)
     row[i + 6] = spread(age / count, age2 / count)
@@ -129,12 +135,19 @@ def write_memory(t, s, e, mark, row, i):
     table = s.env[e]["table_idx"]
     block = t.coef[table]["block_tokens"]
     used, blocks, promised, growth, fullest = 0, 0, 0, 0, 0.0
-    for pool in range(1, t.coef[table]["pools_count"]):
+    for pool in range(1, stored_pools(t, table)):
         used += s.pool[e, pool]["used"]
         blocks += t.pool_blocks[table, pool]
         promised += s.pool[e, pool]["promised"]
         growth += growth_blocks(t, s, e, pool)
         fullest = max(fullest, share(float(s.pool[e, pool]["used"]), float(t.pool_blocks[table, pool])))
+    if t.coef[table]["spread_pool"] > 0:  # decompressed KV takes blocks of all of them
+        pool = t.coef[table]["spread_pool"]
+        scale = t.coef[table]["spread_share"] * (pool - 1)
+        used = pim_blocks_used(t, s, e)
+        promised += np.int64(scale * s.pool[e, pool]["promised"])
+        growth += np.int64(scale * growth_blocks(t, s, e, pool))
+        fullest = max(fullest, share(float(used), float(blocks)))
     hbm_used, hbm_blocks = s.pool[e, 0]["used"], t.pool_blocks[table, 0]
     free = blocks + hbm_blocks - used - hbm_used
     mark["free_tokens"] = float(free * block) + 1.0
@@ -148,12 +161,19 @@ def write_memory(t, s, e, mark, row, i):
     row[i + 4] = squash(pim_free, 256.0 * pim_count) if pim_count > 0 else 1.0
     row[i + 5] = squash(float(growth + growth_blocks(t, s, e, 0)), float(free) + 1.0)
     row[i + 6] = squash(float(promised + s.pool[e, 0]["promised"]), float(blocks + hbm_blocks))
-    slowest, total, lanes = 0.0, 0.0, t.coef[table]["lanes_count"]
+    slowest, total, lanes = 0.0, 0.0, stored_lanes(t, table)
     for lane in range(1, lanes):
         load = s.lane[e, 0, lane]["kv"] + s.lane[e, 1, lane]["kv"]
         slowest = max(slowest, load)
         total += load
     row[i + 7] = squash(slowest * (lanes - 1) / total - 1.0, 1.0) if total > 0 else 0.0
+
+
+@inner
+def stored_pools(t, table):
+    """Pools of KV as the model stores it, HBM's included."""
+    spread = t.coef[table]["spread_pool"]
+    return spread if spread > 0 else t.coef[table]["pools_count"]
 
 
 @inner
@@ -167,33 +187,48 @@ def _fc_head_s(t, table, tokens, rows):
 
 
 @helper
+def guess_s(t, table, requests):
+    return draft_batch_s(t, table, requests) if t.coef[table]["drafts_count"] > 0 else 0.0
+
+
+@helper
 def write_prices(t, s, e, mark, row, i):
     """The next decode step as the tables price it, in both ways of running it, over the TBT SLO."""
     table = s.env[e]["table_idx"]
-    lanes = t.coef[table]["lanes_count"]
+    lanes, queries = stored_lanes(t, table), 1 + s.env[e]["drafting"]
     n_0, n_1 = decoding_count(s, e, 0), decoding_count(s, e, 1)
     hbm_n_0, hbm_n_1 = s.lane[e, 0, 0]["count"], s.lane[e, 1, 0]["count"]
-    hbm_kv_0, hbm_kv_1 = s.lane[e, 0, 0]["kv"] + hbm_n_0, s.lane[e, 1, 0]["kv"] + hbm_n_1
+    hbm_kv_0, hbm_kv_1 = s.lane[e, 0, 0]["kv"] + queries * hbm_n_0, s.lane[e, 1, 0]["kv"] + queries * hbm_n_1
     slowest_0_s, slowest_1_s, slowest_both_s = 0.0, 0.0, 0.0
     for lane in range(1, lanes):
         c_0, c_1 = s.lane[e, 0, lane]["count"], s.lane[e, 1, lane]["count"]
-        lane_0_s = lane_attention_s(t, table, s.lane[e, 0, lane]["kv"] + c_0, c_0)
-        lane_1_s = lane_attention_s(t, table, s.lane[e, 1, lane]["kv"] + c_1, c_1)
+        lane_0_s = lane_attention_s(t, table, s.lane[e, 0, lane]["kv"] + queries * c_0, c_0, queries)
+        lane_1_s = lane_attention_s(t, table, s.lane[e, 1, lane]["kv"] + queries * c_1, c_1, queries)
         slowest_0_s, slowest_1_s = max(slowest_0_s, lane_0_s), max(slowest_1_s, lane_1_s)
         slowest_both_s = max(slowest_both_s, lane_0_s + lane_1_s)
+    spread = t.coef[table]["spread_lane"]
+    if spread > 0:
+        c_0, c_1 = s.lane[e, 0, spread]["count"], s.lane[e, 1, spread]["count"]
+        lane_0_s = spread_attention_s(t, table, s.lane[e, 0, spread]["kv"] + queries * c_0, queries)
+        lane_1_s = spread_attention_s(t, table, s.lane[e, 1, spread]["kv"] + queries * c_1, queries)
+        slowest_0_s, slowest_1_s = slowest_0_s + lane_0_s, slowest_1_s + lane_1_s
+        slowest_both_s += lane_0_s + lane_1_s
     slo_s = mark["tbt_slo_s"]
-    hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1)
-    pim_n = n_0 + n_1 - hbm_n_0 - hbm_n_1
-    fc_s = fc_head_s(t, table, n_0 + n_1, n_0 + n_1)
-    pim_s = pim_side_s(t, table, slowest_both_s, pim_n, 0)[0]
+    hbm_s = hbm_attention_s(t, table, hbm_kv_0 + hbm_kv_1, hbm_n_0 + hbm_n_1, queries)
+    moved_0, moved_1 = moved_requests(t, s, e, 0), moved_requests(t, s, e, 1)
+    rows_0, rows_1 = queries * n_0, queries * n_1
+    fc_s = fc_head_s(t, table, rows_0 + rows_1, rows_0 + rows_1) + (queries - 1) * guess_s(t, table, n_0 + n_1)
+    pim_s = pim_side_s(t, table, slowest_both_s, moved_0 + moved_1, 0)[0]
     front_s = max(hbm_s, pim_s)
-    one_s = front_s + fc_s
+    one_s = max(front_s + fc_s, comm_batch_s(t, table, rows_0 + rows_1))
     gpu_0_s, gpu_1_s, pim_0_s, pim_1_s, two_s = hbm_s + fc_s, 0.0, pim_s, 0.0, one_s
     if lanes > 1:
-        gpu_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0) + fc_head_s(t, table, n_1, n_1)
-        gpu_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1) + fc_head_s(t, table, n_0, n_0)
-        pim_0_s = pim_side_s(t, table, slowest_0_s, n_0 - hbm_n_0, 0)[0]
-        pim_1_s = pim_side_s(t, table, slowest_1_s, n_1 - hbm_n_1, 0)[0]
+        gpu_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0, queries) + fc_head_s(t, table, rows_1, rows_1)
+        gpu_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1, queries) + fc_head_s(t, table, rows_0, rows_0)
+        gpu_0_s = max(gpu_0_s + (queries - 1) * guess_s(t, table, n_1), comm_batch_s(t, table, rows_1))
+        gpu_1_s = max(gpu_1_s + (queries - 1) * guess_s(t, table, n_0), comm_batch_s(t, table, rows_0))
+        pim_0_s = pim_side_s(t, table, slowest_0_s, moved_0, 0)[0]
+        pim_1_s = pim_side_s(t, table, slowest_1_s, moved_1, 0)[0]
         two_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)
     row[i] = squash(gpu_0_s, slo_s)
     row[i + 1] = squash(gpu_1_s, slo_s)
@@ -202,9 +237,9 @@ def write_prices(t, s, e, mark, row, i):
     row[i + 4] = squash(one_s, slo_s)
     row[i + 5] = squash(two_s, slo_s)
     row[i + 6] = squash(one_s, two_s) if two_s > 0 else 0.5
-    head_s = head_batch_s(t, table, n_0 + n_1)
-    row[i + 7] = squash(front_s + fc_batch_s(t, table, n_0 + n_1 + 512) + head_s, slo_s)
-    row[i + 8] = squash(front_s + fc_batch_s(t, table, n_0 + n_1 + 2048) + head_s, slo_s)
+    head_s = head_batch_s(t, table, rows_0 + rows_1)
+    row[i + 7] = squash(front_s + fc_batch_s(t, table, rows_0 + rows_1 + 512) + head_s, slo_s)
+    row[i + 8] = squash(front_s + fc_batch_s(t, table, rows_0 + rows_1 + 2048) + head_s, slo_s)
     row[i + 9] = squash(s.env[e]["last_iteration_s"], slo_s)
 
 
@@ -262,9 +297,9 @@ def write_machine(t, s, e, mark, row, i):
     env = s.env[e]
     table = env["table_idx"]
     coef = t.coef[table]
-    block, lanes = coef["block_tokens"], coef["lanes_count"]
+    block, lanes = coef["block_tokens"], stored_lanes(t, table)
     hbm_tokens, pim_tokens = float(t.pool_blocks[table, 0] * block), 0.0
-    for pool in range(1, coef["pools_count"]):
+    for pool in range(1, stored_pools(t, table)):
         pim_tokens += float(t.pool_blocks[table, pool] * block)
     mark["capacity_tokens"] = hbm_tokens + pim_tokens
     mark["prefill_token_s"] = ttft_alone_s(t, table, PACE_TOKENS) / PACE_TOKENS

@@ -1,19 +1,69 @@
 """KV accounting: which blocks a request holds from admission to its end, and what it adds to its lane's load.
 
 Blocks for the whole prompt are taken at admission; a decoding request takes one more whenever its KV fills the last.
-KV of a request that emitted its first token from a prompt of P tokens is P; each decode step adds one.
+KV of a request that emitted its first token from a prompt of P tokens is P; each token that a decode step emits adds
+one (a guess that did not hold leaves none).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import helper, inner
+from l3env.jit import helper, inner, rare
 from l3env.kernels.heap import push, remove
 from l3env.kernels.prefix import evict_to_fit, footprint_blocks, hold_prefix, release_prefix, segment_tokens
 from l3env.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
 from l3env.kernels.slo import is_met, note_join, note_leave
-from l3env.state import FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SloForm, Status, Victim
+from l3env.state import DRAFT_STEPS, FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SUB_BATCHES, SloForm, Status, Victim
+
+
+@inner
+def clock_of(s, e, r):
+    """The decode clock that a request goes by."""
+    return s.group[e, s.req[e, r]["sub"], s.req[e, r]["draft_class"]]["clock"]
+
+
+@inner
+def emits(drafting, drafts, draft_class):
+    """Tokens that requests of a class emit in a decode step: 1, or 2 where the guess holds, after so many guesses.
+
+    Without branches, as all here that loops over pools: what a loop tests in vain doubles its code each time.
+    """
+    return 1 + drafting * ((drafts + 1) * draft_class // DRAFT_STEPS - drafts * draft_class // DRAFT_STEPS)
+
+
+@inner
+def room(t, s, e, pool):
+    """Blocks that a pool may hold: its capacity, less what KV of another form takes of the same memory."""
+    table = s.env[e]["table_idx"]
+    spread, share = t.coef[table]["spread_pool"], t.coef[table]["spread_share"]
+    taken = s.pool[e, spread]["used"] * share  # 0 without decompressed KV: the share is 0
+    if pool > 0 and pool == spread:
+        return spread_room(t.pool_blocks[table], s.pool[e], spread, share)
+    return t.pool_blocks[table, pool] - np.int64(np.ceil(taken if pool > 0 else 0.0))
+
+
+@rare
+def spread_room(blocks, pools, spread, share):
+    """``room`` of decompressed KV, which takes the same share of all other pools of the PIM side."""
+    capacity = blocks[spread]
+    for other in range(1, spread):
+        capacity = min(capacity, np.int64((blocks[other] - pools[other]["used"]) / share))
+    return capacity
+
+
+@rare
+def pim_blocks_used(t, s, e):
+    """Blocks held on the PIM side, in blocks of KV as stored."""
+    table = s.env[e]["table_idx"]
+    spread = t.coef[table]["spread_pool"]
+    stored = spread if spread > 0 else t.coef[table]["pools_count"]
+    used = 0
+    for pool in range(1, stored):
+        used += s.pool[e, pool]["used"]
+    if spread > 0:
+        used += np.int64(s.pool[e, spread]["used"] * t.coef[table]["spread_share"] * (spread - 1))
+    return used
 
 
 @inner
@@ -21,7 +71,7 @@ def kv_now(s, e, r):
     """KV tokens of a request that holds KV: for prefilling ones what was prefilled, for others what they grew to."""
     req = s.req
     if req[e, r]["status"] == Status.DECODE:
-        return req[e, r]["kv_tokens"] + (s.sub[e, req[e, r]["sub"]]["clock"] - req[e, r]["joined_clock"])
+        return req[e, r]["kv_tokens"] + (clock_of(s, e, r) - req[e, r]["joined_clock"])
     if req[e, r]["status"] == Status.PREFILL:
         return np.int64(req[e, r]["prefilled_tokens"])
     return np.int64(req[e, r]["kv_tokens"])
@@ -32,7 +82,7 @@ def emitted_now(s, e, r):
     """Output tokens so far."""
     req = s.req
     if req[e, r]["status"] == Status.DECODE:
-        return req[e, r]["emitted_tokens"] + (s.sub[e, req[e, r]["sub"]]["clock"] - req[e, r]["joined_clock"])
+        return req[e, r]["emitted_tokens"] + (clock_of(s, e, r) - req[e, r]["joined_clock"])
     return np.int64(req[e, r]["emitted_tokens"])
 
 
@@ -93,8 +143,9 @@ def admit(t, s, e, r, lane, sub):
 
 @inner
 def count_decoding(s, e, sub, r, sign):
-    """Adds a request that joins to its sub-batch's sums, or takes out one that leaves (before it is written down)."""
-    req, group = s.req[e, r], s.sub[e, sub]
+    """Adds a request that joins to its group's sums, or takes out one that leaves (before it is written down)."""
+    req, draft = s.req[e, r], s.req[e, r]["draft_class"]
+    group = s.group[e, sub, draft]
     joined = req["joined_clock"]
     age, kv = req["emitted_tokens"] - joined, req["kv_tokens"] - joined
     group["age_sum"] += sign * age
@@ -106,7 +157,7 @@ def count_decoding(s, e, sub, r, sign):
         group["late_count"] += sign
     group["tbt_slo_s"] += sign * req["tbt_slo_s"]
     group["due_s"] += sign * (req["first_token_s"] + req["tbt_slo_s"] * age)
-    if s.heap_len[e, FINISH_HEAP + sub] == 0:  # no rounding is carried on
+    if s.heap_len[e, FINISH_HEAP + sub + SUB_BATCHES * draft] == 0:  # no rounding is carried on
         group["tbt_slo_s"], group["due_s"] = 0.0, 0.0
 
 
@@ -118,15 +169,19 @@ def join_decode(t, s, e, r, sub):
     block = t.coef[table]["block_tokens"]
     lane = req[e, r]["lane"]
     kv = np.int64(req[e, r]["kv_tokens"])
-    now = s.sub[e, sub]["clock"]
+    draft = req[e, r]["draft_class"]
+    now = s.group[e, sub, draft]["clock"]
     req[e, r]["status"] = Status.DECODE
     req[e, r]["sub"] = sub
     req[e, r]["joined_clock"] = now
     s.lane[e, sub, lane]["count"] += 1
     s.lane[e, sub, lane]["kv"] += kv
-    s.phase[e, sub, t.lane_pool[table, lane], (now - kv + segment_tokens(s.prefix, e, r)) % block] += 1
-    steps_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
-    push(s.heap[e, FINISH_HEAP + sub], s.heap_len[e], FINISH_HEAP + sub, r, float(now + steps_left))
+    s.lane_class[e, sub, lane, draft] += 1
+    s.sub[e, sub]["decoding"] += 1
+    s.phase[e, sub, t.lane_pool[table, lane], draft, (now - kv + segment_tokens(s.prefix, e, r)) % block] += 1
+    tokens_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
+    heap = FINISH_HEAP + sub + SUB_BATCHES * draft
+    push(s.heap[e, heap], s.heap_len[e], heap, r, float(now + tokens_left))
     count_decoding(s, e, sub, r, 1)
     if not req[e, r]["joining"]:
         req[e, r]["joining"] = 1
@@ -146,18 +201,21 @@ def leave_decode(t, s, e, r):
     if s.env[e]["slo_form"] != SloForm.MEAN_TBT:
         note_leave(s, e, r)
     kv, emitted = kv_now(s, e, r), emitted_now(s, e, r)
-    joined = req[e, r]["joined_clock"]
+    joined, draft = req[e, r]["joined_clock"], req[e, r]["draft_class"]
     own = req[e, r]["kv_tokens"] - segment_tokens(s.prefix, e, r)
-    s.phase[e, sub, t.lane_pool[table, lane], (joined - own) % block] -= 1
+    s.phase[e, sub, t.lane_pool[table, lane], draft, (joined - own) % block] -= 1
     s.lane[e, sub, lane]["count"] -= 1
     s.lane[e, sub, lane]["kv"] -= kv
-    remove(s.heap[e, FINISH_HEAP + sub], s.heap_len[e], FINISH_HEAP + sub, r)
+    s.lane_class[e, sub, lane, draft] -= 1
+    s.sub[e, sub]["decoding"] -= 1
+    heap = FINISH_HEAP + sub + SUB_BATCHES * draft
+    remove(s.heap[e, heap], s.heap_len[e], heap, r)
     count_decoding(s, e, sub, r, -1)
-    if s.sub[e, sub]["clock"] > joined:
+    if s.group[e, sub, draft]["clock"] > joined:
         req[e, r]["last_token_s"] = s.sub[e, sub]["last_step_s"]
     req[e, r]["kv_tokens"] = kv
     req[e, r]["emitted_tokens"] = emitted
-    req[e, r]["joined_clock"] = s.sub[e, sub]["clock"]
+    req[e, r]["joined_clock"] = s.group[e, sub, draft]["clock"]
 
 
 @helper
@@ -249,6 +307,10 @@ def finish(t, s, e, r):
     req, env = s.req, s.env[e]
     release(t, s, e, r)
     now_s = env["clock_s"]
+    if req[e, r]["emitted_tokens"] > s.truth[e, r]:  # the guessed token after its last one is dropped
+        env["output_tokens"] -= 1
+        if s.gap_hist.shape[1] > 1:
+            s.gap_hist[e, 0] -= 1
     req[e, r]["status"] = Status.FINISHED
     req[e, r]["finish_s"] = now_s
     req[e, r]["last_token_s"] = now_s
@@ -267,8 +329,14 @@ def finish(t, s, e, r):
 @inner
 def growth_blocks(t, s, e, pool):
     """Blocks that one decode step of both sub-batches takes from a pool."""
-    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
-    return s.phase[e, 0, pool, s.sub[e, 0]["clock"] % block] + s.phase[e, 1, pool, s.sub[e, 1]["clock"] % block]
+    block, drafting = t.coef[s.env[e]["table_idx"]]["block_tokens"], s.env[e]["drafting"]
+    need = np.int64(0)
+    for draft in range(s.group.shape[2]):
+        for sub in range(SUB_BATCHES):
+            now = s.group[e, sub, draft]["clock"]
+            second = emits(drafting, s.sub[e, sub]["drafts"], draft) - 1
+            need += s.phase[e, sub, pool, draft, now % block] + second * s.phase[e, sub, pool, draft, (now + 1) % block]
+    return need
 
 
 @helper
@@ -292,13 +360,13 @@ def choose_victim(t, s, e, pool, rule):
     return chosen
 
 
-@inner
+@helper
 def make_room_to_grow(t, s, e, rule):
     """Preempts until every pool holds one decode step of growth; then takes the blocks."""
     table = s.env[e]["table_idx"]
     for pool in range(t.coef[table]["pools_count"]):
         need = growth_blocks(t, s, e, pool)
-        while s.pool[e, pool]["used"] + need > t.pool_blocks[table, pool]:
+        while s.pool[e, pool]["used"] + need > room(t, s, e, pool):
             preempt(t, s, e, choose_victim(t, s, e, pool, rule))
             need = growth_blocks(t, s, e, pool)
         if need > 0:

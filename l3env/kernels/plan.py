@@ -17,14 +17,16 @@ from l3env.kernels.memory import (
     pause,
     preempt,
     resume,
+    room,
 )
 from l3env.kernels.prefix import ask_pools, footprint_blocks, offered_blocks, offered_tokens
 from l3env.kernels.run import Stop, ready, skip_idle
-from l3env.kernels.schedule import decoding_count, lighter_sub
+from l3env.kernels.schedule import decoding_count, lighter_sub, stored_lanes
 from l3env.state import NOWHERE, SUB_BATCHES, Status, SubBatching, Victim
 
 AUTO = -1  # sub-batch or place left to the engine
-ANY_PIM = -2  # any PIM pool
+ANY_PIM = -2  # any PIM pool, KV as the model stores it
+DECOMPRESSED = -3  # the PIM side, a latent as plain keys and values
 
 
 class Op(IntEnum):
@@ -34,7 +36,7 @@ class Op(IntEnum):
     PAUSE = 1
     MOVE = 2  # a = sub-batch
     RESUME = 3  # a = sub-batch
-    ADMIT = 4  # a = pool or AUTO or ANY_PIM, b = sub-batch
+    ADMIT = 4  # a = pool or AUTO or ANY_PIM or DECOMPRESSED, b = sub-batch
     PREFILL = 5  # a = tokens
 
 
@@ -61,11 +63,15 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
     ask_pools(s.prefix, e, r)
     whole = footprint_blocks(t, s, e, r, np.int64(s.req[e, r]["target_tokens"]))
     best, least = NOWHERE, np.inf
+    spread = t.coef[table]["spread_lane"]
     first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0
-    for lane in range(first, t.coef[table]["lanes_count"]):
+    end = np.int64(stored_lanes(t, table))
+    if pool == DECOMPRESSED or (spread > 0 and pool == t.coef[table]["spread_pool"]):
+        first, end = spread, spread + 1
+    for lane in range(first, end):
         of = t.lane_pool[table, lane]
         need = whole - offered_blocks(s.prefix, e, of)
-        if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= t.pool_blocks[table, of]:
+        if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= room(t, s, e, of):
             load = lane_load(s, e, sub, lane, interleaved) - offered_tokens(s.prefix, e, of)
             if load < least:
                 best, least = lane, load
@@ -110,7 +116,9 @@ def apply_op(t, s, e, op, r, a, b, interleaved):
     elif op == Op.ADMIT:
         if status != Status.WAITING:
             return Fault.NOT_WAITING
-        if a < ANY_PIM or a >= t.coef[env["table_idx"]]["pools_count"]:
+        if a < DECOMPRESSED or a >= t.coef[env["table_idx"]]["pools_count"]:
+            return Fault.BAD_POOL
+        if a == DECOMPRESSED and t.coef[env["table_idx"]]["spread_lane"] == 0:
             return Fault.BAD_POOL
         lane = pick_lane(t, s, e, r, a, sub, interleaved)
         if lane == NOWHERE:
@@ -126,7 +134,7 @@ def apply_op(t, s, e, op, r, a, b, interleaved):
 
 
 @kernel
-def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved):
+def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved, multi_token):
     """Applies a plan's operations ((M, 4): op, request, a, b, sorted by op) and runs one iteration.
 
     Decoding requests go on unless ``decode_wanted`` is false. Growth takes its blocks before admissions; where it does
@@ -138,6 +146,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved):
     env, req = s.env[e], s.req
     for i in range(env["prefill_count"]):
         req[e, s.lists[e, i]["prefill"]]["chunk_tokens"] = 0
+    env["drafting"] = 1 if multi_token and t.coef[env["table_idx"]]["drafts_count"] > 0 else 0
     grown = not decode_wanted
     for i in range(ops.shape[0]):
         if ops[i, 0] >= Op.ADMIT and not grown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import inner
+from l3env.jit import inner, rare
 from l3env.tables import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS
 
 
@@ -70,28 +70,63 @@ def head_batch_s(t, table, rows):
     return lookup_s(t.head_s[table], t.coef[table]["head_slope_s"], rows)
 
 
+@rare
+def rare_lookup_s(row, slope_s, tokens):
+    """``lookup_s`` where most models do not come."""
+    return lookup_s(row, slope_s, tokens)
+
+
 @inner
-def hbm_attention_s(t, table, kv_tokens, requests):
-    """Decode attention of HBM residents, on the GPU.
+def comm_batch_s(t, table, tokens):
+    """All-to-all of a batch that computing hides; 0 where there is none."""
+    if t.coef[table]["sends"] == 0:
+        return 0.0
+    return rare_lookup_s(t.comm_s[table], t.coef[table]["comm_slope_s"], np.int64(tokens))
+
+
+@inner
+def draft_batch_s(t, table, requests):
+    """Guessing a token for so many requests."""
+    if requests == 0:
+        return 0.0
+    return rare_lookup_s(t.draft_s[table], t.coef[table]["draft_slope_s"], np.int64(requests))
+
+
+@inner
+def back_batch_s(t, table, tokens, rows, guessed):
+    """What follows attention: FC, head, and the guesses of the next step."""
+    return fc_batch_s(t, table, tokens) + head_batch_s(t, table, rows) + draft_batch_s(t, table, guessed)
+
+
+@inner
+def hbm_attention_s(t, table, kv_tokens, requests, queries=1):
+    """Decode attention of HBM residents, on the GPU, with one or two query tokens a request.
 
     Past one wave of (request, KV head) blocks over the multiprocessors, a started wave takes at least a share of a full
     one; before, the kernel splits requests so that all multiprocessors work.
     """
     coef = t.coef[table]
-    read_s = coef["hbm_token_s"] * kv_tokens
+    read_s = (coef["hbm_token_s"] if queries == 1 else coef["hbm_verify_s"]) * kv_tokens
     if coef["hbm_tail_frac"] > 0:
         waves = coef["hbm_waves_per_request"] * requests
         rest = waves - np.floor(waves)
         if waves > 1 and rest > 0:
             read_s *= (waves - rest + max(rest, coef["hbm_tail_frac"])) / waves
     fixed_s = coef["hbm_fixed_s"] if requests > 0 else 0.0
-    return read_s + coef["hbm_request_s"] * requests + fixed_s
+    return read_s + coef["hbm_request_s"] * requests * queries + fixed_s
 
 
 @inner
-def lane_attention_s(t, table, kv_tokens, requests):
+def lane_attention_s(t, table, kv_tokens, requests, queries=1):
     """Decode attention of one PIM lane; the slowest lane of a sub-batch decides."""
-    return t.coef[table]["pim_token_s"] * kv_tokens + t.coef[table]["pim_request_s"] * requests
+    token_s = t.coef[table]["pim_token_s"] if queries == 1 else t.coef[table]["pim_verify_s"]
+    return token_s * kv_tokens + t.coef[table]["pim_request_s"] * requests * queries
+
+
+@inner
+def spread_attention_s(t, table, kv_tokens, queries):
+    """Decode attention on decompressed KV, spread over all PIM lanes: every one is busy for it."""
+    return (t.coef[table]["spread_token_s"] if queries == 1 else t.coef[table]["spread_verify_s"]) * kv_tokens
 
 
 @inner
@@ -115,14 +150,17 @@ def pim_side_s(t, table, slowest_s, requests, kv_pushed):
 
 
 @inner
-def one_batch_s(t, table, front_s, slowest_s, requests, kv_pushed, tokens, rows):
-    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head.
+def one_batch_s(t, table, front_s, slowest_s, requests, kv_pushed, tokens, rows, guessed=0):
+    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head; no shorter than
+    the all-to-all.
 
-    Returns (T, GPU busy, PIM busy, t_d, t_comm).
+    Returns (T, GPU busy computing or sending, PIM busy, t_d, t_comm).
     """
     pim_s, attention_s, moving_s = pim_side_s(t, table, slowest_s, requests, kv_pushed)
-    back_s = fc_batch_s(t, table, tokens) + head_batch_s(t, table, rows)
-    return max(front_s, pim_s) + back_s, front_s + back_s, pim_s, attention_s, moving_s
+    back_s = back_batch_s(t, table, tokens, rows, guessed)
+    comm_s = comm_batch_s(t, table, tokens)
+    total_s = max(max(front_s, pim_s) + back_s, comm_s)
+    return total_s, max(front_s + back_s, comm_s), pim_s, attention_s, moving_s
 
 
 @inner

@@ -8,19 +8,20 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner
-from l3env.kernels.memory import admit, lane_load, make_room_to_grow, move
+from l3env.kernels.memory import admit, lane_load, make_room_to_grow, move, room
 from l3env.kernels.prefix import ask_pools, footprint_blocks, offered_blocks, offered_tokens
 from l3env.kernels.price import (
-    fc_batch_s,
+    back_batch_s,
+    comm_batch_s,
     hbm_attention_s,
-    head_batch_s,
     lane_attention_s,
     pim_side_s,
     prefill_launch_s,
     prefill_work_s,
+    spread_attention_s,
 )
 from l3env.kernels.queue import next_waiting
-from l3env.state import FINISH_HEAP, NOWHERE, Budget, Status
+from l3env.state import NOWHERE, Budget, PimForm, Status
 
 LARGE_TOKENS = 1 << 40
 ALIGN_MIN_CHUNK_TOKENS = 128  # a sub-batch's prefill always gets this much, so that a GPU-bound system still prefills
@@ -28,26 +29,50 @@ ALIGN_MIN_CHUNK_TOKENS = 128  # a sub-batch's prefill always gets this much, so 
 
 @inner
 def decoding_count(s, e, sub):
-    return s.heap_len[e, FINISH_HEAP + sub]
+    return s.sub[e, sub]["decoding"]
+
+
+@inner
+def stored_lanes(t, table):
+    """Lanes of KV as the model stores it, HBM's included: all but the one of decompressed KV."""
+    spread = t.coef[table]["spread_lane"]
+    return spread if spread > 0 else t.coef[table]["lanes_count"]
 
 
 @inner
 def slowest_lane_s(t, s, e, sub):
     """The slowest PIM lane's attention in this sub-batch's next decode step, the new tokens included."""
     table = s.env[e]["table_idx"]
+    queries = 1 + s.env[e]["drafting"]
     slowest_s = 0.0
-    for lane in range(1, t.coef[table]["lanes_count"]):
+    for lane in range(1, stored_lanes(t, table)):
         count = s.lane[e, sub, lane]["count"]
-        slowest_s = max(slowest_s, lane_attention_s(t, table, s.lane[e, sub, lane]["kv"] + count, count))
+        kv = s.lane[e, sub, lane]["kv"] + queries * count
+        slowest_s = max(slowest_s, lane_attention_s(t, table, kv, count, queries))
+    spread = t.coef[table]["spread_lane"]
+    if spread > 0:
+        kv = s.lane[e, sub, spread]["kv"] + queries * s.lane[e, sub, spread]["count"]
+        slowest_s += spread_attention_s(t, table, kv, queries)
     return slowest_s
+
+
+@inner
+def moved_requests(t, s, e, sub):
+    """Decoding requests on the PIM side in transfers of one query: two queries move twice as much, and requests with
+    decompressed KV in proportion."""
+    table = s.env[e]["table_idx"]
+    count = float(decoding_count(s, e, sub)) - s.lane[e, sub, 0]["count"]
+    spread = t.coef[table]["spread_lane"]
+    if spread > 0:
+        count += (t.coef[table]["spread_request_ratio"] - 1.0) * s.lane[e, sub, spread]["count"]
+    return count * (1 + s.env[e]["drafting"])
 
 
 @inner
 def has_room(t, s, k, e, r, pool):
     """May a waiting request start in a pool, given the headroom and the promises the knobs ask to keep?"""
-    table = s.env[e]["table_idx"]
     target = np.int64(s.req[e, r]["target_tokens"])
-    capacity = t.pool_blocks[table, pool]
+    capacity = room(t, s, e, pool)
     used = s.pool[e, pool]["used"]
     need = footprint_blocks(t, s, e, r, target) - offered_blocks(s.prefix, e, pool)
     if used == 0:  # an empty pool takes any request that fits; one that outgrows it is preempted and goes elsewhere
@@ -78,10 +103,17 @@ def only_hbm_holds(t, s, e, r):
 
 @inner
 def find_pim_lane(t, s, k, e, r, sub):
-    """The least loaded PIM lane whose pool has room, or -1; cached tokens of its prompt count for their pool."""
+    """The least loaded PIM lane whose pool has room, or -1; cached tokens of its prompt count for their pool.
+
+    Where KV is to lie decompressed there is one lane; what is too long for it lies as stored.
+    """
     table = s.env[e]["table_idx"]
+    spread, spread_pool = t.coef[table]["spread_lane"], t.coef[table]["spread_pool"]
+    first, end = np.int64(1), np.int64(stored_lanes(t, table))
+    if spread > 0 and k[e]["pim_form"] == PimForm.DECOMPRESSED and could_ever_fit(t, s, e, r, spread_pool):
+        first, end = spread, spread + 1
     best, least = NOWHERE, np.inf
-    for lane in range(1, t.coef[table]["lanes_count"]):
+    for lane in range(first, end):
         pool = t.lane_pool[table, lane]
         load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0) - offered_tokens(s.prefix, e, pool)
         if load < least:
@@ -187,10 +219,14 @@ def plan_by_budget(t, s, k, e):
 def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
     """T_GPU of a phase with the given prefill: attention of ``sub``, FC with the other sub-batch's decodes."""
     table = s.env[e]["table_idx"]
+    drafting = s.env[e]["drafting"]
+    queries = 1 + drafting
     others = decoding_count(s, e, 1 - sub)
+    rows = queries * others
     hbm_n = s.lane[e, sub, 0]["count"]
-    fc_s = fc_batch_s(t, table, prefill_tokens + others) + head_batch_s(t, table, others)
-    return prefill_s + fc_s + hbm_attention_s(t, table, s.lane[e, sub, 0]["kv"] + hbm_n, hbm_n)
+    back_s = back_batch_s(t, table, prefill_tokens + rows, rows, drafting * others)
+    hbm_s = hbm_attention_s(t, table, s.lane[e, sub, 0]["kv"] + queries * hbm_n, hbm_n, queries)
+    return max(prefill_s + back_s + hbm_s, comm_batch_s(t, table, prefill_tokens + rows))
 
 
 @helper
@@ -224,7 +260,7 @@ def plan_aligned(t, s, k, e, only_when_full):
     decoding = decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
     pushed_before = 0.0
     for sub in range(2):
-        decodes = float(decoding_count(s, e, sub)) - s.lane[e, sub, 0]["count"]
+        decodes = moved_requests(t, s, e, sub)
         goal_s = pim_side_s(t, table, slowest_lane_s(t, s, e, sub), decodes, pushed_before)[0]
         tokens, attention_s = 0, 0.0
         chunks, histories, launch_s = 0, 0, 0.0
@@ -297,6 +333,7 @@ def schedule(t, s, k, e):
     env = s.env[e]
     interleaved = k[e]["sub_batching"] and t.coef[env["table_idx"]]["has_pim"]
     prefill_first = k[e]["prefill_first"]
+    env["drafting"] = 1 if k[e]["multi_token"] and t.coef[env["table_idx"]]["drafts_count"] > 0 else 0
     if not prefill_first:
         make_room_to_grow(t, s, e, k[e]["victim"])
     planned = 0

@@ -82,9 +82,10 @@ def note_step_deadlines(s, e, now_s):
     req, heap, lengths = s.req, s.heap[e, DUE_HEAP], s.heap_len[e]
     while lengths[DUE_HEAP] > 0 and heap[heap[0]["item"]]["key"] < now_s:
         r = np.int64(heap[0]["item"])
-        emitted = req[e, r]["emitted_tokens"] + s.sub[e, req[e, r]["sub"]]["clock"] - req[e, r]["joined_clock"]
+        group = s.group[e, req[e, r]["sub"], req[e, r]["draft_class"]]
+        emitted = req[e, r]["emitted_tokens"] + group["clock"] - req[e, r]["joined_clock"]
         remove(heap, lengths, DUE_HEAP, r)
-        if now_s > token_due_s(req[e, r], emitted - 1):
+        if now_s > token_due_s(req[e, r], emitted - group["emitted"]):  # the step's first token
             req[e, r]["missed_deadline"] = 1
         else:
             push(heap, lengths, DUE_HEAP, r, token_due_s(req[e, r], emitted))

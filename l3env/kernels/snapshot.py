@@ -7,7 +7,7 @@ import numpy as np
 from l3env.jit import helper, kernel
 from l3env.kernels.heap import push
 from l3env.kernels.run import Stop
-from l3env.state import ARRIVAL_HEAP, FINISH_HEAP, HEAPS_COUNT, NOWHERE, ORDERS_COUNT, SUB_BATCHES, SloForm, Status
+from l3env.state import ARRIVAL_HEAP, FINISH_HEAP, NOWHERE, ORDERS_COUNT, SUB_BATCHES, SloForm, Status
 
 
 @kernel
@@ -47,9 +47,13 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
         d.sub[m, sub] = s.sub[e, sub]
         for lane in range(s.lane.shape[2]):
             d.lane[m, sub, lane] = s.lane[e, sub, lane]
-        for pool in range(s.phase.shape[2]):
-            for phase in range(s.phase.shape[3]):
-                d.phase[m, sub, pool, phase] = s.phase[e, sub, pool, phase]
+        for draft in range(s.group.shape[2]):
+            d.group[m, sub, draft] = s.group[e, sub, draft]
+            for lane in range(s.lane.shape[2]):
+                d.lane_class[m, sub, lane, draft] = s.lane_class[e, sub, lane, draft]
+            for pool in range(s.phase.shape[2]):
+                for phase in range(s.phase.shape[4]):
+                    d.phase[m, sub, pool, draft, phase] = s.phase[e, sub, pool, draft, phase]
     for pool in range(s.pool.shape[1]):
         d.pool[m, pool] = s.pool[e, pool]
     for i in range(s.prompts.shape[1]):
@@ -63,13 +67,13 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
         d.truth[m, i] = output_tokens[i]
     for i in range(n, n + room):
         clear(d, m, i)
-    for h in range(HEAPS_COUNT):
+    for h in range(s.heap_len.shape[1]):
         d.heap_len[m, h] = 0
         for i in range(n + room):
             d.heap[m, h, i]["pos"] = NOWHERE
         if h == ARRIVAL_HEAP or (h < ORDERS_COUNT and not s.env[e]["heaps_built"] >> h & 1):
             continue
-        finish = h >= FINISH_HEAP and h < FINISH_HEAP + SUB_BATCHES
+        finish = h >= FINISH_HEAP
         for place in range(s.heap_len[e, h]):
             r = s.heap[e, h, place]["item"]
             i = new_idx[r]
@@ -121,7 +125,7 @@ def clear(d, m, i):
     """An empty request slot."""
     req = d.req[m, i]
     req["status"] = Status.FUTURE
-    req["sub"], req["hopeless"], req["joining"], req["lane"] = 0, 0, 0, 0
+    req["sub"], req["hopeless"], req["joining"], req["lane"], req["draft_class"] = 0, 0, 0, 0, 0
     req["think_s"] = 0.0
     req["predicted_tokens"] = 0
     req["parent_idx"], req["first_child_idx"], req["next_sibling_idx"] = NOWHERE, NOWHERE, NOWHERE
