@@ -339,8 +339,16 @@ def compare(
     utilizations = () if utilization is None else tuple(np.atleast_1d(utilization).tolist())
     loads = () if utilizations else tuple(np.atleast_1d(load).tolist())
     config = CompareConfig(
-        *(tuple(policies), system, model, trace, loads, utilizations, seeds, tp, DEFAULT_BLOCK_TOKENS, slo or Slo()),
-        prefix_cache,
+        tuple(policies),
+        system,
+        model,
+        trace,
+        loads,
+        utilizations,
+        seeds,
+        tp,
+        slo=slo or Slo(),
+        prefix_cache=prefix_cache,
     )
     return run_comparison(config, out=out, progress=progress)
 

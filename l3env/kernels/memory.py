@@ -11,7 +11,7 @@ import numpy as np
 
 from l3env.jit import helper, inner, rare
 from l3env.kernels.heap import push, remove
-from l3env.kernels.prefix import evict_to_fit, footprint_blocks, hold_prefix, release_prefix, segment_tokens
+from l3env.kernels.prefix import blocks_of, evict_to_fit, hold_prefix, release_prefix, segment_tokens
 from l3env.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
 from l3env.kernels.slo import is_met, note_join, note_leave
 from l3env.state import DRAFT_STEPS, FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SUB_BATCHES, SloForm, Status, Victim
@@ -89,9 +89,10 @@ def emitted_now(s, e, r):
 @inner
 def held_blocks(t, s, e, r):
     """Blocks a running request holds, shared ones too; growth of the present step only once its clock has moved."""
+    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
     if s.req[e, r]["status"] == Status.PREFILL:
-        return footprint_blocks(t, s, e, r, np.int64(s.req[e, r]["target_tokens"]))
-    return footprint_blocks(t, s, e, r, kv_now(s, e, r))
+        return blocks_of(s.prefix, e, r, np.int64(s.req[e, r]["target_tokens"]), block)
+    return blocks_of(s.prefix, e, r, kv_now(s, e, r), block)
 
 
 @inner
@@ -113,14 +114,15 @@ def admit(t, s, e, r, lane, sub):
     """Takes a request from the queue and gives it a lane and the blocks of its prompt. The caller checked the room."""
     req, env = s.req, s.env[e]
     table = env["table_idx"]
+    block = t.coef[table]["block_tokens"]
     dequeue(s, e, r)
     pool = t.lane_pool[table, lane]
     target = np.int64(req[e, r]["target_tokens"])
     left = max(req[e, r]["predicted_tokens"] - req[e, r]["emitted_tokens"], 1)
-    promised = footprint_blocks(t, s, e, r, target + left - 1)
+    promised = blocks_of(s.prefix, e, r, target + left - 1, block)
     req[e, r]["promised_blocks"] = promised
     req[e, r]["prefilled_tokens"] = 0
-    s.pool[e, pool]["used"] += footprint_blocks(t, s, e, r, target)
+    s.pool[e, pool]["used"] += blocks_of(s.prefix, e, r, target, block)
     hold_prefix(s.prefix, req, s.pool, e, r, pool, t.pool_blocks[table, pool])
     s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
     s.pool[e, pool]["promised"] += promised

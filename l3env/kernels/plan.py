@@ -19,7 +19,7 @@ from l3env.kernels.memory import (
     resume,
     room,
 )
-from l3env.kernels.prefix import ask_pools, footprint_blocks, offered_blocks, offered_tokens
+from l3env.kernels.prefix import ask_pools, blocks_of, offered_blocks, offered_tokens
 from l3env.kernels.run import Stop, ready, skip_idle
 from l3env.kernels.schedule import decoding_count, lighter_sub, stored_lanes
 from l3env.state import NOWHERE, SUB_BATCHES, Status, SubBatching, Victim
@@ -61,7 +61,8 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
     """The least loaded lane of the wanted pool (or of any, by AUTO / ANY_PIM) with room for the prompt, or -1."""
     table = s.env[e]["table_idx"]
     ask_pools(s.prefix, e, r)
-    whole = footprint_blocks(t, s, e, r, np.int64(s.req[e, r]["target_tokens"]))
+    target, block = np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"]
+    whole = blocks_of(s.prefix, e, r, target, block)
     best, least = NOWHERE, np.inf
     spread = t.coef[table]["spread_lane"]
     first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0

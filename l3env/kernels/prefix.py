@@ -36,18 +36,11 @@ def segment_tokens(prefix, e, r):
 
 
 @inner
-def segment_blocks(prefix, e, r):
-    """Blocks of a request's segments."""
-    if len(prefix) == 0:
-        return 0
-    return np.int64(prefix.req[e, r]["ids_blocks"])
-
-
-@inner
-def footprint_blocks(t, s, e, r, tokens):
+def blocks_of(prefix, e, r, tokens, block):
     """Blocks for so much of a request's KV (at least its prompt): its segments', and blocks of its own for the rest."""
-    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
-    return segment_blocks(s.prefix, e, r) + (tokens - segment_tokens(s.prefix, e, r) + block - 1) // block
+    if len(prefix) == 0:
+        return (tokens + block - 1) // block
+    return prefix.req[e, r]["ids_blocks"] + (tokens - prefix.req[e, r]["ids_tokens"] + block - 1) // block
 
 
 @inner

@@ -9,7 +9,7 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.memory import admit, lane_load, make_room_to_grow, move, room
-from l3env.kernels.prefix import ask_pools, footprint_blocks, offered_blocks, offered_tokens
+from l3env.kernels.prefix import ask_pools, blocks_of, offered_blocks, offered_tokens
 from l3env.kernels.price import (
     back_batch_s,
     comm_batch_s,
@@ -71,17 +71,18 @@ def moved_requests(t, s, e, sub):
 @inner
 def has_room(t, s, k, e, r, pool):
     """May a waiting request start in a pool, given the headroom and the promises the knobs ask to keep?"""
+    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
     target = np.int64(s.req[e, r]["target_tokens"])
     capacity = room(t, s, e, pool)
     used = s.pool[e, pool]["used"]
-    need = footprint_blocks(t, s, e, r, target) - offered_blocks(s.prefix, e, pool)
+    need = blocks_of(s.prefix, e, r, target, block) - offered_blocks(s.prefix, e, pool)
     if used == 0:  # an empty pool takes any request that fits; one that outgrows it is preempted and goes elsewhere
         return need <= capacity
     if used + need > capacity - np.int64(np.ceil(k[e]["headroom_frac"] * capacity)):
         return False
     if k[e]["reserve_predicted"]:
         left = max(s.req[e, r]["predicted_tokens"] - s.req[e, r]["emitted_tokens"], 1)
-        return s.pool[e, pool]["promised"] + footprint_blocks(t, s, e, r, target + left - 1) <= capacity
+        return s.pool[e, pool]["promised"] + blocks_of(s.prefix, e, r, target + left - 1, block) <= capacity
     return True
 
 
@@ -89,7 +90,8 @@ def has_room(t, s, k, e, r, pool):
 def could_ever_fit(t, s, e, r, pool):
     """Would the KV to build now fit in the pool if it were empty?"""
     table = s.env[e]["table_idx"]
-    return footprint_blocks(t, s, e, r, np.int64(s.req[e, r]["target_tokens"])) <= t.pool_blocks[table, pool]
+    target, block = np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"]
+    return blocks_of(s.prefix, e, r, target, block) <= t.pool_blocks[table, pool]
 
 
 @inner
