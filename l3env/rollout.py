@@ -54,12 +54,10 @@ class Rollouts:
         sizes = _sizes(prefix)
         for engine in (self._source, self.engine):
             engine.state = st.with_prefix_room(engine.state, *sizes)
-        for name, source, target in zip(
-            st.PrefixArrays._fields, self._source.state.prefix, self.engine.state.prefix, strict=True
-        ):
+        for name in st.PrefixArrays._fields:
+            source, target = (getattr(engine.state.prefix, name) for engine in (self._source, self.engine))
             pairs = self._row_pairs if name == "req" else self._pairs
             pairs.append((_bytes(source), _bytes(target)))
-        self._scratch_idx = np.zeros(1, np.int32)
 
     def imagine(
         self,
