@@ -49,6 +49,7 @@ class Rollouts:
             for name in PER_REQUEST
         ]
         self._heaps = _bytes(self._source.state.heap), _bytes(self.engine.state.heap)
+        self._scratch_idx = np.zeros(1, np.int32)
         if not isinstance(prefix, st.PrefixArrays):
             return
         sizes = _sizes(prefix)
