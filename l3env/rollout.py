@@ -18,7 +18,7 @@ from l3env.tables import Tables
 from l3env.workload import Workload
 
 PER_REQUEST = ("req", "truth", "lists")  # (E, N) fields of State that a trial needs; heaps apart
-PER_ENV = ("env", "sub", "lane", "pool", "phase", "prompts", "heap_len")
+PER_ENV = ("env", "sub", "lane", "lane_class", "group", "pool", "phase", "prompts", "heap_len")
 
 
 class Rollouts:
