@@ -112,7 +112,7 @@ class BlockPool(RuleBasedStateMachine):
 
         row = self.s.req[0, r]
         row["status"], row["lane"], row["prefilled_tokens"] = Status.PREFILL, pool, 0
-        self.s.pool[0, pool]["used"] += pool_kernels.footprint_blocks(self.t, self.s, 0, r, self.tokens(r))
+        self.s.pool[0, pool]["used"] += pool_kernels.blocks_of(self.prefix, 0, r, self.tokens(r), BLOCK)
         pool_kernels.hold_prefix(self.prefix, self.s.req, self.s.pool, 0, r, pool, self.capacity)
         assert self.prefix.req[0, r]["held_count"] == len(hits)
         assert self.prefix.req[0, r]["moving_tokens"] == crossings
