@@ -241,6 +241,7 @@ def test_requests_with_ids_cannot_be_added_to_a_running_cache():
     with pytest.raises(WorkloadError, match="requests with prefix ids cannot be added where the prefix cache is on"):
         engine.append(0, prompts([[1]], [5], 4))
     engine.append(0, Workload.build("no ids", 0.0, 10, 10))
+    Knobs().write(engine.knobs, 0)
     assert engine.run(0) == Stop.DONE
     check_prefix(engine.state, [0])
     assert engine.state.env["finished_count"][0] == 2
