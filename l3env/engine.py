@@ -13,6 +13,7 @@ from l3env.errors import PlanError, WorkloadError
 from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
+from l3env.prefix import segments
 from l3env.state import SloForm
 from l3env.tables import TableArrays, Tables, stack
 from l3env.threads import share_out
@@ -83,12 +84,19 @@ class Engine:
         num_envs: E.
         requests_capacity: N, the largest workload an environment will be given.
         record: keep the time line and the histogram of gaps between tokens (offline runs).
+        prefix_cache: keep and share the KV of equal prompt beginnings (workloads with prefix ids); which goes first.
     """
 
     LOG_ROWS = 4096
 
     def __init__(
-        self, tables: Tables | Sequence[Tables], num_envs: int, requests_capacity: int, *, record: bool = False
+        self,
+        tables: Tables | Sequence[Tables],
+        num_envs: int,
+        requests_capacity: int,
+        *,
+        record: bool = False,
+        prefix_cache: st.Eviction = st.Eviction.OFF,
     ) -> None:
         self.pairs = [tables] if isinstance(tables, Tables) else list(tables)
         self.tables: TableArrays = stack(self.pairs)
@@ -103,6 +111,7 @@ class Engine:
             drafts=bool((self.tables.coef["drafts_count"] > 0).any()),
             log_rows=self.LOG_ROWS if record else 0,
         )
+        self.prefix_cache = prefix_cache
         self.knobs = np.zeros(num_envs, st.KNOB_DTYPE)
         self._limits = np.zeros(num_envs)
 
@@ -128,7 +137,7 @@ class Engine:
                 the model's for all.
 
         Raises:
-            WorkloadError: more requests than the capacity.
+            WorkloadError: more requests than the capacity, or prefix ids that do not fit their prompts.
         """
         capacity = self.state.req.shape[1]
         count = len(workload)
@@ -160,7 +169,35 @@ class Engine:
             self._rank_limits(e, count)
         self.state.env["table_idx"][e] = table_idx
         self.state.env["requests_count"][e] = count
+        if self.prefix_cache and workload.prefix_ids.size:
+            self._open_prefix_cache(e, table_idx, workload)
         run.open_environment(self.tables, self.state, e)
+
+    def _open_prefix_cache(self, e: int, table_idx: int, workload: Workload) -> None:
+        if self.tables.coef["spread_pool"][table_idx]:
+            raise WorkloadError(
+                f"{workload.name}: a prefix cache where KV may lie in two forms in the same memory is not modelled; "
+                "switch it off for a latent on the PIM side"
+            )
+        found, block = segments(workload), self.pairs[table_idx].block_tokens
+        count, blocks = len(workload), -(-found.tokens // block)
+        # a pool holds a segment once, in a block at least
+        slots = min(int(self.tables.pool_blocks[table_idx].max()), found.tokens.size)
+        self.state = st.with_prefix_room(self.state, found.ids.size, found.tokens.size, slots)
+        prefix = self.state.prefix
+        assert isinstance(prefix, st.PrefixArrays)
+        prefix.ids[e, : found.ids.size] = found.ids
+        segment = prefix.segment[e, : found.tokens.size]
+        segment["tokens"], segment["blocks"], segment["depth"] = found.tokens, blocks, found.depth
+        segment["end_tokens"], segment["first_copy"] = found.end_tokens, st.NOWHERE
+        prefix.slot["next_copy"][e] = np.append(np.arange(1, prefix.slot.shape[2]), st.NOWHERE)
+        prefix.idle["pos"][e] = st.NOWHERE
+        offsets = workload.prefix_offsets
+        sums = np.concatenate([[0], np.cumsum(blocks[found.ids])])
+        req = prefix.req[e, :count]
+        req["ids_first"], req["ids_count"] = offsets[:-1], np.diff(offsets)
+        req["ids_tokens"], req["ids_blocks"] = found.request_tokens, np.diff(sums[offsets])
+        prefix.env["eviction"][e] = self.prefix_cache
 
     def append(
         self,
@@ -191,6 +228,11 @@ class Engine:
             )
         if (workload.parent_idx != st.NOWHERE).any():
             raise WorkloadError(f"{workload.name}: a request depends on another; only root requests can be added")
+        if self.prefix_cache and workload.prefix_ids.size:
+            raise WorkloadError(
+                f"{workload.name}: requests with prefix ids cannot be added where the prefix cache is on; expected all "
+                "ids in the workload that the environment was opened with"
+            )
         if env["slo_form"][e] == SloForm.P99_GAP:
             raise WorkloadError(f"{workload.name}: requests cannot be added under an SLO of form p99-gap")
         req["arrival_s"][e, rows] = workload.arrival_s

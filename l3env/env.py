@@ -19,6 +19,7 @@ from l3env.errors import L3EnvError, PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import collect
 from l3env.observe import FEATURES, LEVELS, Observer, action_space, observation_space
+from l3env.prefix import eviction_rule
 from l3env.render import Renderer
 
 
@@ -40,6 +41,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies; or ranges.
         slo_form: what the limit on the time between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines".
         predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
+        prefix_cache: "off", or the rule by which cached prompt segments are given up: "lru", "lfu", "tree".
         seed: of the trace, where it is generated.
         render_mode: "human" (a live panel in the terminal) or "rgb_array" (``render`` returns (H, W, 3) pixels).
     """
@@ -75,7 +77,8 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         return self._observer.shown(self._observer.look()[0]), self._info(0.0)
 
     def _make_engine(self, requests_count: int) -> None:
-        self.engine = Engine(self.episodes.pairs, 1, requests_count, record=True)
+        rule = eviction_rule(self.episodes.prefix_cache)
+        self.engine = Engine(self.episodes.pairs, 1, requests_count, record=True, prefix_cache=rule)
         self._observer = self._make_observer(self.engine)
 
     def _make_observer(self, engine: Engine) -> Observer:

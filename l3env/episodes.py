@@ -16,6 +16,7 @@ from l3env.engine import Engine, Slo
 from l3env.errors import L3EnvError
 from l3env.kernels.run import Until
 from l3env.policy import Policy, make_policy
+from l3env.prefix import eviction_rule
 from l3env.reward import Reward, get_reward
 from l3env.runner import compile_pair, load_at_capacity, predictions, replica_shares, training_window
 from l3env.tables import Tables
@@ -66,6 +67,7 @@ class Episodes:
     episode_requests: int | None
     reward: Reward
     predictor: str | None
+    prefix_cache: str
     _loads_at_capacity: dict[tuple[int, int], float] = field(default_factory=dict)
     _shares: dict[tuple[int, int], list[Workload]] = field(default_factory=dict)
     _predictors: dict[tuple[int, int], Policy] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Episodes:
         slo_form: str = "mean-tbt",
         predictor: str | None = None,
         tp: int | None = None,
+        prefix_cache: str = "off",
         seed: int = 0,
     ) -> Episodes:
         """From an environment's keyword arguments; see ``ServingEnv``. Raises L3EnvError for what is wrong."""
@@ -117,6 +120,7 @@ class Episodes:
             episode_requests=episode_requests,
             reward=chosen_reward,
             predictor=predictor,
+            prefix_cache=eviction_rule(prefix_cache).name.lower(),
         )
         if utilization is not None:
             for i in range(len(traces)):
@@ -136,7 +140,9 @@ class Episodes:
         """The load that is utilization 1 of a pair on a trace; found on first use."""
         key = pair_idx, trace_idx
         if key not in self._loads_at_capacity:
-            self._loads_at_capacity[key] = load_at_capacity(self.pairs[pair_idx], self.workloads[trace_idx])
+            self._loads_at_capacity[key] = load_at_capacity(
+                self.pairs[pair_idx], self.workloads[trace_idx], prefix_cache=self.prefix_cache
+            )
         return self._loads_at_capacity[key]
 
     def draw(self, rng: np.random.Generator, options: dict[str, Any] | None = None) -> Episode:

@@ -3,7 +3,8 @@
 Definitions. TTFT: first token minus arrival. TBT: time between consecutive tokens of a request, over all tokens (stalls
 and recomputation included; percentiles from bins of 1 %). TPOT: a request's mean TBT, over requests. Goodput: requests
 that met their SLO per second. Makespan: the clock when the last replica is done. Busy: device time over makespan and
-replicas. Bubble: share of iteration time that a device waits for the other.
+replicas. Bubble: share of iteration time that a device waits for the other. Prefix hits: share of the prompts' prefix
+ids (blocks), or of their tokens, found cached at a request's first admission; 0 where the prefix cache is off.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from l3env.engine import Engine
-from l3env.state import GAP_BINS, GAP_LOW_S, GAP_RATIO, Status
+from l3env.state import GAP_BINS, GAP_LOW_S, GAP_RATIO, PrefixArrays, Status
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -56,6 +57,8 @@ def request_frame(engine: Engine, e: int, rows: NDArray[np.int64]) -> pd.DataFra
     truth = engine.state.truth[e, :count].astype(np.int64)
     gaps = np.maximum(truth - 1, 1)
     tpot = np.where(truth > 1, (req["finish_s"] - req["first_token_s"]) / gaps, np.nan)
+    prefix = engine.state.prefix
+    hit_tokens = prefix.req["hit_tokens"][e, : req.size] if isinstance(prefix, PrefixArrays) else np.zeros(req.size)
     status = np.array([s.name.lower() for s in Status])[req["status"]]
     return pd.DataFrame(
         {
@@ -74,6 +77,7 @@ def request_frame(engine: Engine, e: int, rows: NDArray[np.int64]) -> pd.DataFra
             "tbt_slo_s": req["tbt_slo_s"],
             "slo_met": req["slo_met"].astype(bool),
             "preemptions_count": req["preemptions_count"].astype(np.int64),
+            "prefix_hit_tokens": hit_tokens.astype(np.int64),
         }
     )
 
@@ -148,7 +152,20 @@ def summary(engine: Engine, replicas: Sequence[int], requests: pd.DataFrame) -> 
         "recomputed_tokens_frac": float(env["recomputed_tokens"].sum()) / max(int(env["prefill_tokens"].sum()), 1),
         "energy_j_per_token": (float(env["energy_j"].sum()) + static_j) / max(tokens, 1),
     }
-    return row
+    return row | _prefix_hits(engine, replicas)
+
+
+def _prefix_hits(engine: Engine, replicas: Sequence[int]) -> dict[str, float]:
+    prefix = engine.state.prefix
+    names = ("ids_count", "hits_count", "prompt_tokens", "hit_tokens", "evictions_count")
+    found = dict.fromkeys(names, 0)
+    if isinstance(prefix, PrefixArrays):
+        found = {name: int(prefix.env[name][list(replicas)].sum()) for name in names}
+    return {
+        "prefix_hit_frac": found["hits_count"] / max(found["ids_count"], 1),
+        "prefix_hit_tokens_frac": found["hit_tokens"] / max(found["prompt_tokens"], 1),
+        "prefix_evictions_count": found["evictions_count"],
+    }
 
 
 def _distribution(name: str, values: pd.Series[Any]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from l3env.errors import PlanError, PolicyError
 from l3env.kernels import look
 from l3env.kernels.plan import ANY_PIM, AUTO, DECOMPRESSED, Op
 from l3env.rollout import Rollouts, present_idx
-from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Order, PimForm, Status, SubBatching, Victim
+from l3env.state import KNOB_DTYPE, SUB_BATCHES, Budget, Eviction, Order, PimForm, Status, SubBatching, Victim
 from l3env.tables import Tables
 from l3env.workload import Workload
 
@@ -53,6 +53,7 @@ class Knobs:
         victim: who is preempted when a pool runs over.
         pim_form: how new KV lies on the PIM side, for models that store a latent.
         multi_token: verify a guessed token in each decode step, for models that guess; off, one token a step.
+        eviction: which cached segment of a prompt goes first, where the prefix cache is on; OFF keeps the rule in use.
     """
 
     admit_max_count: int = UNLIMITED
@@ -67,6 +68,7 @@ class Knobs:
     victim: Victim = Victim.NEWEST_ADMITTED
     pim_form: PimForm = PimForm.STORED
     multi_token: bool = True
+    eviction: Eviction = Eviction.OFF
 
     def __post_init__(self) -> None:
         if self.admit_max_count < 0:
@@ -84,6 +86,8 @@ class Knobs:
             raise PlanError(f"knobs: pim_form = {self.pim_form}; expected stored (0) or decompressed (1)")
         if self.victim not in list(Victim):
             raise PlanError(f"knobs: victim = {self.victim}; expected one of {', '.join(v.name for v in Victim)}")
+        if self.eviction not in list(Eviction):
+            raise PlanError(f"knobs: eviction = {self.eviction}; expected one of {', '.join(v.name for v in Eviction)}")
 
     def write(self, row: NDArray[np.void], e: int | slice) -> None:
         """Puts the settings into row (or rows) ``e`` of a KNOB_DTYPE array."""

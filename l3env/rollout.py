@@ -33,9 +33,10 @@ class Rollouts:
     def __init__(self, tables: Tables, trials_count: int, scenarios_count: int) -> None:
         self.tables = tables
         self.trials_count, self.scenarios_count = trials_count, scenarios_count
-        self._room(256)
+        self._room(256, ())
 
-    def _room(self, capacity: int) -> None:
+    def _room(self, capacity: int, prefix: st.PrefixArrays | tuple[()]) -> None:
+        """Memory for so many requests, and for a prefix cache as large as the given one."""
         self.capacity = capacity
         self.engine = Engine(self.tables, self.trials_count, capacity)
         self._source = Engine(self.tables, self.scenarios_count, capacity)
@@ -49,6 +50,15 @@ class Rollouts:
         ]
         self._heaps = _bytes(self._source.state.heap), _bytes(self.engine.state.heap)
         self._scratch_idx = np.zeros(1, np.int32)
+        if not isinstance(prefix, st.PrefixArrays):
+            return
+        sizes = _sizes(prefix)
+        for engine in (self._source, self.engine):
+            engine.state = st.with_prefix_room(engine.state, *sizes)
+        for name in st.PrefixArrays._fields:
+            source, target = (getattr(engine.state.prefix, name) for engine in (self._source, self.engine))
+            pairs = self._row_pairs if name == "req" else self._pairs
+            pairs.append((_bytes(source), _bytes(target)))
 
     def imagine(
         self,
@@ -65,11 +75,13 @@ class Rollouts:
         Args:
             idx: (n,) the requests that are there, ascending.
             output_tokens: (n,) imagined lengths, longer than what each has emitted.
-            future: imagined arrivals, from now on; root requests.
+            future: imagined arrivals, from now on; root requests, which share no prefix.
         """
-        more = 0 if future is None else len(future)
+        more, prefix = 0 if future is None else len(future), live.state.prefix
         if idx.size + more > self.capacity:
-            self._room(2 * (idx.size + more))
+            self._room(2 * (idx.size + more), prefix)
+        if _sizes(prefix) != _sizes(self.engine.state.prefix):
+            self._room(self.capacity, prefix)
         if self._scratch_idx.size < live.state.req.shape[1]:
             self._scratch_idx = np.zeros(live.state.req.shape[1], np.int32)
         source = self._source
@@ -115,6 +127,13 @@ def present_idx(live: Engine, e: int) -> NDArray[np.int64]:
     found = np.empty(int(env["waiting_count"][e] + env["running_count"][e]), np.int64)
     count = snapshot.find_present(live.state, e, found)
     return found[:count]
+
+
+def _sizes(prefix: st.PrefixArrays | tuple[()]) -> tuple[int, ...]:
+    """Ids, segments and slots that there is room for; () without a prefix cache."""
+    if not isinstance(prefix, st.PrefixArrays):
+        return ()
+    return prefix.ids.shape[1], prefix.segment.shape[1], prefix.slot.shape[2]
 
 
 def _bytes(array: NDArray[np.generic]) -> NDArray[np.uint8]:

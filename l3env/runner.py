@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from l3env.errors import L3EnvError, PolicyError
 from l3env.kernels.run import Stop, Until
 from l3env.metrics import Outcome, collect
 from l3env.policy import FixedKnobs, Knobs, Policy, View, make_policy
+from l3env.prefix import eviction_rule
 from l3env.tables import DEFAULT_BLOCK_TOKENS, Tables, compile_tables
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -39,10 +41,15 @@ def run_policy(
     slo: Slo | None = None,
     training: Workload | None = None,
     record: bool = True,
+    prefix_cache: str = "off",
 ) -> Outcome:
     """Serves a workload on all replicas of a system under one policy.
 
     Requests go to the replicas in turn (a session stays where it began); replicas do not interact.
+
+    Args:
+        record: keep time line and gaps between tokens.
+        prefix_cache: ``off``, or the rule by which cached prompt segments are given up: ``lru``, ``lfu``, ``tree``.
 
     Raises:
         PolicyError: the policy leaves requests waiting for ever.
@@ -51,7 +58,8 @@ def run_policy(
     shares = replica_shares(workload, tables.replicas_count)
     shares = [rows for rows in shares if rows.size]
     policy.slo = slo or Slo()
-    engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record)
+    rule = eviction_rule(prefix_cache)
+    engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record, prefix_cache=rule)
     own: list[dict[str, float]] = []
     for e, rows in enumerate(shares):
         part = workload.select(rows)
@@ -204,9 +212,12 @@ def reference_policy(tables: Tables) -> str:
     return "l3-model" if tables.has_pim else "sarathi"
 
 
-def capacity_requests_per_s(tables: Tables, workload: Workload, policy: Policy | None = None) -> float:
+def capacity_requests_per_s(
+    tables: Tables, workload: Workload, policy: Policy | None = None, *, prefix_cache: str = "off"
+) -> float:
     """What a system serves at saturation: all requests present at once, rate at which the first 90 % finish."""
-    outcome = run_policy(tables, workload.closed_loop(), policy or make_policy(reference_policy(tables)), record=False)
+    chosen = policy or make_policy(reference_policy(tables))
+    outcome = run_policy(tables, workload.closed_loop(), chosen, record=False, prefix_cache=prefix_cache)
     finish_s = np.sort(outcome.requests["finish_s"].dropna().to_numpy())
     if finish_s.size == 0:
         raise L3EnvError(f"{workload.name}: no request ever fits on {tables.system.name} with {tables.model.name}")
@@ -214,7 +225,7 @@ def capacity_requests_per_s(tables: Tables, workload: Workload, policy: Policy |
     return count / float(finish_s[count - 1])
 
 
-def load_at_capacity(tables: Tables, workload: Workload) -> float:
+def load_at_capacity(tables: Tables, workload: Workload, *, prefix_cache: str = "off") -> float:
     """The load at which a trace's arrival rate equals the capacity: utilization 1.
 
     Raises:
@@ -222,7 +233,7 @@ def load_at_capacity(tables: Tables, workload: Workload) -> float:
     """
     if not math.isfinite(workload.rate_per_s):
         raise L3EnvError(f"{workload.name}: all requests arrive at once, so utilization has no meaning; use load")
-    return capacity_requests_per_s(tables, workload) / workload.rate_per_s
+    return capacity_requests_per_s(tables, workload, prefix_cache=prefix_cache) / workload.rate_per_s
 
 
 @dataclass(frozen=True)
@@ -240,6 +251,7 @@ class CompareConfig:
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     slo: Slo = field(default_factory=Slo)
     training: str | None = None  # trace of earlier requests to learn from; None: the first fifth of the trace itself
+    prefix_cache: str = "off"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -304,6 +316,7 @@ def compare(
     seeds: int = 1,
     slo: Slo | None = None,
     tp: int | None = None,
+    prefix_cache: str = "off",
     out: str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Comparison:
@@ -316,6 +329,7 @@ def compare(
         load: arrival rates as multiples of the trace's own.
         utilization: instead, as multiples of what the reference policy serves at saturation on this system.
         seeds: seed 0 is the trace itself, further ones are resampled from it (generated traces are drawn anew).
+        prefix_cache: ``off``, or how cached prompt segments are given up: ``lru``, ``lfu``, ``tree``.
         out: folder for the cells' results; cells found there from the same configuration are not run again.
         progress: called with (cells done, cells in all, name of the one now starting).
 
@@ -325,7 +339,16 @@ def compare(
     utilizations = () if utilization is None else tuple(np.atleast_1d(utilization).tolist())
     loads = () if utilizations else tuple(np.atleast_1d(load).tolist())
     config = CompareConfig(
-        tuple(policies), system, model, trace, loads, utilizations, seeds, tp, DEFAULT_BLOCK_TOKENS, slo or Slo()
+        tuple(policies),
+        system,
+        model,
+        trace,
+        loads,
+        utilizations,
+        seeds,
+        tp,
+        slo=slo or Slo(),
+        prefix_cache=prefix_cache,
     )
     return run_comparison(config, out=out, progress=progress)
 
@@ -342,8 +365,10 @@ def run_comparison(
     tables = compile_pair(config.system, config.model, config.tp, config.block_tokens)
     for ref in config.policies:
         make_policy(ref)
+    eviction_rule(config.prefix_cache)
     store = None if out is None else CellStore(Path(out), config)
     base = load_trace(config.trace, seed=0)
+    _note_prefix_ids(config, base)
     training = training_window(base) if config.training is None else load_trace(config.training, seed=0)
     rows, requests, timelines = [], {}, {}
     cells = list(_cells(config, tables, base))
@@ -356,11 +381,19 @@ def run_comparison(
             if cell.seed not in workloads:
                 workloads[cell.seed] = load_trace(config.trace, seed=cell.seed)
             workload = workloads[cell.seed]
-            earlier = _earlier(tables, training, cell, separate=config.training is not None)
+            separate = config.training is not None
+            earlier = _earlier(tables, training, cell, separate=separate, prefix_cache=config.prefix_cache)
             if cell.load != 1.0:
                 workload = workload.at_load(cell.load)
             start = time.perf_counter()
-            outcome = run_policy(tables, workload, make_policy(cell.policy), slo=config.slo, training=earlier)
+            outcome = run_policy(
+                tables,
+                workload,
+                make_policy(cell.policy),
+                slo=config.slo,
+                training=earlier,
+                prefix_cache=config.prefix_cache,
+            )
             row = _identity(config, cell) | outcome.metrics | {"wall_s": time.perf_counter() - start}
             stored = (row, outcome.requests, outcome.timeline)
             if store is not None:
@@ -372,17 +405,27 @@ def run_comparison(
     return Comparison(config, pd.DataFrame(rows), requests, timelines)
 
 
-def _earlier(tables: Tables, training: Workload, cell: Cell, *, separate: bool) -> Workload:
+def _earlier(tables: Tables, training: Workload, cell: Cell, *, separate: bool, prefix_cache: str) -> Workload:
     """The training requests at the cell's load; those of a trace of their own at the cell's utilization."""
     if separate and cell.utilization is not None:
-        return training.at_load(cell.utilization * load_at_capacity(tables, training))
+        return training.at_load(cell.utilization * load_at_capacity(tables, training, prefix_cache=prefix_cache))
     return training.at_load(cell.load)
+
+
+def _note_prefix_ids(config: CompareConfig, base: Workload) -> None:
+    if base.prefix_ids.size and config.prefix_cache == "off":
+        text = "has prefix ids, and the prefix cache is off; with lru, equal beginnings of prompts share their KV"
+    elif not base.prefix_ids.size and config.prefix_cache != "off":
+        text = f"has no prefix ids, so prefix cache {config.prefix_cache} has no effect"
+    else:
+        return
+    warnings.warn(f"trace {config.trace} {text}", stacklevel=3)
 
 
 def _cells(config: CompareConfig, tables: Tables, base: Workload) -> Iterator[Cell]:
     pairs: list[tuple[float, float | None]] = [(load, None) for load in config.loads]
     if config.utilizations:
-        full = load_at_capacity(tables, base)
+        full = load_at_capacity(tables, base, prefix_cache=config.prefix_cache)
         pairs = [(utilization * full, utilization) for utilization in config.utilizations]
     for load, utilization in pairs:
         for seed in range(config.seeds_count):
@@ -399,6 +442,7 @@ def _identity(config: CompareConfig, cell: Cell) -> dict[str, Any]:
         "load": cell.load,
         "utilization": cell.utilization,
         "seed": cell.seed,
+        "prefix_cache": config.prefix_cache,
     }
 
 
@@ -417,7 +461,7 @@ class CellStore:
                 found = json.loads(path.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise L3EnvError(f"{path}: not JSON: {error}; remove the folder or choose another --out") from None
-            if found != wanted:
+            if {"prefix_cache": "off", **found} != wanted:  # folders from before there was one
                 raise L3EnvError(f"{folder} holds results of another configuration; remove it or choose another --out")
         for name in ("cells", "requests", "timelines"):
             (folder / name).mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,15 @@ class Order(IntEnum):
 ORDERS_COUNT = len(Order)
 
 
+class Eviction(IntEnum):
+    """Which cached segment of a prompt goes first where a pool needs its room; see ``kernels.prefix.eviction_key``."""
+
+    OFF = 0  # no prefix cache; as a knob: what the run was opened with
+    LRU = 1  # the one whose last holder left longest ago
+    LFU = 2  # the one held by the fewest requests since it came in, of these the least recent
+    TREE = 3  # the deepest in its prompt, of these the least recent
+
+
 class Victim(IntEnum):
     """Who is preempted when a pool runs over."""
 
@@ -251,6 +260,7 @@ KNOB_DTYPE = np.dtype(
         ("victim", np.int64),
         ("pim_form", np.int64),  # PimForm of new KV on the PIM side
         ("multi_token", np.int64),  # guess and verify a token more in each decode step, where the model can
+        ("eviction", np.int64),  # of the prefix cache, where it is on; OFF: leave it
     ],
     align=True,
 )
@@ -349,6 +359,81 @@ LISTS_DTYPE = np.dtype(
 )
 
 
+# the prefix cache, see ``prefix.py``
+
+PREFIX_ENV_DTYPE = np.dtype(
+    [
+        ("eviction", np.int64),  # of cached prompt segments, see Eviction
+        ("idle_seq", np.int64),  # order in which segments became idle
+        # of requests at their first admission, summed from the start
+        ("ids_count", np.int64),  # prefix ids,
+        ("hits_count", np.int64),  # those of them found cached,
+        ("prompt_tokens", np.int64),
+        ("hit_tokens", np.int64),  # those of them found cached
+        ("evictions_count", np.int64),
+    ],
+    align=True,
+)
+
+PREFIX_REQUEST_DTYPE = np.dtype(
+    [
+        ("ids_first", np.int32),  # place of its first id in ``ids``
+        ("ids_count", np.int32),
+        ("ids_tokens", np.int32),  # prompt tokens that lie in segments
+        ("ids_blocks", np.int32),  # blocks of these segments
+        ("held_count", np.int32),  # leading segments it holds a reference on
+        ("hit_tokens", np.int32),  # prompt tokens found cached at its first admission
+        ("moving_tokens", np.int32),  # cached KV that its first chunk waits for, times the links it crosses
+    ],
+    align=True,
+)
+
+PREFIX_POOL_DTYPE = np.dtype(
+    [
+        ("cached", np.int64),  # blocks of idle segments: nobody holds them, and they go when their room is needed
+        ("free_slot", np.int64),  # first of the free slots, linked; or NOWHERE
+        ("offer_tokens", np.int64),  # what it holds of the prefix last asked about,
+        ("offer_blocks", np.int64),  # and blocks of that which are in use
+    ],
+    align=True,
+)
+
+SEGMENT_DTYPE = np.dtype(
+    [
+        ("tokens", np.int32),
+        ("blocks", np.int32),
+        ("depth", np.int32),  # its place in the prompt
+        ("end_tokens", np.int32),  # prompt tokens up to its end
+        ("first_copy", np.int64),  # slot x P + pool of one of its copies, or NOWHERE
+    ],
+    align=True,
+)
+
+SLOT_DTYPE = np.dtype(
+    [
+        ("segment", np.int32),
+        ("refs", np.int32),  # running requests that hold it; 0: idle
+        ("uses", np.int32),  # requests that held it since it came in
+        ("idle_seq", np.int64),  # when it last became idle
+        ("next_copy", np.int64),  # the next copy of the same segment; of a free slot: the next free one
+    ],
+    align=True,
+)
+
+
+class PrefixArrays(NamedTuple):
+    """The prefix cache's part of the state: M ids in all, U segments, K slots a pool."""
+
+    env: NDArray[np.void]  # (E,) PREFIX_ENV_DTYPE
+    req: NDArray[np.void]  # (E, N) PREFIX_REQUEST_DTYPE
+    pool: NDArray[np.void]  # (E, P) PREFIX_POOL_DTYPE
+    ids: NDArray[np.int32]  # (E, M) segments of the prompts, one request after the other
+    segment: NDArray[np.void]  # (E, U) SEGMENT_DTYPE
+    slot: NDArray[np.void]  # (E, P, K) SLOT_DTYPE: copies of segments
+    idle: NDArray[np.void]  # (E, P, K) HEAP_DTYPE: slots nobody holds, the first to go on top
+    idle_len: NDArray[np.int64]  # (E, P)
+
+
 class SubBatching(IntEnum):
     """Two interleaved sub-batches on systems with PIM."""
 
@@ -367,8 +452,8 @@ class PimForm(IntEnum):
 class State(NamedTuple):
     """All of the engine's memory. Copying these arrays copies the environments.
 
-    ``lane_class`` is ``()`` where no model guesses: kernels are compiled for that type without any of the code that
-    works on it (see ``kernels.drafts``).
+    ``lane_class`` is ``()`` where no model guesses, ``prefix`` where there is no prefix cache: kernels are compiled for
+    that type without any of the code that works on it (see ``kernels.drafts`` and ``kernels.prefix``).
     """
 
     env: NDArray[np.void]  # (E,) ENV_DTYPE
@@ -387,6 +472,7 @@ class State(NamedTuple):
     long_steps: NDArray[np.int32]  # (E, S, N) Fenwick tree of decode steps by the TBT SLOs they exceed
     gap_hist: NDArray[np.int64]  # (E, GAP_BINS) tokens by gap, or (E, 1): not recorded
     log: NDArray[np.void]  # (E, rows) LOG_DTYPE, rows merged in pairs when full; (E, 1): not recorded
+    prefix: PrefixArrays | tuple[()] = ()
 
 
 def allocate(
@@ -424,14 +510,53 @@ def allocate(
     )
 
 
+def with_prefix_room(state: State, ids_count: int, segments_count: int, slots_count: int) -> State:
+    """The same state with room for at least so much in the prefix cache; what is there stays valid."""
+    (e, n), p = state.req.shape, state.pool.shape[1]
+    old = state.prefix
+    if not isinstance(old, PrefixArrays):
+        old = PrefixArrays(
+            env=np.zeros(e, PREFIX_ENV_DTYPE),
+            req=np.zeros((e, n), PREFIX_REQUEST_DTYPE),
+            pool=np.zeros((e, p), PREFIX_POOL_DTYPE),
+            ids=np.zeros((e, 0), np.int32),
+            segment=np.zeros((e, 0), SEGMENT_DTYPE),
+            slot=np.zeros((e, p, 0), SLOT_DTYPE),
+            idle=np.zeros((e, p, 0), HEAP_DTYPE),
+            idle_len=np.zeros((e, p), np.int64),
+        )
+    return state._replace(
+        prefix=old._replace(
+            ids=_grown(old.ids, ids_count),
+            segment=_grown(old.segment, segments_count),
+            slot=_grown(old.slot, slots_count),
+            idle=_grown(old.idle, slots_count),
+        )
+    )
+
+
+def _grown(array: NDArray[Any], count: int) -> NDArray[Any]:
+    """The array with at least ``count`` entries along its last axis, new ones zero."""
+    if array.shape[-1] >= count:
+        return array
+    grown = np.zeros((*array.shape[:-1], count), array.dtype)
+    grown[..., : array.shape[-1]] = array
+    return grown
+
+
 def arrays(state: State) -> Iterator[NDArray[Any]]:
-    """All arrays that a state has."""
-    return (array for array in state if not isinstance(array, tuple))
+    """All arrays that a state has, those of the prefix cache included."""
+    for part in (*state[:-1], *state.prefix):
+        if not isinstance(part, tuple):
+            yield part
 
 
 def copy(state: State) -> State:
     """An independent copy, for snapshots and planning."""
-    return State._make(map(_copy, state))
+    prefix = state.prefix
+    if isinstance(prefix, PrefixArrays):
+        prefix = PrefixArrays._make(map(_copy, prefix))
+    return State._make((*map(_copy, state[:-1]), prefix))
 
 
 def _copy(array: NDArray[Any] | tuple[()]) -> NDArray[Any] | tuple[()]:

@@ -22,6 +22,7 @@ from l3env.errors import PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import totals
 from l3env.observe import Observer, action_space, observation_space
+from l3env.prefix import eviction_rule
 
 
 class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray[Any]]):
@@ -42,7 +43,8 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.episodes = Episodes.build(**kwargs)
-        self.engine = Engine(self.episodes.pairs, num_envs, self.episodes.requests_count)
+        rule = eviction_rule(self.episodes.prefix_cache)
+        self.engine = Engine(self.episodes.pairs, num_envs, self.episodes.requests_count, prefix_cache=rule)
         self._observer = self._make_observer(self.engine)
         self._rngs: list[np.random.Generator] = []
         self._steps = np.zeros(num_envs, np.int64)

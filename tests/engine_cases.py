@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from l3env import specs
 from l3env.engine import Engine, Slo
 from l3env.policy import UNLIMITED, Knobs
-from l3env.state import Budget, Order, PimForm, Victim
+from l3env.state import Budget, Eviction, Order, PimForm, Victim
 from l3env.tables import Tables, compile_tables
 from l3env.workload import Workload
 
@@ -32,6 +32,10 @@ PAIRS = (
     ("l3-dgx-h200", "deepseek-v3"),  # a latent that may lie decompressed, and a token guessed in each step
     ("l3-h800-ep144-decode", "deepseek-v3"),  # and an all-to-all that computing hides
 )
+
+
+# a prefix cache beside two forms of KV in the same memory is refused; guesses without them stay
+SHARED_PAIRS = [*(pair for pair in PAIRS if pair[1] != "deepseek-v3"), ("gpu-dgx-h200", "deepseek-v3")]
 
 
 @cache
@@ -67,6 +71,7 @@ class Case:
     predicted_tokens: np.ndarray
     slo: Slo
     acceptance_frac: np.ndarray | None = None  # of guessed tokens, where the model guesses
+    eviction: Eviction = Eviction.OFF
 
     def __repr__(self) -> str:
         coef, w = self.tables.arrays.coef, self.workload
@@ -74,14 +79,16 @@ class Case:
             f"Case({self.tables.system.name}, {self.tables.model.name}, block={coef['block_tokens'][0]}, "
             f"pools={self.tables.arrays.pool_blocks[0].tolist()}, arrival={w.arrival_s.tolist()}, "
             f"prompt={w.prompt_tokens.tolist()}, output={w.output_tokens.tolist()}, parent={w.parent_idx.tolist()}, "
-            f"think={w.think_s.tolist()}, predicted={self.predicted_tokens.tolist()}, {self.slo})"
+            f"think={w.think_s.tolist()}, predicted={self.predicted_tokens.tolist()}, {self.slo}, "
+            f"{self.eviction.name}, ids={w.prefix_ids.tolist()}, offsets={w.prefix_offsets.tolist()}, "
+            f"prefix_block={w.prefix_block_tokens})"
         )
 
     def _repr_pretty_(self, printer, cycle) -> None:  # what Hypothesis prints
         printer.text(repr(self))
 
     def engine(self, *, record: bool = True) -> Engine:
-        engine = Engine(self.tables, 1, len(self.workload), record=record)
+        engine = Engine(self.tables, 1, len(self.workload), record=record, prefix_cache=self.eviction)
         engine.reset(
             0,
             self.workload,
@@ -116,6 +123,27 @@ def workloads(draw, max_requests: int = 40, max_output: int = 60) -> Workload:
 
 
 @st.composite
+def shared_prompts(draw, **sizes) -> Workload:
+    """The same with prefix ids: prompts follow the branches of a tree; a last block in part has an id, or has none."""
+    workload = draw(workloads(**sizes))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    size = draw(st.sampled_from([1, 3, 4, 16, 32]))
+    branches = draw(st.sampled_from([1, 2, 3]))
+    with_ids = draw(st.sampled_from([1.0, 1.0, 0.6]))
+    whole_only = draw(st.booleans())
+    rows = []
+    for prompt in workload.prompt_tokens.tolist():
+        count = prompt // size if whole_only else -(-prompt // size)
+        forks = rng.integers(0, branches, count) * (rng.random(count) < 0.3)  # mostly the same turn as others
+        rows.append(forks.tolist() if rng.random() < with_ids else [])
+    ids = [fork for row in rows for fork in row]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    return dataclasses.replace(
+        workload, prefix_ids=np.array(ids, dtype=np.int64), prefix_offsets=offsets, prefix_block_tokens=size
+    )
+
+
+@st.composite
 def machines(draw, longest_tokens: int, pairs=PAIRS) -> Tables:
     """A preset whose pools hold from less than one to a few of the longest requests, in blocks of 1 to 32 tokens."""
     tables = compiled(*draw(st.sampled_from(pairs)))
@@ -135,9 +163,11 @@ def machines(draw, longest_tokens: int, pairs=PAIRS) -> Tables:
 
 
 @st.composite
-def cases(draw, pairs=PAIRS, **sizes) -> Case:
-    workload = draw(workloads(**sizes))
-    tables = draw(machines(int((workload.prompt_tokens + workload.output_tokens).max()), pairs))
+def cases(draw, pairs=PAIRS, shared: bool = False, **sizes) -> Case:
+    workload = draw(shared_prompts(**sizes) if shared else workloads(**sizes))
+    tables = draw(
+        machines(int((workload.prompt_tokens + workload.output_tokens).max()), SHARED_PAIRS if shared else pairs)
+    )
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(["none", "noisy", "truth"]))
     truth = workload.output_tokens
@@ -147,7 +177,8 @@ def cases(draw, pairs=PAIRS, **sizes) -> Case:
     scale = draw(st.sampled_from([1.001, 1.5, 5.0, 100.0]))
     absolute = draw(st.sampled_from([None, None, 0.05, 2.0]))
     acceptance_frac = rng.choice([0.0, 0.3, 0.5, 0.85, 1.0], truth.size)
-    return Case(tables, workload, predicted, Slo(scale, scale, absolute, absolute), acceptance_frac)
+    eviction = draw(st.sampled_from(list(Eviction)[1:])) if shared else Eviction.OFF
+    return Case(tables, workload, predicted, Slo(scale, scale, absolute, absolute), acceptance_frac, eviction)
 
 
 def knobs(*, align: bool = True, headroom=(0.0, 0.01, 0.1, 0.5, 1.0)) -> st.SearchStrategy[Knobs]:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from reference_prefix import Key, PrefixCache, prompt_keys
 
 from l3env.policy import Knobs
-from l3env.state import Budget, Order, PimForm, Victim
+from l3env.state import Budget, Eviction, Order, PimForm, Victim
 from l3env.tables import Tables, fc_grid_tokens
 from l3env.workload import Workload
 
@@ -52,6 +53,9 @@ class Request:
     finish_s: float | None = None
     score: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
+    keys: list[tuple[Key, int]] = field(default_factory=list)  # its prompt's segments
+    hit_tokens: int = 0
+    moving: int = 0
 
 
 @dataclass
@@ -68,6 +72,8 @@ class Totals:
     gpu_busy_s: float = 0.0
     pim_busy_s: float = 0.0
     energy_j: float = 0.0
+    prefix_ids: int = 0
+    prefix_hits: int = 0
 
 
 class Prices:
@@ -159,7 +165,14 @@ class ReferenceSimulator:
     """One machine, one workload; ``step(knobs)`` runs one iteration."""
 
     def __init__(
-        self, tables: Tables, workload: Workload, predicted, ttft_slo_s, ttft_alone_s, guesses_right=None
+        self,
+        tables: Tables,
+        workload: Workload,
+        predicted,
+        ttft_slo_s,
+        ttft_alone_s,
+        guesses_right=None,
+        eviction=Eviction.OFF,
     ) -> None:
         arrays = tables.arrays
         self.price = Prices(tables)
@@ -167,6 +180,7 @@ class ReferenceSimulator:
         self.block, self.has_pim = coef["block_tokens"], bool(coef["has_pim"])
         self.lane_pool = arrays.lane_pool[0, : coef["lanes_count"]].tolist()
         self.capacity = arrays.pool_blocks[0, : coef["pools_count"]].tolist()
+        self.cache = PrefixCache(len(self.capacity), self.block, eviction)
         self.now = 0.0
         self.admissions = 0
         self.spread_lane, self.spread_pool = coef["spread_lane"], coef["spread_pool"]  # 0: none
@@ -187,6 +201,7 @@ class ReferenceSimulator:
                 ttft_slo_s=float(ttft_slo_s[i]),
                 ttft_alone_s=float(ttft_alone_s[i]),
                 guesses_right=0 if guesses_right is None else int(guesses_right[i]),
+                keys=prompt_keys(workload, i) if eviction else [],
             )
             for i in range(len(workload))
         ]
@@ -196,11 +211,16 @@ class ReferenceSimulator:
     def blocks(self, tokens: int) -> int:
         return math.ceil(tokens / self.block)
 
+    def footprint(self, r: Request, tokens: int) -> int:
+        """Segments of the prompt lie in blocks of their own."""
+        rest = tokens - sum(size for _, size in r.keys)
+        return sum(self.blocks(size) for _, size in r.keys) + self.blocks(rest)
+
     def held(self, r: Request) -> int:
         if r.status == "prefill":
-            return self.blocks(r.target)
+            return self.footprint(r, r.target)
         grows = r.status == "decode" and self.lane_pool[r.lane] in self.growing
-        return self.blocks(r.kv + (self.emits(r) if grows else 0))
+        return self.footprint(r, r.kv + (self.emits(r) if grows else 0))
 
     def emits(self, r: Request) -> int:
         """Tokens of its next step: of steps 1..x with a guess, the whole part of x / 8 x its rate were right."""
@@ -218,7 +238,14 @@ class ReferenceSimulator:
         return self.capacity[pool] - taken
 
     def used(self, pool: int) -> int:
-        return sum(self.held(r) for r in self.running if self.lane_pool[r.lane] == pool)
+        """What is shared counts once."""
+        residents = [r for r in self.running if self.lane_pool[r.lane] == pool]
+        own = sum(self.held(r) - self.cache.held_by(r.idx, pool) for r in residents)
+        return own + self.cache.in_use(pool)
+
+    def evict_to_fit(self, pool: int) -> None:
+        while self.used(pool) + self.cache.idle(pool) > self.capacity[pool]:
+            self.cache.evict_one(pool)
 
     def waiting(self) -> list[Request]:
         return [r for r in self.requests if r.status == "waiting"]
@@ -250,7 +277,7 @@ class ReferenceSimulator:
         while due := [r for r in self.known_arrivals() if r.arrival_s <= self.now]:
             r = min(due, key=lambda r: (r.arrival_s, r.parent >= 0, r.idx))
             r.target = r.prompt
-            if any(self.blocks(r.prompt + r.output - 1) <= capacity for capacity in self.capacity):
+            if any(self.footprint(r, r.prompt + r.output - 1) <= capacity for capacity in self.capacity):
                 r.status = "waiting"
             else:
                 r.status = "rejected"
@@ -289,7 +316,8 @@ class ReferenceSimulator:
     # --- admission
 
     def has_room(self, knobs: Knobs, r: Request, pool: int) -> bool:
-        capacity, need = self.room(pool), self.blocks(r.target)
+        capacity = self.room(pool)
+        need = self.footprint(r, r.target) - self.cache.shared_here(r.keys, pool)
         residents = [x for x in self.running if self.lane_pool[x.lane] == pool]
         if not residents:
             return need <= capacity
@@ -300,7 +328,7 @@ class ReferenceSimulator:
         return True
 
     def blocks_at_end(self, r: Request) -> int:
-        return self.blocks(r.target + max(r.predicted - r.emitted, 1) - 1)
+        return self.footprint(r, r.target + max(r.predicted - r.emitted, 1) - 1)
 
     def find_pim_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
         decompressed = self.spread_lane and knobs.pim_form == PimForm.DECOMPRESSED
@@ -308,7 +336,11 @@ class ReferenceSimulator:
             return self.spread_lane if self.has_room(knobs, r, self.spread_pool) else None
         lanes = range(1, self.spread_lane or len(self.lane_pool))
         fitting = [lane for lane in lanes if self.has_room(knobs, r, self.lane_pool[lane])]
-        return min(fitting, key=lambda lane: (self.lane_load(sub, lane, knobs.sub_batching), lane), default=None)
+
+        def load(lane: int) -> int:
+            return self.lane_load(sub, lane, knobs.sub_batching) - self.cache.tokens_here(r.keys, self.lane_pool[lane])
+
+        return min(fitting, key=lambda lane: (load(lane), lane), default=None)
 
     def find_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
         hbm_fits = self.has_room(knobs, r, 0)
@@ -316,13 +348,13 @@ class ReferenceSimulator:
             return 0 if hbm_fits else None
         share = knobs.hbm_share_frac
         if share <= 0:
-            too_large = all(self.blocks(r.target) > capacity for capacity in self.capacity[1:])
+            too_large = all(self.footprint(r, r.target) > capacity for capacity in self.capacity[1:])
             return 0 if too_large and hbm_fits else self.find_pim_lane(knobs, r, sub)
         total = sum(self.used(pool) for pool in range(len(self.capacity)))
         if hbm_fits and self.used(0) <= share * total:
             return 0
         lane = None
-        if share < 1 or self.blocks(r.target) > self.capacity[0]:
+        if share < 1 or self.footprint(r, r.target) > self.capacity[0]:
             lane = self.find_pim_lane(knobs, r, sub)
         return 0 if lane is None and hbm_fits else lane
 
@@ -336,11 +368,37 @@ class ReferenceSimulator:
                 r.status, r.lane, r.sub, r.seq, r.prefilled = "prefill", lane, sub, self.admissions, 0
                 r.promised_blocks = self.blocks_at_end(r)
                 self.running.append(r)
+                self.use_prefix(r)
                 return r
         return None
 
+    def use_prefix(self, r: Request) -> None:
+        """What is cached need not be computed, the last token aside; copies from other pools come after evictions."""
+        pool = self.lane_pool[r.lane]
+        hits = self.cache.hits(r.keys)
+        hit_tokens = sum(tokens for _, tokens in hits)
+        r.prefilled, r.moving = min(hit_tokens, r.target - 1), self.cache.crossings(r.keys, pool)
+        if r.preemptions == 0:
+            r.hit_tokens = hit_tokens
+            self.totals.prefix_ids += len(r.keys)
+            self.totals.prefix_hits += len(hits)
+        here = [hit for hit in hits if hit[0] in self.cache.pools[pool]]
+        self.cache.hold(r.idx, here, pool)
+        self.evict_to_fit(pool)
+        self.cache.hold(r.idx, [hit for hit in hits if hit not in here], pool)
+
+    def publish(self, r: Request) -> None:
+        """Segments that are complete are there for others."""
+        pool, end = self.lane_pool[r.lane], 0
+        for key, tokens in r.keys:
+            end += tokens
+            entry = self.cache.pools[pool].get(key)
+            if end <= r.prefilled and (entry is None or r.idx not in entry.users):
+                self.cache.hold(r.idx, [(key, tokens)], pool)
+
     def leave(self, r: Request) -> None:
         """The last of the running list takes the place of the one that leaves."""
+        self.cache.let_go(r.idx, self.lane_pool[r.lane])
         place = self.running.index(r)
         self.running[place] = self.running[-1]
         self.running.pop()
@@ -349,7 +407,7 @@ class ReferenceSimulator:
 
     def preempt(self, r: Request) -> None:
         self.leave(r)
-        r.status, r.target, r.prefilled, r.kv, r.chunk = "waiting", r.prompt + r.emitted, 0, 0, 0
+        r.status, r.target, r.prefilled, r.kv, r.chunk, r.moving = "waiting", r.prompt + r.emitted, 0, 0, 0, 0
         r.preemptions += 1
         self.totals.preemptions += 1
 
@@ -365,6 +423,7 @@ class ReferenceSimulator:
             self.growing.add(pool)
             while self.used(pool) > self.room(pool):
                 self.preempt(max((r for r in self.running if self.lane_pool[r.lane] == pool), key=badness))
+            self.evict_to_fit(pool)
 
     # --- the plan of an iteration
 
@@ -411,7 +470,7 @@ class ReferenceSimulator:
             if r is None:
                 return
             self.may_admit -= 1
-            r.chunk = min(r.target, left)
+            r.chunk = min(r.target - r.prefilled, left)
             left -= r.chunk
 
     def gpu_phase_s(self, sub: int, chunks: list[tuple[int, int]]) -> float:
@@ -507,6 +566,7 @@ class ReferenceSimulator:
             attends = [r for r in decoding if sub in (None, r.sub)]
             hbm, pim = [r for r in attends if r.lane == 0], [r for r in attends if r.lane > 0]
             pushed = sum(self.pushed(r) for r in chunked if other in (None, r.sub))
+            pushed += sum(r.moving for r in chunked if other in (None, r.sub))
             batch = sum(r.chunk for r in mine) + queries * len(fc_decodes)
             rows = sum(r.prefilled + r.chunk == r.target for r in mine) + queries * len(fc_decodes)
             front_s = price.prefill_s(*((r.chunk, r.prefilled) for r in mine))
@@ -534,7 +594,7 @@ class ReferenceSimulator:
             totals.recomputed_tokens += r.chunk if r.emitted else 0
             pairs = sum(r.prefilled + i for i in range(1, r.chunk + 1))
             totals.energy_j += coef["prefill_pair_j"] * pairs + coef["prefill_kv_j"] * (r.prefilled + r.chunk)
-            totals.energy_j += coef["fc_token_j"] * r.chunk + coef["transfer_token_j"] * self.pushed(r)
+            totals.energy_j += coef["fc_token_j"] * r.chunk + coef["transfer_token_j"] * (self.pushed(r) + r.moving)
         for r in decoding:
             token_j = coef["pim_token_j"] if r.lane > 0 else coef["hbm_token_j"]
             if self.spread_lane and r.lane == self.spread_lane:
@@ -555,6 +615,8 @@ class ReferenceSimulator:
             self.guessing_steps = [done + 1 for done in self.guessing_steps]
         for r in chunked:
             r.prefilled += r.chunk
+            r.moving = 0
+            self.publish(r)
             if r.prefilled == r.target:
                 r.status, r.kv = "decode", r.target
                 self.emit(r)

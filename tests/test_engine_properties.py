@@ -14,6 +14,7 @@ import pytest
 from engine_cases import Case, cases, compiled, knobs, with_coef, with_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prefix_checks import check_prefix
 
 from l3env import specs
 from l3env.engine import Engine, Slo, Stop, Until
@@ -27,9 +28,11 @@ from l3env.state import (
     ORDERS_COUNT,
     Budget,
     Order,
+    PrefixArrays,
     Status,
     SubBatching,
     Victim,
+    arrays,
     copy,
 )
 from l3env.tables import compile_tables
@@ -72,7 +75,7 @@ def check(engine, e=0):
     assert state.lists["prefill"][e, : env["prefill_count"]].tolist() == prefilling
 
     # memory, lanes and phases
-    used, promised = np.zeros(pools, int), np.zeros(pools, int)
+    used, promised = check_prefix(state, lane_pool, e)[:pools], np.zeros(pools, int)
     lane = {name: np.zeros((2, lanes)) for name in ("count", "kv", "pending")}
     phase = np.zeros_like(state.phase[e])
     lane_class = np.zeros((2, state.lane.shape[2], state.group.shape[2]), int)
@@ -87,11 +90,11 @@ def check(engine, e=0):
         if status[r] == Status.PREFILL:
             assert req["target_tokens"][r] == req["prompt_tokens"][r] + emitted[r]
             assert 0 <= req["prefilled_tokens"][r] < req["target_tokens"][r]
-            used[pool] += math.ceil(req["target_tokens"][r] / block)
+            used[pool] += own_blocks(state, e, r, req["target_tokens"][r], block)
             lane["pending"][sub, req["lane"][r]] += req["target_tokens"][r]
             continue
         assert kv == req["prompt_tokens"][r] + emitted[r] - 1
-        used[pool] += math.ceil(kv / block)
+        used[pool] += own_blocks(state, e, r, kv, block)
         if status[r] == Status.PAUSED:
             lane["pending"][sub, req["lane"][r]] += kv
             continue
@@ -100,11 +103,15 @@ def check(engine, e=0):
         lane["kv"][sub, req["lane"][r]] += kv
         draft = req["draft_class"][r]
         lane_class[sub, req["lane"][r], draft] += 1
-        phase[sub, pool, draft, (state.group["clock"][e, sub, draft] - kv) % block] += 1
+        own = kv - prefix_column(state, e, "ids_tokens")[r]
+        phase[sub, pool, draft, (state.group["clock"][e, sub, draft] - own) % block] += 1
     assert state.pool["used"][e, :pools].tolist() == used.tolist()
     assert state.pool["promised"][e, :pools].tolist() == promised.tolist()
     assert (state.pool["used"][e, :pools] <= state.pool["peak"][e, :pools]).all()
     assert (state.pool["peak"][e, :pools] <= capacity[:pools]).all()
+    if isinstance(state.prefix, PrefixArrays):
+        full = state.pool["used"][e, :pools] + state.prefix.pool["cached"][e, :pools]
+        assert (full <= capacity[:pools]).all()
     for name, expected in lane.items():
         assert state.lane[name][e, :, :lanes].tolist() == expected.tolist(), name
     assert (state.phase[e] == phase).all()
@@ -126,7 +133,9 @@ def check(engine, e=0):
     seen = emitted > 0
     assert (req["first_token_s"][seen] > req["arrival_s"][seen]).all()
     assert (req["finish_s"][done] <= env["clock_s"]).all()
-    assert env["prefill_tokens"] >= req["prompt_tokens"][seen].sum()
+    straight = seen & (req["preemptions_count"] == 0)  # others may have found more at a later admission
+    assert env["prefill_tokens"] >= (req["prompt_tokens"] - prefix_column(state, e, "hit_tokens"))[straight].sum()
+    assert env["prefill_left_tokens"] == (req["target_tokens"] - req["prefilled_tokens"])[prefilling].sum()
     assert env["slo_met_count"] == req["slo_met"].sum()
     assert env["preemptions_count"] == req["preemptions_count"].sum()
     assert env["admitted_count"] == env["preemptions_count"] + len(running) + env["finished_count"]
@@ -155,6 +164,26 @@ def check(engine, e=0):
     assert sorted(state.heap["item"][e, ARRIVAL_HEAP, : state.heap_len[e, ARRIVAL_HEAP]].tolist()) == known
 
 
+def prefix_column(state, e, name):
+    """A column of the prefix cache's requests, zero where there is no cache."""
+    count = int(state.env["requests_count"][e])
+    return state.prefix.req[name][e, :count] if isinstance(state.prefix, PrefixArrays) else np.zeros(count, int)
+
+
+def own_blocks(state, e, r, tokens, block):
+    """Blocks that only this request holds, for so many tokens of KV: segments it has not shared, and the rest."""
+    if not isinstance(state.prefix, PrefixArrays):
+        return math.ceil(tokens / block)
+    row = state.prefix.req[e, r]
+    held = state.prefix.ids[e, row["ids_first"] : row["ids_first"] + row["held_count"]]
+    shared = state.prefix.segment["blocks"][e, held].sum()
+    return row["ids_blocks"] - shared + math.ceil((tokens - row["ids_tokens"]) / block)
+
+
+def with_and_without_prefixes(**sizes):
+    return cases(**sizes) | cases(shared=True, **sizes)
+
+
 def same_bits(first, second):
     """Field by field, since the bytes between fields mean nothing."""
 
@@ -175,8 +204,8 @@ def run_to_end(case, held, *, record=True):
 # --- every run
 
 
-@settings(PROFILE, max_examples=80)
-@given(case=cases(max_requests=20, max_output=40), held=knobs(), others=knobs())
+@settings(PROFILE, max_examples=120)
+@given(case=with_and_without_prefixes(max_requests=20, max_output=40), held=knobs(), others=knobs())
 def test_every_request_block_lane_and_token_is_accounted_for_after_each_iteration(case, held, others):
     engine = case.engine()
     before_s, stop, stalls = 0.0, Stop.RUNNING, 0
@@ -224,7 +253,7 @@ def test_a_request_that_outgrows_hbm_while_prefill_comes_first_goes_on_in_pim():
 
 
 @settings(PROFILE, max_examples=60)
-@given(case=cases(), held=knobs(), seed=st.integers(0, 2**32 - 1))
+@given(case=with_and_without_prefixes(), held=knobs(), seed=st.integers(0, 2**32 - 1))
 def test_a_run_in_pieces_of_any_kind_is_the_run_in_one_piece_bit_for_bit(case, held, seed):
     whole, stop = run_to_end(case, held)
     pieces = case.engine()
@@ -240,11 +269,11 @@ def test_a_run_in_pieces_of_any_kind_is_the_run_in_one_piece_bit_for_bit(case, h
         if until == Until.TIME:
             assert pieces.state.env["clock_s"][0] >= limit
     assert piece == stop
-    assert same_bits(whole.state, pieces.state)
+    assert same_bits(arrays(whole.state), arrays(pieces.state))
 
 
 @settings(PROFILE, max_examples=40)
-@given(case=cases(), held=knobs(), start=st.integers(0, 60))
+@given(case=with_and_without_prefixes(), held=knobs(), start=st.integers(0, 60))
 def test_a_copied_state_goes_on_as_the_original_does(case, held, start):
     original = case.engine()
     held.write(original.knobs, 0)
@@ -253,9 +282,9 @@ def test_a_copied_state_goes_on_as_the_original_does(case, held, start):
     twin.state, twin.knobs = copy(original.state), original.knobs.copy()
     snapshot = copy(original.state)
     original.run(0)
-    assert same_bits(twin.state, snapshot)  # nothing is shared
+    assert same_bits(arrays(twin.state), arrays(snapshot))  # nothing is shared
     twin.run(0)
-    assert same_bits(twin.state, original.state)
+    assert same_bits(arrays(twin.state), arrays(original.state))
 
 
 @settings(PROFILE, max_examples=40)
@@ -474,8 +503,8 @@ def apply(engine, plan):
     )
 
 
-@settings(PROFILE, max_examples=100)
-@given(case=cases(max_requests=20), seed=st.integers(0, 2**32 - 1))
+@settings(PROFILE, max_examples=150)
+@given(case=with_and_without_prefixes(max_requests=20), seed=st.integers(0, 2**32 - 1))
 def test_any_plan_keeps_all_accounts_and_an_illegal_one_names_a_request_of_it(case, seed):
     engine, rng = case.engine(), np.random.default_rng(seed)
     stop = engine.await_work(0, 1)

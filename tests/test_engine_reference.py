@@ -48,7 +48,13 @@ def start(case: Case):
     engine = case.engine()
     req = engine.state.req[0]
     return engine, ReferenceSimulator(
-        case.tables, case.workload, case.predicted_tokens, req["ttft_slo_s"], req["ttft_alone_s"], req["draft_class"]
+        case.tables,
+        case.workload,
+        case.predicted_tokens,
+        req["ttft_slo_s"],
+        req["ttft_alone_s"],
+        req["draft_class"],
+        case.eviction,
     )
 
 

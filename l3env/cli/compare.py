@@ -38,6 +38,9 @@ def compare(
     training: Annotated[
         str | None, typer.Option(help="Trace of earlier requests to learn from, by default the first fifth.")
     ] = None,
+    prefix_cache: Annotated[
+        str, typer.Option(help="Share KV of equal prompt beginnings (traces with prefix ids): off, lru, lfu or tree.")
+    ] = "off",
     config: Annotated[Path | None, typer.Option(help="A config.json of an earlier run: repeats it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -60,6 +63,7 @@ def compare(
             tp,
             slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s, slo_form),
             training=training,
+            prefix_cache=prefix_cache,
         )
     run_and_report(wanted, out, as_json)
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.drafts import classes_count, drafting_now, second_tokens_count, step_clocks
-from l3env.kernels.memory import finish, join_decode, leave_prefill
+from l3env.kernels.memory import finish, join_decode, leave_prefill, pool_of
+from l3env.kernels.prefix import moving_tokens, publish
 from l3env.kernels.price import (
     back_batch_s,
     causal_pairs,
@@ -42,7 +43,7 @@ def execute(t, s, e, decode, mode):
     attention_0, attention_1 = 0.0, 0.0  # t_p, launches apart
     chunks_0, chunks_1, histories_0, histories_1 = 0, 0, 0, 0
     tokens_0, tokens_1 = 0, 0
-    pushed_0, pushed_1 = 0.0, 0.0  # tokens whose KV goes to the PIM side, in tokens as stored
+    pushed_0, pushed_1 = 0.0, 0.0  # tokens whose KV goes to the PIM side, or comes from it, in tokens as stored
     ends_0, ends_1 = 0, 0
     energy_j = 0.0
     for i in range(env["prefill_count"]):
@@ -55,6 +56,7 @@ def execute(t, s, e, decode, mode):
         joined = 1 if history > 0 else 0
         ends = 1 if history + chunk == req[e, r]["target_tokens"] else 0
         pushed = stored_tokens(t.forms, coef, req[e, r]["lane"], chunk) if req[e, r]["lane"] > 0 else 0.0
+        pushed += moving_tokens(s.prefix, e, r)
         if req[e, r]["sub"] == 0:
             attention_0, chunks_0, histories_0 = attention_0 + chunk_s, chunks_0 + 1, histories_0 + joined
             tokens_0, pushed_0, ends_0 = tokens_0 + chunk, pushed_0 + pushed, ends_0 + ends
@@ -245,6 +247,8 @@ def step_prefills(t, s, e):
         env["prefill_left_tokens"] -= chunk
         if req[e, r]["emitted_tokens"] > 0:
             env["recomputed_tokens"] += chunk
+        if chunk > 0:
+            publish(s.prefix, s.pool, e, r, pool_of(t, s, e, r), req[e, r]["prefilled_tokens"])
         if chunk == 0 or req[e, r]["prefilled_tokens"] < req[e, r]["target_tokens"]:
             i += 1
             continue

@@ -12,15 +12,11 @@ import numpy as np
 from l3env.jit import helper, inner
 from l3env.kernels.drafts import class_of, classes_count, count_class, drop_surplus, second_tokens
 from l3env.kernels.heap import push, remove
+from l3env.kernels.prefix import blocks_of, evict_to_fit, hold_prefix, release_prefix, segment_tokens
 from l3env.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
 from l3env.kernels.slo import is_met, note_join, note_leave
 from l3env.kernels.spread import room
 from l3env.state import FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SUB_BATCHES, SloForm, Status, Victim
-
-
-@inner
-def blocks_of(tokens, block):
-    return (tokens + block - 1) // block
 
 
 @inner
@@ -51,11 +47,11 @@ def emitted_now(s, e, r):
 
 @inner
 def held_blocks(t, s, e, r):
-    """Blocks a running request holds, growth of the present step included only once its clock has moved."""
+    """Blocks a running request holds, shared ones too; growth of the present step only once its clock has moved."""
     block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
     if s.req[e, r]["status"] == Status.PREFILL:
-        return blocks_of(np.int64(s.req[e, r]["target_tokens"]), block)
-    return blocks_of(kv_now(s, e, r), block)
+        return blocks_of(s.prefix, e, r, np.int64(s.req[e, r]["target_tokens"]), block)
+    return blocks_of(s.prefix, e, r, kv_now(s, e, r), block)
 
 
 @inner
@@ -81,23 +77,23 @@ def admit(t, s, e, r, lane, sub):
     dequeue(s, e, r)
     pool = t.lane_pool[table, lane]
     target = np.int64(req[e, r]["target_tokens"])
-    held = blocks_of(target, block)
     left = max(req[e, r]["predicted_tokens"] - req[e, r]["emitted_tokens"], 1)
-    promised = blocks_of(target + left - 1, block)
+    promised = blocks_of(s.prefix, e, r, target + left - 1, block)
     req[e, r]["promised_blocks"] = promised
-    s.pool[e, pool]["used"] += held
+    req[e, r]["prefilled_tokens"] = 0
+    s.pool[e, pool]["used"] += blocks_of(s.prefix, e, r, target, block)
+    hold_prefix(s.prefix, req, s.pool, e, r, pool, t.pool_blocks[table, pool])
     s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
     s.pool[e, pool]["promised"] += promised
     s.lane[e, sub, lane]["pending"] += target
     req[e, r]["status"] = Status.PREFILL
     req[e, r]["lane"] = lane
     req[e, r]["sub"] = sub
-    req[e, r]["prefilled_tokens"] = 0
     req[e, r]["chunk_tokens"] = 0
     env["admitted_seq"] += 1
     req[e, r]["admitted_seq"] = env["admitted_seq"]
     env["admitted_count"] += 1
-    env["prefill_left_tokens"] += target
+    env["prefill_left_tokens"] += target - req[e, r]["prefilled_tokens"]
     s.sub[e, sub]["members"] += 1
     req[e, r]["running_pos"] = env["running_count"]
     s.lists[e, env["running_count"]]["running"] = r
@@ -143,7 +139,7 @@ def join_decode(t, s, e, r, sub):
     s.lane[e, sub, lane]["kv"] += kv
     count_class(s.lane_class, e, sub, lane, draft, 1)
     s.sub[e, sub]["decoding"] += 1
-    s.phase[e, sub, t.lane_pool[table, lane], draft, (now - kv) % block] += 1
+    s.phase[e, sub, t.lane_pool[table, lane], draft, (now - kv + segment_tokens(s.prefix, e, r)) % block] += 1
     tokens_left = s.truth[e, r] - req[e, r]["emitted_tokens"]
     heap = FINISH_HEAP + sub + SUB_BATCHES * draft
     push(s.heap[e, heap], s.heap_len[e], heap, r, float(now + tokens_left))
@@ -167,7 +163,8 @@ def leave_decode(t, s, e, r):
         note_leave(s, e, r)
     kv, emitted = kv_now(s, e, r), emitted_now(s, e, r)
     joined, draft = req[e, r]["joined_clock"], class_of(s.lane_class, req[e, r])
-    s.phase[e, sub, t.lane_pool[table, lane], draft, (joined - req[e, r]["kv_tokens"]) % block] -= 1
+    own = req[e, r]["kv_tokens"] - segment_tokens(s.prefix, e, r)
+    s.phase[e, sub, t.lane_pool[table, lane], draft, (joined - own) % block] -= 1
     s.lane[e, sub, lane]["count"] -= 1
     s.lane[e, sub, lane]["kv"] -= kv
     count_class(s.lane_class, e, sub, lane, draft, -1)
@@ -189,6 +186,7 @@ def release(t, s, e, r):
     lane, status = req[e, r]["lane"], req[e, r]["status"]
     pool = pool_of(t, s, e, r)
     s.pool[e, pool]["used"] -= held_blocks(t, s, e, r)
+    release_prefix(s.prefix, s.pool, e, r, pool)
     s.pool[e, pool]["promised"] -= req[e, r]["promised_blocks"]
     if status == Status.DECODE:
         leave_decode(t, s, e, r)
@@ -332,6 +330,7 @@ def make_room_to_grow(t, s, e, rule):
         if need > 0:
             s.pool[e, pool]["used"] += need
             s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
+            evict_to_fit(s.prefix, s.pool, e, pool, t.pool_blocks[table, pool])
 
 
 @helper

@@ -11,7 +11,6 @@ from l3env.kernels.drafts import set_drafting
 from l3env.kernels.execute import execute
 from l3env.kernels.memory import (
     admit,
-    blocks_of,
     give_growth_back,
     lane_load,
     make_room_to_grow,
@@ -20,6 +19,7 @@ from l3env.kernels.memory import (
     preempt,
     resume,
 )
+from l3env.kernels.prefix import ask_pools, blocks_of, offered_blocks, offered_tokens
 from l3env.kernels.run import Stop, ready, skip_idle
 from l3env.kernels.schedule import decoding_count, lighter_sub
 from l3env.kernels.spread import room, stored_lanes
@@ -61,7 +61,9 @@ class Fault(IntEnum):
 def pick_lane(t, s, e, r, pool, sub, interleaved):
     """The least loaded lane of the wanted pool (or of any, by AUTO / ANY_PIM) with room for the prompt, or -1."""
     table = s.env[e]["table_idx"]
-    need = blocks_of(np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"])
+    ask_pools(s.prefix, e, r)
+    target, block = np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"]
+    whole = blocks_of(s.prefix, e, r, target, block)
     best, least = NOWHERE, np.inf
     spread = t.coef[table]["spread_lane"]
     first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0
@@ -70,14 +72,14 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
         first, end = spread, spread + 1
     for lane in range(first, end):
         of = t.lane_pool[table, lane]
-        if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= room(
-            t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], of
-        ):
-            load = lane_load(s, e, sub, lane, interleaved)
+        need = whole - offered_blocks(s.prefix, e, of)
+        capacity = room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], of)
+        if (pool < 0 or of == pool) and s.pool[e, of]["used"] + need <= capacity:
+            load = lane_load(s, e, sub, lane, interleaved) - offered_tokens(s.prefix, e, of)
             if load < least:
                 best, least = lane, load
     if best == NOWHERE and pool == AUTO and first == 1:
-        if s.pool[e, 0]["used"] + need <= t.pool_blocks[table, 0]:
+        if s.pool[e, 0]["used"] + whole - offered_blocks(s.prefix, e, 0) <= t.pool_blocks[table, 0]:
             return 0
     return best
 

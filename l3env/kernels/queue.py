@@ -6,6 +6,7 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.heap import push, rekey, remove
+from l3env.kernels.prefix import blocks_of
 from l3env.state import (
     ARRIVAL_HEAP,
     FINISHED_WEIGHT,
@@ -210,9 +211,8 @@ def arrive(t, s, e, r):
     note_arrival(s, e, r)
     req[e, r]["target_tokens"] = req[e, r]["prompt_tokens"]
     table = env["table_idx"]
-    block = t.coef[table]["block_tokens"]
     need_tokens = np.int64(req[e, r]["prompt_tokens"]) + s.truth[e, r] - 1
-    need_blocks = (need_tokens + block - 1) // block
+    need_blocks = blocks_of(s.prefix, e, r, need_tokens, t.coef[table]["block_tokens"])
     for pool in range(t.coef[table]["pools_count"]):
         if need_blocks <= t.pool_blocks[table, pool]:
             enqueue(s, e, r)

@@ -9,6 +9,7 @@ import numpy as np
 from l3env.jit import inner, kernel
 from l3env.kernels.execute import execute
 from l3env.kernels.heap import push
+from l3env.kernels.prefix import change_eviction
 from l3env.kernels.queue import absorb_arrivals, advance_root, has_overdue, next_arrival_s, notice_hopeless
 from l3env.kernels.schedule import schedule
 from l3env.state import ARRIVAL_HEAP, NOWHERE, SubBatching
@@ -79,6 +80,7 @@ def run_one(t, s, k, e, until, limit):
     if env["stop"] == Stop.DONE:
         return
     env["stop"] = Stop.RUNNING
+    change_eviction(s.prefix, e, k[e]["eviction"])
     done = 0
     before = events(s, e)
     while ready(t, s, e):

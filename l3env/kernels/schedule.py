@@ -9,7 +9,8 @@ import numpy as np
 
 from l3env.jit import helper, inner
 from l3env.kernels.drafts import drafting_now, set_drafting
-from l3env.kernels.memory import admit, blocks_of, lane_load, make_room_to_grow, move
+from l3env.kernels.memory import admit, lane_load, make_room_to_grow, move
+from l3env.kernels.prefix import ask_pools, blocks_of, offered_blocks, offered_tokens
 from l3env.kernels.price import (
     back_batch_s,
     comm_batch_s,
@@ -62,14 +63,14 @@ def has_room(t, s, k, e, r, pool):
     target = np.int64(s.req[e, r]["target_tokens"])
     capacity = room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool)
     used = s.pool[e, pool]["used"]
-    need = blocks_of(target, block)
+    need = blocks_of(s.prefix, e, r, target, block) - offered_blocks(s.prefix, e, pool)
     if used == 0:  # an empty pool takes any request that fits; one that outgrows it is preempted and goes elsewhere
         return need <= capacity
     if used + need > capacity - np.int64(np.ceil(k[e]["headroom_frac"] * capacity)):
         return False
     if k[e]["reserve_predicted"]:
         left = max(s.req[e, r]["predicted_tokens"] - s.req[e, r]["emitted_tokens"], 1)
-        return s.pool[e, pool]["promised"] + blocks_of(target + left - 1, block) <= capacity
+        return s.pool[e, pool]["promised"] + blocks_of(s.prefix, e, r, target + left - 1, block) <= capacity
     return True
 
 
@@ -77,9 +78,8 @@ def has_room(t, s, k, e, r, pool):
 def could_ever_fit(t, s, e, r, pool):
     """Would the KV to build now fit in the pool if it were empty?"""
     table = s.env[e]["table_idx"]
-    return (
-        blocks_of(np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"]) <= t.pool_blocks[table, pool]
-    )
+    target, block = np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"]
+    return blocks_of(s.prefix, e, r, target, block) <= t.pool_blocks[table, pool]
 
 
 @inner
@@ -93,8 +93,10 @@ def only_hbm_holds(t, s, e, r):
 
 @inner
 def find_pim_lane(t, s, k, e, r, sub):
-    """The least loaded PIM lane whose pool has room, or -1. Where KV is to lie decompressed there is one lane; what is
-    too long for it lies as stored."""
+    """The least loaded PIM lane whose pool has room, or -1; cached tokens of its prompt count for their pool.
+
+    Where KV is to lie decompressed there is one lane; what is too long for it lies as stored.
+    """
     table = s.env[e]["table_idx"]
     decompressed = k[e]["pim_form"] == PimForm.DECOMPRESSED
     if decompressed:
@@ -102,9 +104,9 @@ def find_pim_lane(t, s, k, e, r, sub):
     first, end = pim_lanes(t.forms, t.coef[table], decompressed)
     best, least = NOWHERE, np.inf
     for lane in range(first, end):
-        load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0)
+        pool = t.lane_pool[table, lane]
+        load = lane_load(s, e, sub, lane, k[e]["sub_batching"] != 0) - offered_tokens(s.prefix, e, pool)
         if load < least:
-            pool = t.lane_pool[table, lane]
             if has_room(t, s, k, e, r, pool):
                 best, least = lane, load
     return best
@@ -114,6 +116,7 @@ def find_pim_lane(t, s, k, e, r, sub):
 def find_lane(t, s, k, e, r, sub):
     """Where a waiting request would live now, or -1: PIM where there is one, HBM up to its share of the KV."""
     table = s.env[e]["table_idx"]
+    ask_pools(s.prefix, e, r)
     hbm_fits = has_room(t, s, k, e, r, 0)
     if not t.coef[table]["has_pim"]:
         return 0 if hbm_fits else NOWHERE
@@ -194,7 +197,7 @@ def plan_by_budget(t, s, k, e):
         r = admit_next(t, s, k, e, lighter_sub(s, e))
         if r == NOWHERE:
             break
-        chunk = min(np.int64(req[e, r]["target_tokens"]), left)
+        chunk = min(np.int64(req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]), left)
         req[e, r]["chunk_tokens"] = chunk
         planned += chunk
         left -= chunk

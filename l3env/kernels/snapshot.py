@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import kernel
+from l3env.jit import helper, kernel
 from l3env.kernels.drafts import copy_classes
 from l3env.kernels.heap import push
 from l3env.kernels.run import Stop
@@ -92,6 +92,32 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
             d.lists[m, joining]["joining"] = new_idx[r]
             joining += 1
     env["joining_count"] = joining
+    copy_prefix(s.prefix, e, idx, room, d.prefix, m)
+
+
+@helper
+def copy_prefix(prefix, e, idx, room, target, m):
+    """The prefix cache, which ``target`` has room for; requests to come share nothing."""
+    if len(prefix) == 0:
+        return
+    n = idx.shape[0]
+    target.env[m] = prefix.env[e]
+    for i in range(prefix.ids.shape[1]):
+        target.ids[m, i] = prefix.ids[e, i]
+    for i in range(prefix.segment.shape[1]):
+        target.segment[m, i] = prefix.segment[e, i]
+    for pool in range(prefix.pool.shape[1]):
+        target.pool[m, pool] = prefix.pool[e, pool]
+        target.idle_len[m, pool] = prefix.idle_len[e, pool]
+        for i in range(prefix.slot.shape[2]):
+            target.slot[m, pool, i] = prefix.slot[e, pool, i]
+            target.idle[m, pool, i] = prefix.idle[e, pool, i]
+    for i in range(n):
+        target.req[m, i] = prefix.req[e, idx[i]]
+    for i in range(n, n + room):
+        req = target.req[m, i]
+        req["ids_first"], req["ids_count"], req["ids_tokens"], req["ids_blocks"] = 0, 0, 0, 0
+        req["held_count"], req["hit_tokens"], req["moving_tokens"] = 0, 0, 0
 
 
 @kernel
