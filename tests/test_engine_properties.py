@@ -361,11 +361,14 @@ def test_a_faster_part_never_lengthens_an_iteration_of_the_same_plan(part):
 
 
 FREE_PIM = dict.fromkeys(("pim_token_s", "pim_request_s", "pim_batch_s"), 0.0)
+FREE_PIM |= dict.fromkeys(("pim_verify_s", "spread_token_s", "spread_verify_s"), 0.0)
 FREE_PIM |= dict.fromkeys(("transfer_token_s", "transfer_request_s", "transfer_latency_s"), 0.0)
 FREE_GPU = dict.fromkeys(
     [
         "fc_slope_s",
         "head_slope_s",
+        "comm_slope_s",
+        "draft_slope_s",
         "prefill_pair_s",
         "prefill_kv_s",
         "prefill_query_s",
@@ -373,6 +376,7 @@ FREE_GPU = dict.fromkeys(
         "prefill_history_fixed_s",
         "prefill_new_s",
         "hbm_token_s",
+        "hbm_verify_s",
         "hbm_request_s",
         "hbm_fixed_s",
     ],
