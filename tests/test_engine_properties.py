@@ -349,11 +349,11 @@ def test_the_time_line_sums_to_the_totals_however_often_rows_were_merged(case, h
 
 
 FASTER = {
-    "GPU memory": {"gpu__hbm_bytes_per_s": 2.5e12},
-    "GPU compute": {"gpu__fp16_flop_per_s": 5e14},
-    "GPU link": {"gpu_link__bytes_per_s": 9e11},
-    "PIM memory": {"pim__internal_bytes_per_s": 3e14},
-    "PCIe": {"pim_link__bytes_per_s": 63e9},
+    "GPU memory": ("gpu", "hbm_bytes_per_s"),
+    "GPU compute": ("gpu", "fp16_flop_per_s"),
+    "GPU link": ("gpu_link", "bytes_per_s"),
+    "PIM memory": ("pim", "internal_bytes_per_s"),
+    "PCIe": ("pim_link", "bytes_per_s"),
 }
 
 
@@ -364,11 +364,10 @@ def test_a_faster_part_never_lengthens_an_iteration_of_the_same_plan(part):
     def from_any_state(case, held, start):
         slow, fast = case.engine(), case.engine()
         system = case.tables.system
-        changes = FASTER[part]
-        if any(key.startswith("pim__") for key in changes) and system.pim is None:
+        device, rate = FASTER[part]
+        if getattr(system, device) is None:
             return
-        if any(key.startswith("pim_link") for key in changes) and system.pim_link is None:
-            return
+        changes = {f"{device}__{rate}": 1.5 * getattr(getattr(system, device), rate)}
         upgraded = compile_tables(specs.load(f"system/{system.name}", **changes), case.tables.model).arrays
         tables = case.tables.arrays
         coef = upgraded.coef.copy()
@@ -391,11 +390,14 @@ def test_a_faster_part_never_lengthens_an_iteration_of_the_same_plan(part):
 
 
 FREE_PIM = dict.fromkeys(("pim_token_s", "pim_request_s", "pim_batch_s"), 0.0)
+FREE_PIM |= dict.fromkeys(("pim_verify_s", "spread_token_s", "spread_verify_s"), 0.0)
 FREE_PIM |= dict.fromkeys(("transfer_token_s", "transfer_request_s", "transfer_latency_s"), 0.0)
 FREE_GPU = dict.fromkeys(
     [
         "fc_slope_s",
         "head_slope_s",
+        "comm_slope_s",
+        "draft_slope_s",
         "prefill_pair_s",
         "prefill_kv_s",
         "prefill_query_s",
@@ -403,6 +405,7 @@ FREE_GPU = dict.fromkeys(
         "prefill_history_fixed_s",
         "prefill_new_s",
         "hbm_token_s",
+        "hbm_verify_s",
         "hbm_request_s",
         "hbm_fixed_s",
     ],
@@ -441,7 +444,7 @@ def test_one_device_infinitely_fast_leaves_the_other_devices_time(case, held, st
         engine.state, engine.knobs = copy(real.state), real.knobs
     free_pim.tables = with_coef(case.tables, **FREE_PIM).arrays
     idle = with_coef(case.tables, **FREE_GPU).arrays
-    free_gpu.tables = idle._replace(fc_s=0 * idle.fc_s, head_s=0 * idle.head_s)
+    free_gpu.tables = idle._replace(rows_s=0 * idle.rows_s)
     before = int(real.state.env["iterations_count"][0])
     real.run(0, Until.ITERATIONS, 1)
     if real.state.env["iterations_count"][0] == before:
