@@ -18,7 +18,7 @@ from l3env.tables import Tables
 from l3env.workload import Workload
 
 PER_REQUEST = ("req", "truth", "lists")  # (E, N) fields of State that a trial needs; heaps apart
-PER_ENV = ("env", "sub", "lane", "lane_class", "group", "pool", "phase", "prompts", "heap_len")
+PER_ENV = ("env", "sub", "lane", "lane_class", "group", "pool", "phase", "prompts", "heap_len")  # () where absent
 
 
 class Rollouts:
@@ -41,8 +41,9 @@ class Rollouts:
         self.engine = Engine(self.tables, self.trials_count, capacity)
         self._source = Engine(self.tables, self.scenarios_count, capacity)
         self._rows = np.zeros(self.scenarios_count, np.int64)  # requests of each scenario
+        present = [name for name in PER_ENV if not isinstance(getattr(self.engine.state, name), tuple)]
         self._pairs = [
-            (_bytes(getattr(self._source.state, name)), _bytes(getattr(self.engine.state, name))) for name in PER_ENV
+            (_bytes(getattr(self._source.state, name)), _bytes(getattr(self.engine.state, name))) for name in present
         ]
         self._row_pairs = [
             (_bytes(getattr(self._source.state, name)), _bytes(getattr(self.engine.state, name)))
