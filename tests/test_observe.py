@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 from engine_cases import cases, compiled, knobs
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 from l3env import Knobs, View, Workload
@@ -129,6 +129,7 @@ def arrivals_seen(engine: Engine) -> dict[str, float]:
 @given(case=cases(max_requests=40), choices=st.lists(knobs(), min_size=2, max_size=5), seed=st.integers(0, 2**32 - 1))
 def test_features_agree_with_a_recount(case, choices, seed) -> None:
     engine = case.engine()
+    assume(engine.tables.coef["spread_lane"][0] == 0)  # the recount knows no pools that share one memory
     engine.await_work(0, 1)
     observer = Observer(engine)
     rng = np.random.default_rng(seed)

@@ -176,7 +176,8 @@ def run_cell(job: CellJob) -> tuple[StudyCell, CellResult]:
 
 def _identity(cell: StudyCell) -> dict[str, Any]:
     row: dict[str, Any] = {"policy": cell.policy, "system": cell.system, "model": cell.model, "trace": cell.trace}
-    return row | {"load": cell.load, "utilization": cell.utilization, "seed": cell.seed, "error": None}
+    row |= {"load": cell.load, "utilization": cell.utilization, "seed": cell.seed}
+    return row | {"prefix_cache": "off", "error": None}  # studies run without one
 
 
 def _serve(cell: StudyCell, tables: Tables, load: float, slo: Slo) -> Any:
