@@ -90,3 +90,28 @@ def rekey(heap, length, request, key):
     """Gives a request in the heap a key that is not smaller than its present one."""
     heap[request]["key"] = key
     sift_down(heap, length, np.int64(heap[request]["pos"]))
+
+
+@helper
+def first_items(heap, length, out, frontier):
+    """The first ``len(out)`` items in order into ``out``; returns how many there are. The heap stays as it is.
+
+    Walks from the root with a frontier of places (``frontier`` has room for len(out) + 1), so the length of the heap
+    does not matter.
+    """
+    frontier[0] = 0
+    open_count, found = (1 if length > 0 else 0), 0
+    while open_count > 0 and found < out.shape[0]:
+        best = 0
+        for i in range(1, open_count):
+            if before(heap, heap[frontier[i]]["item"], heap[frontier[best]]["item"]):
+                best = i
+        place = frontier[best]
+        open_count -= 1
+        frontier[best] = frontier[open_count]
+        out[found] = heap[place]["item"]
+        found += 1
+        for child in range(2 * place + 1, min(2 * place + 3, length)):
+            frontier[open_count] = child
+            open_count += 1
+    return found

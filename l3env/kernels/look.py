@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from l3env.jit import kernel
-from l3env.kernels.heap import before
+from l3env.kernels.heap import first_items
 from l3env.kernels.memory import emitted_now, kv_now, pool_of
 from l3env.kernels.price import tbt_alone_s, ttft_alone_s
 from l3env.kernels.queue import build_order
@@ -42,30 +42,13 @@ def gather(t, s, e, idx, out):
 def peek_queue(t, s, e, order, out, frontier):
     """The first ``len(out)`` waiting requests of an order, in order; returns how many there are.
 
-    Walks the heap from its root with a frontier of places (``frontier`` has room for len(out) + 1), so the length of
-    the queue does not matter.
+    ``frontier`` is scratch with room for len(out) + 1; the length of the queue does not matter.
     """
     if s.env[e]["waiting_count"] == 0:
         return 0
     if not s.env[e]["heaps_built"] >> order & 1:
         build_order(s, e, order)
-    heap, length = s.heap[e, order], s.heap_len[e, order]
-    frontier[0] = 0
-    open_count, found = 1, 0
-    while open_count > 0 and found < out.shape[0]:
-        best = 0
-        for i in range(1, open_count):
-            if before(heap, heap[frontier[i]]["item"], heap[frontier[best]]["item"]):
-                best = i
-        place = frontier[best]
-        open_count -= 1
-        frontier[best] = frontier[open_count]
-        out[found] = heap[place]["item"]
-        found += 1
-        for child in range(2 * place + 1, min(2 * place + 3, length)):
-            frontier[open_count] = child
-            open_count += 1
-    return found
+    return first_items(s.heap[e, order], s.heap_len[e, order], out, frontier)
 
 
 @kernel

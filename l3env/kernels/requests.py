@@ -6,7 +6,7 @@ import numpy as np
 
 from l3env.jit import helper, inner, kernel
 from l3env.kernels.features import squash
-from l3env.kernels.heap import before, push, remove
+from l3env.kernels.heap import first_items, push, remove
 from l3env.kernels.memory import emitted_now, kv_now
 from l3env.kernels.queue import build_order, latest_start_s, waiting_key
 from l3env.state import NOWHERE, Order, Status
@@ -26,24 +26,9 @@ def list_waiting(s, e, seen, frontier):
     length = s.env[e]["waiting_count"]
     if length > 0 and not s.env[e]["heaps_built"] >> Order.FCFS & 1:
         build_order(s, e, Order.FCFS)
-    heap = s.heap[e, Order.FCFS]
-    frontier[0] = 0
-    open_count = 1 if length > 0 else 0
-    for found in range(seen.shape[0]):
-        seen[found] = NOWHERE
-        if open_count == 0:
-            continue
-        best = 0
-        for i in range(1, open_count):
-            if before(heap, heap[frontier[i]]["item"], heap[frontier[best]]["item"]):
-                best = i
-        place = frontier[best]
-        open_count -= 1
-        frontier[best] = frontier[open_count]
-        seen[found] = heap[place]["item"]
-        for child in range(2 * place + 1, min(2 * place + 3, length)):
-            frontier[open_count] = child
-            open_count += 1
+    found = first_items(s.heap[e, Order.FCFS], length, seen, frontier)
+    for i in range(found, seen.shape[0]):
+        seen[i] = NOWHERE
 
 
 @helper
