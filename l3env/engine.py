@@ -250,6 +250,19 @@ class Engine:
         run.expect(self.state, e, first, first + rows.size)
         return rows
 
+    def score_with(self, e: int, weights: NDArray[np.float64]) -> None:
+        """Environment ``e`` is scheduled by a scorer from here on, until it is reset.
+
+        Args:
+            weights: (len(Score),) as in ``Score``.
+        """
+        if weights.shape != (len(st.Score),) or not np.isfinite(weights).all():
+            raise PlanError(f"scorer: weights of shape {weights.shape}; expected {len(st.Score)} finite numbers")
+        if isinstance(self.state.scorer, tuple):
+            self.state = self.state._replace(scorer=np.zeros((self.num_envs, len(st.Score))))
+        assert isinstance(self.state.scorer, np.ndarray)
+        self.state.scorer[e] = weights
+
     def wait(self, e: int, until_s: float) -> None:
         """Lets time pass in environment ``e`` without an iteration."""
         env = self.state.env

@@ -54,6 +54,9 @@ class Knobs:
         pim_form: how new KV lies on the PIM side, for models that store a latent.
         multi_token: verify a guessed token in each decode step, for models that guess; off, one token a step.
         eviction: which cached segment of a prompt goes first, where the prefix cache is on; OFF keeps the rule in use.
+        prefill_in_order: prompts under way take turns with waiting requests in the queue's order, so that a short
+            prompt need not wait until a long one is done; off, they come first, in order of admission. For budgets in
+            tokens.
     """
 
     admit_max_count: int = UNLIMITED
@@ -69,6 +72,7 @@ class Knobs:
     pim_form: PimForm = PimForm.STORED
     multi_token: bool = True
     eviction: Eviction = Eviction.OFF
+    prefill_in_order: bool = False
 
     def __post_init__(self) -> None:
         if self.admit_max_count < 0:
@@ -338,6 +342,11 @@ class BasePolicy:
 
     def predictor(self) -> LengthPredictor | None:
         """Predicts output lengths from prompts, for orders and reservations that use them."""
+        return None
+
+    def scorer(self) -> NDArray[np.float64] | None:
+        """(len(Score),) weights of a compiled scorer that sets scores and iteration lengths beside the knobs; see
+        ``kernels.scorer``. Asked for once, after ``prepare``."""
         return None
 
     def decide(self, view: View) -> Knobs | Plan:

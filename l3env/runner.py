@@ -126,6 +126,9 @@ class Driver:
 
     def __init__(self, engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
         self.engine, self.e, self.policy, self.watch = engine, e, policy, watch
+        weights = policy.scorer() if hasattr(policy, "scorer") else None
+        if weights is not None:
+            engine.score_with(e, weights)
         self._held_until_s = -math.inf  # the knobs that stand hold until then
         self._frozen = 0
 

@@ -72,6 +72,50 @@ class Victim(IntEnum):
     LOWEST_SCORE = 3
 
 
+class Score(IntEnum):
+    """Weights of a scorer, by their place in a row of ``State.scorer``; see ``kernels.scorer``. All zero: no scorer.
+
+    Logarithms are natural; *pressure* is log(1 + work of all candidates over the nominal TTFT SLO).
+    """
+
+    ON = 0  # not 0: this environment is scheduled by scores
+    # a candidate's score: a sum, then from 0 to 1
+    WORK = 1  # x log of what is left of its prefill, in nominal TBT SLOs
+    WORK_PRESSURE = 2  # x the same x pressure
+    STRETCH = 3  # x log of how many times longer than alone the rest of its prefill may take
+    STRETCH_PRESSURE = 4
+    URGENCY = 5  # x the inverse of the stretch
+    BEGUN = 6  # its prefill is under way
+    PROGRESS = 7  # x the share of its prefill that is done
+    RESUMED = 8  # it has emitted tokens before
+    KV = 9  # x its KV over itself and free KV
+    PREDICTED = 10  # x log of its predicted output left, over 256 tokens
+    # it is lost where log(stretch) < LOST + LOST_PRESSURE x pressure + LOST_WORK x log(work)
+    LOST = 11
+    LOST_PRESSURE = 12
+    LOST_WORK = 13
+    GIVEN_UP = 14  # log of the tokens behind its SLO at which a decoding request is lost
+    # the iteration
+    LEAD = 15  # share of a decoding request's lead that one iteration may use up
+    LENGTH = 16  # log of the iteration over what decoding requests can bear
+    LENGTH_PRESSURE = 17
+    CAP = 18  # log of the longest iteration in nominal TBT SLOs
+    CAP_PRESSURE = 19
+    DUE = 20  # log of the longest iteration over the time until the first deadline of a candidate
+    LEAST_CHUNK = 21  # log of the least prompt tokens
+    STALL = 22  # log of the lead in tokens from which on decoding waits for prefill
+    STALL_PRESSURE = 23
+    STALL_LENGTH = 24  # log of how much longer an iteration without decoding may be
+    # lost requests start where there is no candidate and ROOM + ROOM_LEAD x lead + ROOM_FREE x free KV > 0
+    ROOM = 25
+    ROOM_LEAD = 26
+    ROOM_FREE = 27
+    # a decoding request's score, for when memory runs over
+    KEEP = 28
+    KEEP_LEAD = 29
+    FLOOR = 30  # set by the scorer: lower scores are held back
+
+
 class SloForm(IntEnum):
     """What a request must keep besides its TTFT."""
 
@@ -261,6 +305,7 @@ KNOB_DTYPE = np.dtype(
         ("pim_form", np.int64),  # PimForm of new KV on the PIM side
         ("multi_token", np.int64),  # guess and verify a token more in each decode step, where the model can
         ("eviction", np.int64),  # of the prefix cache, where it is on; OFF: leave it
+        ("prefill_in_order", np.int64),  # prompts under way take turns with those that wait, in the queue's order
     ],
     align=True,
 )
@@ -452,8 +497,9 @@ class PimForm(IntEnum):
 class State(NamedTuple):
     """All of the engine's memory. Copying these arrays copies the environments.
 
-    ``lane_class`` is ``()`` where no model guesses, ``prefix`` where there is no prefix cache: kernels are compiled for
-    that type without any of the code that works on it (see ``kernels.drafts`` and ``kernels.prefix``).
+    ``lane_class`` is ``()`` where no model guesses, ``scorer`` where none schedules, ``prefix`` where there is no prefix
+    cache: kernels are compiled for that type without any of the code that works on it (see ``kernels.drafts``,
+    ``kernels.scorer`` and ``kernels.prefix``).
     """
 
     env: NDArray[np.void]  # (E,) ENV_DTYPE
@@ -472,6 +518,7 @@ class State(NamedTuple):
     long_steps: NDArray[np.int32]  # (E, S, N) Fenwick tree of decode steps by the TBT SLOs they exceed
     gap_hist: NDArray[np.int64]  # (E, GAP_BINS) tokens by gap, or (E, 1): not recorded
     log: NDArray[np.void]  # (E, rows) LOG_DTYPE, rows merged in pairs when full; (E, 1): not recorded
+    scorer: NDArray[np.float64] | tuple[()] = ()  # (E, len(Score)) weights
     prefix: PrefixArrays | tuple[()] = ()
 
 

@@ -17,6 +17,7 @@ from l3env.state import (
     SHORT_WEIGHT,
     SLACK_HEAP,
     Order,
+    Score,
     Status,
 )
 
@@ -48,6 +49,25 @@ def has_overdue(s, e):
     return s.heap_len[e, SLACK_HEAP] > 0 and heap[heap[0]["item"]]["key"] < s.env[e]["clock_s"]
 
 
+@inner
+def lose_score(scorer, s, e, r):
+    """Where a scorer schedules, who has become hopeless gets the lowest score, 0."""
+    if len(scorer) == 0:
+        return
+    if scorer[e, Score.ON] != 0:
+        s.req[e, r]["score"] = 0.0
+        if s.heap[e, Order.BY_SCORE, r]["pos"] != NOWHERE and s.env[e]["heaps_built"] >> Order.BY_SCORE & 1:
+            rekey(s.heap[e, Order.BY_SCORE], s.heap_len[e, Order.BY_SCORE], r, 0.0)
+
+
+@inner
+def least_score(scorer, e):
+    """Waiting requests with lower scores are held back while anything runs."""
+    if len(scorer) == 0:
+        return 0.0
+    return scorer[e, Score.FLOOR]
+
+
 @helper
 def notice_hopeless(s, e):
     """Waiting requests that have become hopeless step back in the orders that heed it (once: it cannot heal)."""
@@ -55,6 +75,7 @@ def notice_hopeless(s, e):
         r = np.int64(s.heap[e, SLACK_HEAP, 0]["item"])
         remove(s.heap[e, SLACK_HEAP], s.heap_len[e], SLACK_HEAP, r)
         s.req[e, r]["hopeless"] = 1
+        lose_score(s.scorer, s, e, r)
         for order in range(ORDERS_COUNT):
             if heeds_hopeless(order) and s.env[e]["heaps_built"] >> order & 1:
                 rekey(s.heap[e, order], s.heap_len[e, order], r, give_way(s.heap[e, order, r]["key"]))
@@ -127,6 +148,7 @@ def enqueue(s, e, r):
     latest_s = hopeless_from_s(req, e, r)
     if latest_s < env["clock_s"]:
         req[e, r]["hopeless"] = 1
+        lose_score(s.scorer, s, e, r)
     for order in range(ORDERS_COUNT):
         if env["heaps_built"] >> order & 1:
             push(s.heap[e, order], s.heap_len[e], order, r, waiting_key(req, e, r, order))
@@ -166,7 +188,7 @@ def next_waiting(s, e, order):
     if not s.env[e]["heaps_built"] >> order & 1:
         build_order(s, e, order)
     r = s.heap[e, order, 0]["item"]
-    if order == Order.BY_SCORE and s.req[e, r]["score"] < 0 and s.env[e]["running_count"] > 0:
+    if order == Order.BY_SCORE and s.req[e, r]["score"] < least_score(s.scorer, e) and s.env[e]["running_count"] > 0:
         return NOWHERE
     return r
 

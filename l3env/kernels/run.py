@@ -12,6 +12,7 @@ from l3env.kernels.heap import push
 from l3env.kernels.prefix import change_eviction
 from l3env.kernels.queue import absorb_arrivals, advance_root, has_overdue, next_arrival_s, notice_hopeless
 from l3env.kernels.schedule import schedule
+from l3env.kernels.scorer import set_scores_and_length
 from l3env.state import ARRIVAL_HEAP, NOWHERE, SubBatching
 
 
@@ -84,6 +85,7 @@ def run_one(t, s, k, e, until, limit):
     done = 0
     before = events(s, e)
     while ready(t, s, e):
+        set_scores_and_length(s.scorer, t, s, k, e)
         decode, planned = schedule(t, s, k, e)
         if decode or planned > 0:
             mode = k[e]["sub_batching"] if t.coef[env["table_idx"]]["has_pim"] else np.int64(SubBatching.OFF)

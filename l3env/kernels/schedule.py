@@ -20,9 +20,9 @@ from l3env.kernels.price import (
     prefill_launch_s,
     prefill_work_s,
 )
-from l3env.kernels.queue import next_waiting
+from l3env.kernels.queue import least_score, next_waiting, waiting_key
 from l3env.kernels.spread import pim_lanes, room, spread_load, stored_lanes, stored_requests
-from l3env.state import NOWHERE, Budget, PimForm, Status
+from l3env.state import NOWHERE, Budget, Order, PimForm, Status
 
 LARGE_TOKENS = 1 << 40
 ALIGN_MIN_CHUNK_TOKENS = 128  # a sub-batch's prefill always gets this much, so that a GPU-bound system still prefills
@@ -206,6 +206,67 @@ def plan_by_budget(t, s, k, e):
 
 
 @helper
+def sort_prefills(s, e, order):
+    """Prompts under way in the queue's order; of equal ones the earlier admitted first."""
+    for i in range(1, s.env[e]["prefill_count"]):
+        r = s.lists[e, i]["prefill"]
+        key = waiting_key(s.req, e, r, order)
+        place = i
+        while place > 0 and waiting_key(s.req, e, s.lists[e, place - 1]["prefill"], order) > key:
+            s.lists[e, place]["prefill"] = s.lists[e, place - 1]["prefill"]
+            place -= 1
+        s.lists[e, place]["prefill"] = r
+
+
+@inner
+def is_held(s, k, e, r):
+    """Is a prompt under way held back by its score?"""
+    return k[e]["order"] == Order.BY_SCORE and s.req[e, r]["score"] < least_score(s.scorer, e)
+
+
+@helper
+def plan_in_order(t, s, k, e):
+    """Prefill tokens up to the budget for prompts under way and for waiting requests, in the queue's order; returns the
+    tokens planned. Under scores, those held back get nothing while anything else is planned or decodes."""
+    env, req = s.env[e], s.req
+    order = k[e]["order"]
+    decoding = decoding_count(s, e, 0) + decoding_count(s, e, 1)
+    left = k[e]["prefill_budget_tokens"]
+    if left < 0:
+        left = LARGE_TOKENS
+    if k[e]["budget_counts_decodes"]:
+        left = max(left - decoding, 0)
+    sort_prefills(s, e, order)
+    listed, place = env["prefill_count"], 0
+    for i in range(listed):
+        req[e, s.lists[e, i]["prefill"]]["chunk_tokens"] = 0
+    planned, admissions = 0, most_admissions(s, k, e)
+    while left > 0:
+        r = next_waiting(s, e, order) if admissions > 0 else NOWHERE
+        if place < listed:
+            p = np.int64(s.lists[e, place]["prefill"])
+            if r != NOWHERE and waiting_key(req, e, r, order) >= waiting_key(req, e, p, order):
+                r = NOWHERE
+            if r == NOWHERE:
+                if is_held(s, k, e, p) and planned + decoding > 0:
+                    break
+                r = p
+                place += 1
+        elif r == NOWHERE:
+            break
+        if req[e, r]["status"] == Status.WAITING:
+            admissions -= 1
+            if admit_next(t, s, k, e, lighter_sub(s, e)) == NOWHERE:
+                admissions = 0
+                continue
+        chunk = min(np.int64(req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]), left)
+        req[e, r]["chunk_tokens"] = chunk
+        planned += chunk
+        left -= chunk
+    return planned
+
+
+@helper
 def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
     """T_GPU of a phase with the given prefill: attention of ``sub``, FC with the other sub-batch's decodes."""
     table = s.env[e]["table_idx"]
@@ -314,6 +375,8 @@ def plan_prefill(t, s, k, e, interleaved):
     budget = k[e]["prefill_budget_tokens"]
     if interleaved and budget <= Budget.ALIGN:
         return plan_aligned(t, s, k, e, budget == Budget.ALIGN_WHEN_FULL)
+    if k[e]["prefill_in_order"]:
+        return plan_in_order(t, s, k, e)
     return plan_by_budget(t, s, k, e)
 
 
