@@ -113,7 +113,16 @@ class Score(IntEnum):
     # a decoding request's score, for when memory runs over
     KEEP = 28
     KEEP_LEAD = 29
-    FLOOR = 30  # set by the scorer: lower scores are held back
+    # HBM's share of the KV: PLACE + PLACE_BALANCE x (PIM time over GPU time lately) + PLACE_LONG x (log of a mean prompt's
+    # decode attention in a PIM lane, in nominal TBT SLOs), then from 0 to 1
+    PLACE = 30
+    PLACE_BALANCE = 31
+    PLACE_LONG = 32
+    # log of the share of memory to keep free of new requests, and x log of the mean output over 256 tokens
+    HEADROOM = 33
+    HEADROOM_LONG = 34
+    EVICT = 35  # log of the free share of memory below which a candidate's arrival costs a lost request its place
+    FLOOR = 36  # set by the scorer: lower scores are held back
 
 
 class SloForm(IntEnum):

@@ -92,7 +92,7 @@ def policy_of(ref: str) -> Policy:
 
 
 @functools.lru_cache(maxsize=8)
-def _tables(system: str, model: str) -> Tables:
+def tables_of(system: str, model: str) -> Tables:
     return compile_pair(system, model)
 
 
@@ -103,7 +103,7 @@ def _workload(trace: str, window: str, seed: int) -> Workload:
 
 @functools.lru_cache(maxsize=64)
 def _full_load(system: str, model: str, trace: str, window: str) -> float:
-    return load_at_capacity(_tables(system, model), _workload(trace, window, 0))
+    return load_at_capacity(tables_of(system, model), _workload(trace, window, 0))
 
 
 def requests(cell: Cell, window: str, seed: int = 0) -> Workload:
@@ -115,7 +115,7 @@ def requests(cell: Cell, window: str, seed: int = 0) -> Workload:
 def run_job(job: Job) -> list[Row]:
     """One row a seed."""
     cell = job.cell
-    tables = _tables(cell.system, cell.model)
+    tables = tables_of(cell.system, cell.model)
     training = requests(cell, cell.training_window)
     rows = []
     for seed in range(job.seeds_count):

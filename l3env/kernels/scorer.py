@@ -22,11 +22,11 @@ import numpy as np
 from l3env.jit import helper, inner
 from l3env.kernels.drafts import drafting_now
 from l3env.kernels.heap import push, remove
-from l3env.kernels.memory import emitted_now
-from l3env.kernels.price import hbm_attention_s, one_batch_s, pim_side_s, prefill_launch_s, prefill_work_s
+from l3env.kernels.memory import emitted_now, preempt
+from l3env.kernels.price import hbm_attention_s, lane_attention_s, one_batch_s, pim_side_s, prefill_launch_s, prefill_work_s
 from l3env.kernels.queue import build_order, waiting_key
 from l3env.kernels.schedule import decoding_count, gpu_side_s, moved_requests, slowest_lane_s
-from l3env.state import SLACK_HEAP, SUB_BATCHES, Order, Score, Status, SubBatching, Victim
+from l3env.state import NOWHERE, SLACK_HEAP, SUB_BATCHES, Order, Score, Status, SubBatching, Victim
 
 LONGEST_TOKENS = 16384  # prompt tokens an iteration, at most
 ABOVE_LOST = 1e-12  # a score
@@ -115,8 +115,8 @@ def free_tokens_of(t, s, e):
 @helper
 def score_decoding(w, s, e):
     """Scores for when memory runs over. Returns what the decoding ones that may still meet their SLO can bear:
-    (how many, the longest iteration (s), the smallest lead in tokens)."""
-    hopeful, longest_s, least = 0, np.inf, FAR
+    (how many, the longest iteration (s), the smallest lead in tokens), and a lost one, or -1."""
+    hopeful, longest_s, least, lost = 0, np.inf, FAR, NOWHERE
     for i in range(s.env[e]["running_count"]):
         r = np.int64(s.lists[e, i]["running"])
         req = s.req[e, r]
@@ -126,12 +126,13 @@ def score_decoding(w, s, e):
         lead = min(lead_s(s, e, r) / slo_s, FAR)
         if req["first_token_s"] > req["arrival_s"] + req["ttft_slo_s"] or lead < -np.exp(w[Score.GIVEN_UP]):
             req["score"] = 0.0
+            lost = r
             continue
         hopeful += 1
         longest_s = min(longest_s, slo_s * (1.0 + w[Score.LEAD] * lead if lead > 0 else 1.0 + lead))
         least = min(least, lead)
         req["score"] = 0.5 + 0.5 * around_zero(w[Score.KEEP_LEAD] * around_zero(lead / 16.0) + w[Score.KEEP])
-    return hopeful, longest_s, least
+    return hopeful, longest_s, least, lost
 
 
 @helper
@@ -225,16 +226,35 @@ def tokens_within(t, s, k, e, goal_s, history, decode):
 
 
 @helper
+def place(w, t, s, k, e):
+    """Where new requests go, and how much memory they must leave free."""
+    env = s.env[e]
+    table = env["table_idx"]
+    if t.coef[table]["has_pim"]:
+        pim_s = env["last_pim_0_s"] + env["last_pim_1_s"]
+        gpu_s = env["last_gpu_0_s"] + env["last_gpu_1_s"]
+        balance = (pim_s - gpu_s) / (pim_s + gpu_s) if pim_s + gpu_s > 0 else 0.0
+        long_s = lane_attention_s(t, table, max(env["prompt_mean_tokens"], 1.0), 1.0)
+        total = w[Score.PLACE] + w[Score.PLACE_BALANCE] * balance + w[Score.PLACE_LONG] * np.log(long_s / env["tbt_slo_s"])
+        k[e]["hbm_share_frac"] = 0.5 + 0.5 * around_zero(total)
+    length = np.log(max(env["output_mean_tokens"], 1.0) / 256.0)
+    k[e]["headroom_frac"] = min(np.exp(w[Score.HEADROOM] + w[Score.HEADROOM_LONG] * length), 0.5)
+
+
+@helper
 def decide(w, t, s, k, e):
     """Scores, and the knobs that follow from them."""
     env = s.env[e]
     if not env["heaps_built"] >> Order.BY_SCORE & 1:
         build_order(s, e, Order.BY_SCORE)
-    hopeful, longest_s, least = score_decoding(w, s, e)
+    hopeful, longest_s, least, lost = score_decoding(w, s, e)
     pressure = pressure_of(s, e)
     free_tokens, free_frac = free_tokens_of(t, s, e)
     candidates, first_s, history = score_candidates(w, s, e, pressure, free_tokens)
 
+    place(w, t, s, k, e)
+    if lost != NOWHERE and candidates > 0 and free_frac < np.exp(w[Score.EVICT]):
+        preempt(t, s, e, lost)
     k[e]["order"], k[e]["victim"] = Order.BY_SCORE, Victim.LOWEST_SCORE
     k[e]["prefill_in_order"], k[e]["budget_counts_decodes"], k[e]["prefill_first"] = 1, 0, 0
     room = w[Score.ROOM] + w[Score.ROOM_LEAD] * around_zero(least / 16.0) + w[Score.ROOM_FREE] * free_frac
