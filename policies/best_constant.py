@@ -1,6 +1,7 @@
 """What tuning alone gives: the best fixed knobs of each cell, and the one setting that is best for many cells.
 
 ``best-constant`` searches the knob grid on the training requests it is given, at the load of the run (``l3env.tune``).
+``best-constant-in-order`` searches a larger grid: prompts under way may take turns with those that wait.
 ``best-constant-global`` holds one setting, found by the command that ``data/best-constant-global.json`` names.
 """
 
@@ -19,7 +20,7 @@ from l3env.errors import PolicyError
 from l3env.policy import FixedKnobs, Knobs
 from l3env.state import Budget, Order, SubBatching, Victim
 from l3env.tables import Tables
-from l3env.tune import Cell, Tuned, tune
+from l3env.tune import GRID, Cell, Grid, Tuned, tune
 from l3env.workload import Workload
 
 GLOBAL_FILE = Path(__file__).parent / "data" / "best-constant-global.json"
@@ -31,15 +32,16 @@ _found: dict[str, Tuned] = {}
 class BestConstant(FixedKnobs):
     """The best fixed knobs for this machine, trace and load, searched on the training requests."""
 
-    def __init__(self) -> None:
-        super().__init__("best-constant", Knobs())
+    def __init__(self, name: str = "best-constant", grid: Grid = GRID) -> None:
+        super().__init__(name, Knobs())
+        self._grid = grid
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         if training is None:
             raise PolicyError("best-constant needs earlier requests to search on; give run_policy(training=...)")
-        key = _key(system, training, self.slo)
+        key = self.name + _key(system, training, self.slo)
         if key not in _found:
-            _found[key] = tune([Cell(system, training, self.slo)])
+            _found[key] = tune([Cell(system, training, self.slo)], grid=self._grid)
         self._tuned = _found[key]
         self.knobs = self._tuned.knobs
 
@@ -51,6 +53,13 @@ class BestConstant(FixedKnobs):
     def figures(self) -> dict[str, float]:
         """What the setting reached where it was searched."""
         return {"training_slo_attainment_frac": float(self._tuned.goodput_frac[0])}
+
+
+class BestConstantInOrder(BestConstant):
+    """As ``best-constant``, with ``prefill_in_order`` among the knobs searched."""
+
+    def __init__(self) -> None:
+        super().__init__("best-constant-in-order", GRID | {"prefill_in_order": (False, True)})
 
 
 class BestConstantGlobal(FixedKnobs):

@@ -13,9 +13,9 @@ from l3env.errors import L3EnvError
 from l3env.policy import policy_names
 from policies.learned_ppo import FILE
 
-CONSTANTS = ("best-constant", "best-constant-global")
+CONSTANTS = ("best-constant", "best-constant-global", "best-constant-in-order")
 LEARNED = "learned"
-NO_OPPONENT = ("random", "learned-ppo", *CONSTANTS)  # besides oracles
+NO_OPPONENT = ("random", "learned-ppo", "request-score", *CONSTANTS)  # besides oracles
 
 
 def heuristics() -> tuple[str, ...]:
@@ -26,7 +26,7 @@ def heuristics() -> tuple[str, ...]:
 def baselines_of(text: str) -> tuple[str, ...]:
     """``best``: all heuristics and the tuned constants; otherwise names with commas between."""
     if text == "best":
-        return (*heuristics(), *CONSTANTS)
+        return (*heuristics(), *CONSTANTS[:2])
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if unknown := [name for name in names if name not in policy_names() and ".py:" not in name]:
         raise L3EnvError(f"--baselines: unknown {', '.join(unknown)}; expected best, or some of {policy_names()}")
@@ -34,9 +34,12 @@ def baselines_of(text: str) -> tuple[str, ...]:
 
 
 def networks_of(ref: str) -> tuple[str, ...]:
-    """Files of a trained policy: a run folder, ``.npz`` files with commas between, or ``learned-ppo``."""
+    """What to run for a trained policy: a run folder's network, ``.npz`` files with commas between, or a policy by name
+    or ``file.py:Class``."""
     if ref == "learned-ppo":
         return (str(FILE),)
+    if ref in policy_names() or ".py:" in ref:
+        return (ref,)
     files = []
     for part in ref.split(","):
         path = Path(part)

@@ -34,7 +34,7 @@ TRACES = (
 )
 UTILIZATIONS = (0.7, 0.9, 1.1)
 SEEDS_COUNT = 5
-OPPONENTS = ("best_heuristic", "l3", "best_constant", "best_constant_global")
+OPPONENTS = ("best_heuristic", "l3", "best_constant", "best_constant_global", "best_constant_in_order")
 
 err = Console(stderr=True)
 
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument(
         "--learned",
         default="learned-ppo",
-        help="a run folder, .npz files with commas between (one a training seed), or learned-ppo",
+        help="a run folder, .npz files with commas between (one a training seed), or a policy's name",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/grid"))
     parser.add_argument("--baselines", default="best", help="best, or policies with commas between")

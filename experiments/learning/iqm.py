@@ -18,7 +18,12 @@ from l3env.errors import L3EnvError
 CELL = ["system", "model", "trace", "utilization"]
 GOODPUT = "slo_attainment_frac"
 TRIM_FRAC = 0.25
-POLICIES = {"l3": "l3", "best_constant": "best-constant", "best_constant_global": "best-constant-global"}
+POLICIES = {
+    "l3": "l3",
+    "best_constant": "best-constant",
+    "best_constant_global": "best-constant-global",
+    "best_constant_in_order": "best-constant-in-order",
+}
 RESAMPLES = 2000
 LEVEL = 0.95
 
