@@ -199,4 +199,5 @@ def knobs(*, align: bool = True, headroom=(0.0, 0.01, 0.1, 0.5, 1.0)) -> st.Sear
         victim=st.sampled_from(list(Victim)),
         pim_form=st.sampled_from(list(PimForm)),
         multi_token=st.booleans(),
+        prefill_in_order=st.booleans(),
     )

@@ -52,6 +52,7 @@ class Request:
     last_s: float | None = None
     finish_s: float | None = None
     score: float = 0.0
+    was_late: bool = False  # when it was admitted
     gaps_s: list[float] = field(default_factory=list)
     keys: list[tuple[Key, int]] = field(default_factory=list)  # its prompt's segments
     hit_tokens: int = 0
@@ -298,20 +299,19 @@ class ReferenceSimulator:
 
     def queue(self, order: Order, is_late: Callable[[Request], bool] | None = None) -> list[Request]:
         is_late = is_late or self.is_hopeless
+        return sorted(self.waiting(), key=lambda r: (*self.rank(r, order, is_late(r)), r.idx))
 
-        def key(r: Request):
-            by = {
-                Order.FCFS: r.arrival_s,
-                Order.FCFS_HOPELESS_LAST: r.arrival_s,
-                Order.SHORTEST_PROMPT_HOPELESS_LAST: r.prompt,
-                Order.EARLIEST_DEADLINE_HOPELESS_LAST: r.arrival_s + r.ttft_slo_s,
-                Order.NEWEST_FIRST: -r.arrival_s,
-                Order.BY_SCORE: -r.score,
-                Order.SHORTEST_PREDICTED_HOPELESS_LAST: r.target + max(r.predicted - r.emitted, 1),
-            }
-            return (order in HEEDS_HOPELESS and is_late(r), by[order], r.idx)
-
-        return sorted(self.waiting(), key=key)
+    def rank(self, r: Request, order: Order, late: bool) -> tuple[bool, float]:
+        by = {
+            Order.FCFS: r.arrival_s,
+            Order.FCFS_HOPELESS_LAST: r.arrival_s,
+            Order.SHORTEST_PROMPT_HOPELESS_LAST: r.prompt,
+            Order.EARLIEST_DEADLINE_HOPELESS_LAST: r.arrival_s + r.ttft_slo_s,
+            Order.NEWEST_FIRST: -r.arrival_s,
+            Order.BY_SCORE: -r.score,
+            Order.SHORTEST_PREDICTED_HOPELESS_LAST: r.target + max(r.predicted - r.emitted, 1),
+        }
+        return order in HEEDS_HOPELESS and late, by[order]
 
     # --- admission
 
@@ -365,6 +365,7 @@ class ReferenceSimulator:
             lane = self.find_lane(knobs, r, sub)
             if lane is not None:
                 self.admissions += 1
+                r.was_late = self.is_hopeless(r)
                 r.status, r.lane, r.sub, r.seq, r.prefilled = "prefill", lane, sub, self.admissions, 0
                 r.promised_blocks = self.blocks_at_end(r)
                 self.running.append(r)
@@ -453,6 +454,8 @@ class ReferenceSimulator:
         self.may_admit = max(knobs.admit_max_count, 1) if not self.running else knobs.admit_max_count
         if self.interleaved and knobs.prefill_budget_tokens in (Budget.ALIGN, Budget.ALIGN_WHEN_FULL):
             self.plan_aligned(knobs)
+        elif knobs.prefill_in_order:
+            self.plan_in_order(knobs)
         else:
             self.plan_by_budget(knobs)
         return sum(r.chunk for r in self.running)
@@ -472,6 +475,35 @@ class ReferenceSimulator:
             self.may_admit -= 1
             r.chunk = min(r.target - r.prefilled, left)
             left -= r.chunk
+
+    def plan_in_order(self, knobs: Knobs) -> None:
+        """Whoever is first among the prompts under way and the head of the queue gets all it can use of what is left."""
+        order = knobs.order
+        left = math.inf if knobs.prefill_budget_tokens < 0 else knobs.prefill_budget_tokens
+        if knobs.budget_counts_decodes:
+            left = max(left - len(self.decoding()), 0)
+        under_way = sorted(self.prefilling(), key=lambda r: (self.rank(r, order, r.was_late), r.seq))
+        others = len(self.decoding()) > 0
+        while left > 0:
+            waiting = self.queue(order)[:1] if self.may_admit > 0 else []
+            held = order == Order.BY_SCORE and self.running and waiting and waiting[0].score < 0
+            new = None
+            if waiting and not held:
+                rank = self.rank(waiting[0], order, self.is_hopeless(waiting[0]))
+                if not under_way or rank < self.rank(under_way[0], order, under_way[0].was_late):
+                    new = self.admit_next(knobs, self.lighter_sub())
+                    if new is None:  # no room: nobody else starts either
+                        self.may_admit = 0
+                        continue
+                    self.may_admit -= 1
+            if new is None and not under_way:
+                return
+            if new is None and order == Order.BY_SCORE and under_way[0].score < 0 and others:
+                return
+            r = new or under_way.pop(0)
+            r.chunk = min(r.target - r.prefilled, left)
+            left -= r.chunk
+            others = True
 
     def gpu_phase_s(self, sub: int, chunks: list[tuple[int, int]]) -> float:
         """T_GPU of a phase in which ``sub`` prefills (chunk, done) pairs, as the aligning planner foresees it."""

@@ -26,11 +26,16 @@ SLOW_OK = settings(
 
 
 @settings(SLOW_OK, max_examples=80)
-@given(case=cases(max_requests=25), seed=st.integers(0, 2**32 - 1), budget=st.sampled_from([7, 100, -1]))
-def test_scores_decide_who_is_admitted_and_preempted_as_in_the_reference(case, seed, budget) -> None:
+@given(
+    case=cases(max_requests=25),
+    seed=st.integers(0, 2**32 - 1),
+    budget=st.sampled_from([7, 100, -1]),
+    in_order=st.booleans(),
+)
+def test_scores_decide_who_is_admitted_and_preempted_as_in_the_reference(case, seed, budget, in_order) -> None:
     engine, reference = start(case)
     rng = np.random.default_rng(seed)
-    knobs = fixed_knobs({"prefill_budget_tokens": budget, "sub_batching": 0})
+    knobs = fixed_knobs({"prefill_budget_tokens": budget, "sub_batching": 0, "prefill_in_order": in_order})
     observer = RequestObserver(engine, has_predictor=True, visible=30, knobs=knobs)
     limits = np.ones(1)
     observer.look()

@@ -205,14 +205,20 @@ def plan_by_budget(t, s, k, e):
     return planned
 
 
+@inner
+def is_before(s, e, a, b, order):
+    """Does the prompt of request a come before that of b? Of equal ones the earlier admitted."""
+    key_a, key_b = waiting_key(s.req, e, a, order), waiting_key(s.req, e, b, order)
+    return key_a < key_b or (key_a == key_b and s.req[e, a]["admitted_seq"] < s.req[e, b]["admitted_seq"])
+
+
 @helper
 def sort_prefills(s, e, order):
-    """Prompts under way in the queue's order; of equal ones the earlier admitted first."""
+    """Prompts under way in the queue's order; whether one is hopeless is as it was when it was admitted."""
     for i in range(1, s.env[e]["prefill_count"]):
         r = s.lists[e, i]["prefill"]
-        key = waiting_key(s.req, e, r, order)
         place = i
-        while place > 0 and waiting_key(s.req, e, s.lists[e, place - 1]["prefill"], order) > key:
+        while place > 0 and is_before(s, e, r, s.lists[e, place - 1]["prefill"], order):
             s.lists[e, place]["prefill"] = s.lists[e, place - 1]["prefill"]
             place -= 1
         s.lists[e, place]["prefill"] = r
