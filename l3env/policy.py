@@ -233,7 +233,7 @@ class View:
 
     @cached_property
     def prefilling(self) -> NDArray[np.void]:
-        """The prefilling ones in order of admission, or of the queue where ``prefill_in_order`` is on."""
+        """The prefilling ones in order of admission."""
         count = int(self._env["prefill_count"])
         return self._rows(self._engine.state.lists["prefill"][self._e, :count].astype(np.int64))
 

@@ -405,8 +405,7 @@ HEAP_DTYPE = np.dtype(
 LISTS_DTYPE = np.dtype(
     [
         ("running", np.int32),  # requests in PREFILL, DECODE or PAUSED, first running_count
-        # requests in PREFILL in order of admission (or of the queue, see ``prefill_in_order``), first prefill_count
-        ("prefill", np.int32),
+        ("prefill", np.int32),  # requests in PREFILL in order of admission, first prefill_count
         ("slo_s", np.float64),  # TBT SLOs of the workload in ascending order
         ("joining", np.int32),  # requests flagged ``joining``, first joining_count
     ],

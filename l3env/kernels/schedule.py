@@ -205,29 +205,32 @@ def plan_by_budget(t, s, k, e):
     return planned
 
 
-@inner
-def is_before(s, e, a, b, order):
-    """Does the prompt of request a come before that of b? Of equal ones the earlier admitted."""
-    key_a, key_b = waiting_key(s.req, e, a, order), waiting_key(s.req, e, b, order)
-    return key_a < key_b or (key_a == key_b and s.req[e, a]["admitted_seq"] < s.req[e, b]["admitted_seq"])
-
-
 @helper
-def sort_prefills(s, e, order):
-    """Prompts under way in the queue's order; whether one is hopeless is as it was when it was admitted."""
-    for i in range(1, s.env[e]["prefill_count"]):
-        r = s.lists[e, i]["prefill"]
-        place = i
-        while place > 0 and is_before(s, e, r, s.lists[e, place - 1]["prefill"], order):
-            s.lists[e, place]["prefill"] = s.lists[e, place - 1]["prefill"]
-            place -= 1
-        s.lists[e, place]["prefill"] = r
+def next_prefill(s, e, listed, order):
+    """Of the first ``listed`` prompts under way and without a chunk yet, the first in the queue's order, or -1; of equal
+    ones the earlier admitted. Whether one is hopeless is as it was when it was admitted."""
+    best, least = NOWHERE, np.inf
+    for i in range(listed):
+        r = np.int64(s.lists[e, i]["prefill"])
+        if s.req[e, r]["chunk_tokens"] == 0:
+            key = waiting_key(s.req, e, r, order)
+            if best == NOWHERE or key < least:
+                best, least = r, key
+    return best
 
 
 @inner
 def is_held(s, k, e, r):
     """Is a prompt under way held back by its score?"""
     return k[e]["order"] == Order.BY_SCORE and s.req[e, r]["score"] < least_score(s.scorer, e)
+
+
+@inner
+def plan_chunk(s, e, r, planned, left):
+    """As much of a prompt as is left to plan; returns the tokens (planned, left) then."""
+    chunk = min(np.int64(s.req[e, r]["target_tokens"] - s.req[e, r]["prefilled_tokens"]), left)
+    s.req[e, r]["chunk_tokens"] = chunk
+    return planned + chunk, left - chunk
 
 
 @helper
@@ -242,33 +245,24 @@ def plan_in_order(t, s, k, e):
         left = LARGE_TOKENS
     if k[e]["budget_counts_decodes"]:
         left = max(left - decoding, 0)
-    sort_prefills(s, e, order)
-    listed, place = env["prefill_count"], 0
+    listed = env["prefill_count"]
     for i in range(listed):
         req[e, s.lists[e, i]["prefill"]]["chunk_tokens"] = 0
     planned, admissions = 0, most_admissions(s, k, e)
+    r = next_prefill(s, e, listed, order)
     while left > 0:
-        r = next_waiting(s, e, order) if admissions > 0 else NOWHERE
-        if place < listed:
-            p = np.int64(s.lists[e, place]["prefill"])
-            if r != NOWHERE and waiting_key(req, e, r, order) >= waiting_key(req, e, p, order):
-                r = NOWHERE
-            if r == NOWHERE:
-                if is_held(s, k, e, p) and planned + decoding > 0:
-                    break
-                r = p
-                place += 1
-        elif r == NOWHERE:
-            break
-        if req[e, r]["status"] == Status.WAITING:
-            admissions -= 1
+        w = np.int64(next_waiting(s, e, order)) if admissions > 0 else NOWHERE
+        if w != NOWHERE and (r == NOWHERE or waiting_key(req, e, w, order) < waiting_key(req, e, r, order)):
             if admit_next(t, s, k, e, lighter_sub(s, e)) == NOWHERE:
                 admissions = 0
                 continue
-        chunk = min(np.int64(req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]), left)
-        req[e, r]["chunk_tokens"] = chunk
-        planned += chunk
-        left -= chunk
+            admissions -= 1
+            planned, left = plan_chunk(s, e, w, planned, left)
+            continue
+        if r == NOWHERE or (is_held(s, k, e, r) and planned + decoding > 0):
+            break
+        planned, left = plan_chunk(s, e, r, planned, left)
+        r = next_prefill(s, e, listed, order)
     return planned
 
 
