@@ -506,8 +506,8 @@ class PimForm(IntEnum):
 class State(NamedTuple):
     """All of the engine's memory. Copying these arrays copies the environments.
 
-    ``lane_class`` is ``()`` where no model guesses, ``scorer`` where none schedules, ``prefix`` where there is no prefix
-    cache: kernels are compiled for that type without any of the code that works on it (see ``kernels.drafts``,
+    ``lane_class`` is ``()`` where no model guesses, ``scorer`` where none schedules, ``prefix`` without a prefix cache:
+    kernels are compiled for that type without any of the code that works on it (see ``kernels.drafts``,
     ``kernels.scorer`` and ``kernels.prefix``).
     """
 

@@ -59,7 +59,7 @@ class BestConstantInOrder(BestConstant):
     """As ``best-constant``, with ``prefill_in_order`` among the knobs searched."""
 
     def __init__(self) -> None:
-        super().__init__("best-constant-in-order", GRID | {"prefill_in_order": (False, True)})
+        super().__init__("best-constant-in-order", {**GRID, "prefill_in_order": (False, True)})
 
 
 class BestConstantGlobal(FixedKnobs):

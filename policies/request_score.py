@@ -61,7 +61,9 @@ def weights_of(values: Mapping[str, float]) -> NDArray[np.float64]:
 def read_weights(path: Path) -> NDArray[np.float64]:
     """The weights in a file. Raises PolicyError for what is wrong with it."""
     try:
-        values = {str(name): float(value) for name, value in json.loads(path.read_text(encoding="utf-8"))["weights"].items()}
+        values = {
+            str(name): float(value) for name, value in json.loads(path.read_text(encoding="utf-8"))["weights"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PolicyError(f"{path}: expected JSON with an object 'weights' of numbers: {error!r}") from None
     if not all(map(math.isfinite, values.values())):

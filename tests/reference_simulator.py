@@ -477,7 +477,7 @@ class ReferenceSimulator:
             left -= r.chunk
 
     def plan_in_order(self, knobs: Knobs) -> None:
-        """Whoever is first among the prompts under way and the head of the queue gets all it can use of what is left."""
+        """Whoever is first of the prompts under way and the head of the queue gets all it can use of what is left."""
         order = knobs.order
         left = math.inf if knobs.prefill_budget_tokens < 0 else knobs.prefill_budget_tokens
         if knobs.budget_counts_decodes:

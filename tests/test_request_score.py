@@ -20,8 +20,8 @@ from l3env.state import Order, Score, Status
 from l3env.workload import Workload
 from policies.request_score import FILE, KNOBS, RequestScore, read_weights, weights_of
 
-GPU = ("gpu-dgx-a100", "qwen-72b")
-TBT_TOKENS = 16.0
+GPU = ("gpu-dgx-a100", "qwen-72b")  # two replicas
+LARGE = ("gpu-dgx-a100", "gpt-175b")  # one
 
 
 def mixed(count: int = 60, seed: int = 0, rate_per_s: float = 8.0) -> Workload:
@@ -41,13 +41,13 @@ def scored(workload: Workload, weights: np.ndarray, pair: tuple[str, str] = GPU)
 
 
 def test_a_short_prompt_overtakes_a_long_one_under_way() -> None:
-    """4,096 tokens at 512 an iteration take eight; who arrives during the first one, with 100, is served in the second."""
+    """4,096 tokens at 512 an iteration take eight; 100 that arrive during the first one are served in the second."""
     workload = Workload.build("two", [0.0, 1e-6], [4096, 100], [1, 1])
     knobs = {"prefill_budget_tokens": 512, "order": Order.SHORTEST_PROMPT_HOPELESS_LAST}
     ttft_s = {}
     for in_order in (False, True):
         policy = FixedKnobs("x", Knobs(**knobs, prefill_in_order=in_order))  # type: ignore[arg-type]
-        ttft_s[in_order] = run_policy(compile_pair(*GPU), workload, policy).requests["ttft_s"].to_numpy()
+        ttft_s[in_order] = run_policy(compile_pair(*LARGE), workload, policy).requests["ttft_s"].to_numpy()
     assert ttft_s[False][1] > 0.9 * ttft_s[False][0]
     assert ttft_s[True][1] < 0.35 * ttft_s[True][0]
 
@@ -95,16 +95,11 @@ def test_scores_are_those_of_the_formula() -> None:
 
 
 def test_the_order_of_requests_does_not_matter() -> None:
+    """Those that are lost share a score, and the earlier goes first: at most one is lost here."""
     rng = np.random.default_rng(1)
-    count = 40
-    prompts, outputs = rng.permutation(np.arange(100, 100 + 150 * count, 150)), rng.integers(2, 60, count)
+    count = 8
+    prompts, outputs = rng.permutation(np.arange(300, 300 + 200 * count, 200)), rng.integers(2, 60, count)
     rows = rng.permutation(count)
-    one = run_policy(compile_pair(*GPU), Workload.build("a", np.zeros(count), prompts, outputs), RequestScore())
-    other = run_policy(
-        compile_pair(*GPU), Workload.build("b", np.zeros(count), prompts[rows], outputs[rows]), RequestScore()
-    )
-    # qwen-72b has two replicas here, and requests go to them in turn: compare within what a replica got
-    assert compile_pair(*GPU).replicas_count == 2
     alone = [Engine(compile_pair(*GPU), 1, count) for _ in range(2)]
     for engine, order in zip(alone, (np.arange(count), rows), strict=True):
         engine.reset(0, Workload.build("c", np.zeros(count), prompts[order], outputs[order]))
@@ -112,8 +107,9 @@ def test_the_order_of_requests_does_not_matter() -> None:
         engine.score_with(0, RequestScore().weights)
         engine.run(0)
     first, second = (engine.state.req["finish_s"][0] for engine in alone)
-    np.testing.assert_array_equal(first[rows], second)
-    assert one.metrics["finished_count"] == other.metrics["finished_count"] == count
+    np.testing.assert_allclose(first[rows], second, rtol=1e-12)
+    assert alone[0].state.req["hopeless"].sum() <= 1
+    assert np.unique(first).size > count / 2
 
 
 def test_decisions_do_not_depend_on_lengths_to_come() -> None:

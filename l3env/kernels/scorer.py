@@ -23,7 +23,14 @@ from l3env.jit import helper, inner
 from l3env.kernels.drafts import drafting_now
 from l3env.kernels.heap import push, remove
 from l3env.kernels.memory import emitted_now, preempt
-from l3env.kernels.price import hbm_attention_s, lane_attention_s, one_batch_s, pim_side_s, prefill_launch_s, prefill_work_s
+from l3env.kernels.price import (
+    hbm_attention_s,
+    lane_attention_s,
+    one_batch_s,
+    pim_side_s,
+    prefill_launch_s,
+    prefill_work_s,
+)
 from l3env.kernels.queue import build_order, waiting_key
 from l3env.kernels.schedule import decoding_count, gpu_side_s, moved_requests, slowest_lane_s
 from l3env.state import NOWHERE, SLACK_HEAP, SUB_BATCHES, Order, Score, Status, SubBatching, Victim
@@ -235,7 +242,9 @@ def place(w, t, s, k, e):
         gpu_s = env["last_gpu_0_s"] + env["last_gpu_1_s"]
         balance = (pim_s - gpu_s) / (pim_s + gpu_s) if pim_s + gpu_s > 0 else 0.0
         long_s = lane_attention_s(t, table, max(env["prompt_mean_tokens"], 1.0), 1.0)
-        total = w[Score.PLACE] + w[Score.PLACE_BALANCE] * balance + w[Score.PLACE_LONG] * np.log(long_s / env["tbt_slo_s"])
+        total = (
+            w[Score.PLACE] + w[Score.PLACE_BALANCE] * balance + w[Score.PLACE_LONG] * np.log(long_s / env["tbt_slo_s"])
+        )
         k[e]["hbm_share_frac"] = 0.5 + 0.5 * around_zero(total)
     length = np.log(max(env["output_mean_tokens"], 1.0) / 256.0)
     k[e]["headroom_frac"] = min(np.exp(w[Score.HEADROOM] + w[Score.HEADROOM_LONG] * length), 0.5)
