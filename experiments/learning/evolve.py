@@ -4,8 +4,8 @@
 
 In each generation every system, model and trace gives one task: a stretch of its training window (the first 60 % of the
 trace's span) at a utilization drawn from 0.6 to 1.2. What counts is the share of requests that meet their SLO, over the
-best of the generation on that task, averaged over tasks; time in the system decides between equal candidates. The mean of
-the final distribution is the result. An interrupted search goes on from its last generation.
+best of the generation on that task, averaged over tasks; time in the system decides between equal candidates. The mean
+of the final distribution is the result. An interrupted search goes on from its last generation.
 """
 
 from __future__ import annotations
