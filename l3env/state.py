@@ -113,8 +113,8 @@ class Score(IntEnum):
     # a decoding request's score, for when memory runs over
     KEEP = 28
     KEEP_LEAD = 29
-    # HBM's share of the KV: PLACE + PLACE_BALANCE x ((PIM time - GPU time) / both, lately) + PLACE_LONG x (log of a mean
-    # prompt's decode attention in a PIM lane, in nominal TBT SLOs), then from 0 to 1
+    # HBM's share of the KV: PLACE + PLACE_BALANCE x ((PIM time - GPU time) / both, lately) + PLACE_LONG x (log of a
+    # mean prompt's decode attention in a PIM lane, in nominal TBT SLOs), then from 0 to 1
     PLACE = 30
     PLACE_BALANCE = 31
     PLACE_LONG = 32

@@ -207,8 +207,10 @@ def plan_by_budget(t, s, k, e):
 
 @helper
 def next_prefill(s, e, listed, order):
-    """Of the first ``listed`` prompts under way, without a chunk yet, the first in the queue's order, or -1; of equal ones
-    the earlier admitted. Whether one is hopeless is as it was when it was admitted."""
+    """Of the first ``listed`` prompts under way, without a chunk yet, the first in the queue's order, or -1.
+
+    Of equal ones the earlier admitted; whether one is hopeless is as it was when it was admitted.
+    """
     best, least = NOWHERE, np.inf
     for i in range(listed):
         r = np.int64(s.lists[e, i]["prefill"])
