@@ -66,7 +66,9 @@ def whole(prompt_tokens: float, batch_tokens: int = BATCH_TOKENS, hit_frac: floa
     return [(new, history)] * round(batch_tokens / new)
 
 
-def unequal_ratio(tables: Tables, prompt_tokens: float, hit_frac: float, *, ranks: int = 32, batches: int = 200) -> float:
+def unequal_ratio(
+    tables: Tables, prompt_tokens: float, hit_frac: float, *, ranks: int = 32, batches: int = 200
+) -> float:
     """Attention of the slowest of the ranks over the mean where each takes prompts as they come, of exponential length,
     up to its batch; the one that is cut goes on in the next batch, on its history."""
     rng = np.random.default_rng(0)
@@ -137,7 +139,7 @@ def served(model: ModelSpec, tables: Tables, note: str) -> list[Row]:
             "input tokens/s a node, cached left out",
             32_200,
             unequal_per_s,
-            f"attention waits for the longest of 32 ranks, {ratio:.2f} of the mean; prompts of exponential length; {day}",
+            f"attention waits for the longest of 32 ranks, {ratio:.2f} of the mean, prompts of exponential length; {day}",
         ),
         row(
             FIGURE,

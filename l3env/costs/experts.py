@@ -112,7 +112,9 @@ def moe_layer_s(
     With expert parallelism one all-reduce a layer joins the tokens that the GPUs of a replica split.
     """
     count = np.asarray(tokens, dtype=float)
-    layer = linears_s(model, gpu, count, attention_shapes(model, tp)) + expert_products_s(model, gpu, experts, tp, count)
+    layer = linears_s(model, gpu, count, attention_shapes(model, tp)) + expert_products_s(
+        model, gpu, experts, tp, count
+    )
     token_bytes = attention_elementwise_bytes(model, gpu, tp) + expert_elementwise_bytes(model, gpu, experts, tp)
     layer = layer + elementwise_s(gpu, count, token_bytes)
     reduces = 2 if experts is None else 1
