@@ -79,6 +79,7 @@ class GpuSpec:
     # prefill attention of one request in one layer
     prefill_launch_s: float = at_least(0.0, default=0.0, high=1.0)
     prefill_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the FLOP/s; 0: as linear operations
+    prefill_latent_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # MLA's wider keys; 0: as others
     prefill_query_s: float = at_least(0.0, default=0.0, high=1.0)  # per new token: the longest tile runs on alone
     prefill_history_launch_s: float = at_least(0.0, default=0.0, high=1.0)  # more where there is a history
     prefill_tile_tokens: float = at_least(1.0, default=1.0, high=4096)  # fewer new tokens cost as much on a history

@@ -241,7 +241,8 @@ def pair_s(
 def prefill_pair_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
     """Compute time per pair of prefill attention, on plain keys and values; c new tokens on a history of f have
     c f + c (c + 1) / 2 pairs."""
-    return pair_s(model, gpu, tp, gpu.prefill_utilisation_frac)
+    wider = gpu.prefill_latent_utilisation_frac if model.mla is not None else 0.0
+    return pair_s(model, gpu, tp, wider or gpu.prefill_utilisation_frac)
 
 
 def kv_read_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0) -> float:
