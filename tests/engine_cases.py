@@ -31,6 +31,7 @@ PAIRS = (
     ("cpu-offload-dgx-a100", "llama-2-7b"),
     ("l3-dgx-h200", "deepseek-v3"),  # a latent that may lie decompressed, and a token guessed in each step
     ("l3-h800-ep144-decode", "deepseek-v3"),  # and an all-to-all that computing hides
+    ("l3-h800-ep32-prefill", "deepseek-v3"),  # in phases, on some of the multiprocessors
 )
 
 
