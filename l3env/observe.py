@@ -311,6 +311,6 @@ def static_heads(pair: Tables, *, has_predictor: bool) -> dict[str, NDArray[np.b
         heads["hbm_share_frac"][1:] = False
     if not has_predictor:
         heads["order"][Order.SHORTEST_PREDICTED_HOPELESS_LAST] = False
-    heads["pim_form"][PimForm.DECOMPRESSED] = pair.arrays.coef["spread_lane"][0] > 0
-    heads["multi_token"][True] = pair.arrays.coef["drafts_count"][0] > 0
+    heads["pim_form"][MORE_LEVELS["pim_form"].index(PimForm.DECOMPRESSED)] = pair.arrays.coef["spread_lane"][0] > 0
+    heads["multi_token"][MORE_LEVELS["multi_token"].index(True)] = pair.arrays.coef["drafts_count"][0] > 0
     return heads

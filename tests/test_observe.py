@@ -158,6 +158,22 @@ def arrivals_seen(engine: Engine) -> dict[str, float]:
 @settings(SLOW_OK, max_examples=60)
 @given(case=cases(max_requests=40), choices=st.lists(knobs(), min_size=2, max_size=5), seed=st.integers(0, 2**32 - 1))
 def test_features_agree_with_a_recount(case, choices, seed) -> None:
+    compare_with_recounts(case, choices, seed)
+
+
+@settings(SLOW_OK, max_examples=30)
+@given(
+    case=cases(pairs=[("l3-dgx-h200", "deepseek-v3")], max_requests=40),
+    choices=st.lists(knobs(), min_size=2, max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_features_agree_with_a_recount_of_two_forms_of_kv(case, choices, seed) -> None:
+    engine = compare_with_recounts(case, choices, seed)
+    event(f"decompressed: {engine.state.pool['used'][0, int(engine.tables.coef['spread_pool'][0])] > 0}")
+
+
+def compare_with_recounts(case, choices, seed) -> Engine:
+    """Serves the case under settings that change at every iteration; looks before each."""
     engine = case.engine()
     engine.await_work(0, 1)
     observer = Observer(engine)
@@ -174,6 +190,7 @@ def test_features_agree_with_a_recount(case, choices, seed) -> None:
         engine.run(0, Until.ITERATIONS, 1)
         engine.await_work(0, 1)
     event(f"waiting: {row['waiting_count'] > 0}, decoding: {row['decoding_0_count'] > 0}")
+    return engine
 
 
 def test_groups_lie_where_their_names_do() -> None:
