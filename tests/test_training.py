@@ -23,8 +23,9 @@ from experiments.train.windows import in_window
 from l3env.env import ServingEnv
 from l3env.errors import L3EnvError, PolicyError
 from l3env.observe import FEATURES, LEVELS
-from l3env.runner import run_policy
+from l3env.runner import compile_pair, run_policy
 from l3env.sb3 import make_vec_env
+from l3env.trace_registry import load_trace
 from policies.learned_ppo import Learned
 from policies.network import load_network
 
@@ -70,6 +71,21 @@ def save_and_wait(*args):
 run.save_checkpoint = save_and_wait
 run.train(TrainConfig.from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))
 """
+
+
+@pytest.mark.parametrize("algo", ["maskable-ppo", "dqn"])
+def test_a_run_with_more_knobs_writes_a_network_that_sets_them(algo: str, tmp_path: Path) -> None:
+    names = ["prefill_budget_tokens", "pim_form", "multi_token"]
+    env = {"episode_requests": 20, "interval_s": 2.0, "action_knobs": names}
+    changed = {"systems": ("l3-dgx-h200",), "models": ("deepseek-v3",), "env": env, "total_steps": 128}
+    small = config(algo, **changed)
+    if algo == "dqn":
+        small = replace(small, hyperparams=small.hyperparams | {"discrete": ["pim_form", "multi_token"]})
+    path = train(small, tmp_path)
+    assert list(load_network(path).config["levels"]) == names
+    policy = Learned(path)
+    work = load_trace(TRACE).head(10)
+    assert run_policy(compile_pair("l3-dgx-h200", "deepseek-v3"), work, policy).metrics["finished_count"] == 10
 
 
 @pytest.mark.parametrize("algo", ["maskable-ppo", "grpo", "dqn"])
