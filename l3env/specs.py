@@ -586,6 +586,8 @@ def _cross_checks(spec: Any) -> list[str]:
         problems.append(f"moe.dense_layers_count = {spec.moe.dense_layers_count}: expected <= {spec.layers_count}")
     if isinstance(spec, ExpertParallelSpec) and spec.slots_count % spec.ranks_count:
         problems.append(f"slots_count = {spec.slots_count}: expected a multiple of ranks_count = {spec.ranks_count}")
+    if isinstance(spec, ExpertParallelSpec) and spec.overlap_by_phase and spec.micro_batches_count != 2:
+        problems.append(f"overlap_by_phase: needs micro_batches_count = 2, not {spec.micro_batches_count}")
     if isinstance(spec, PimSpec) and spec.kind not in PIM_KINDS:
         problems.append(f"kind = {spec.kind!r}: expected one of {', '.join(PIM_KINDS)}")
     if isinstance(spec, SystemSpec) and spec.pim is None and not spec.hbm_kv:

@@ -339,6 +339,8 @@ def test_bad_deployments_are_named():
         load("model/deepseek-v3", moe__chosen_count=200)
     with pytest.raises(SpecError, match=r"experts\.comm_sm_count = 200: expected at most the GPU's sm_count = 132"):
         load("system/h800-ep32-prefill", experts__comm_sm_count=200)
+    with pytest.raises(SpecError, match="overlap_by_phase: needs micro_batches_count = 2, not 1"):
+        load("system/h800-ep32-prefill", experts__micro_batches_count=1)
     with pytest.raises(SpecError, match="does not fit"):
         compile_tables(load("system/l3-dgx-a100"), V3, tp=4)
 
