@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import gymnasium
 import numpy as np
@@ -216,3 +217,23 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
     done = np.zeros(1000, np.int64)
     l3env.threads.share_out(lambda first, last: done.__setitem__(slice(first, last), done[first:last] + 1), 1000)
     assert (done == 1).all()
+
+
+def test_only_loops_that_take_long_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quick loop runs alone, a slow one in pieces from its second time on; every item is done once either way."""
+    monkeypatch.setattr(l3env.threads, "_limit", 2)
+    done, calls = np.zeros(100, np.int64), []
+    seconds = 0.0
+
+    def work(first: int, last: int) -> None:
+        calls.append(last - first)
+        done[first:last] += 1
+        time.sleep(seconds)
+
+    for seconds, pieces in ((0.0, [100, 100, 100]), (2 * l3env.threads.WORTH_S, [100, 25, 25, 25, 25])):
+        calls.clear()
+        sharer = l3env.threads.Sharer()
+        while len(calls) < len(pieces):
+            sharer(work, 100)
+        assert calls == pieces
+    assert (done == 3 + 2).all()
