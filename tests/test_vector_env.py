@@ -219,21 +219,23 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
     assert (done == 1).all()
 
 
-def test_only_loops_that_take_long_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_loops_that_take_long_are_shared_out() -> None:
     """A quick loop runs alone, a slow one in pieces from its second time on; every item is done once either way."""
-    monkeypatch.setattr(l3env.threads, "_limit", 2)
     done, calls = np.zeros(100, np.int64), []
-    seconds = 0.0
 
-    def work(first: int, last: int) -> None:
+    def quick(first: int, last: int) -> None:
         calls.append(last - first)
         done[first:last] += 1
-        time.sleep(seconds)
 
-    for seconds, pieces in ((0.0, [100, 100, 100]), (2 * l3env.threads.WORTH_S, [100, 25, 25, 25, 25])):
-        calls.clear()
-        sharer = l3env.threads.Sharer()
-        while len(calls) < len(pieces):
-            sharer(work, 100)
-        assert calls == pieces
-    assert (done == 3 + 2).all()
+    def slow(first: int, last: int) -> None:
+        quick(first, last)
+        time.sleep(2 * l3env.threads.WORTH_S)
+
+    with l3env.threads.at_most(2):
+        for work, pieces in ((quick, [100, 100]), (slow, [100, 25, 25, 25, 25])):
+            calls.clear()
+            sharer = l3env.threads.Sharer()
+            for _ in range(2):
+                sharer(work, 100)
+            assert calls == pieces
+    assert (done == 4).all()
