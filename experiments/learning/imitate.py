@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -101,11 +102,13 @@ def imitate(
     hidden: Sequence[int] = (128, 128),
     workers: int = -1,
     fit_seed: int = 0,
+    longest_s: float = math.inf,
     command: str = "",
 ) -> dict[str, float]:
     """Writes ``policy.npz`` into ``out``; tuned cells are kept in ``tuned.jsonl`` and not tuned again.
 
     With another ``fit_seed`` (of the network and its learning; the cells are the same) it is ``policy-SEED.npz``.
+    Cells whose arrivals span more than ``longest_s`` are tuned, but neither learned from nor held out.
 
     Returns:
         Goodput relative to the constant that was tuned on the very same requests, over the cells held out.
@@ -114,6 +117,7 @@ def imitate(
     set_up_torch()
     os.environ["L3ENV_THREADS"] = "1"  # a process a core
     rows = _tuned_cells(source, out / "tuned.jsonl", cells_count, workers)
+    rows = [row for row in rows if span_s(source, row) <= longest_s]
     held_out = max(int(HOLDOUT_FRAC * len(rows)), 1)
     tested, learned = rows[:held_out], rows[held_out:]
     data = Data()
@@ -230,6 +234,7 @@ def main() -> None:
     parser.add_argument("--hidden", nargs="+", type=int, default=[128, 128])
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--seed", type=int, default=0, help="of the cells")
+    parser.add_argument("--longest-s", type=float, default=math.inf, help="longest span of arrivals to learn from")
     parser.add_argument("--fit-seed", type=int, default=0, help="of the network and its learning")
     for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
         parser.add_argument(f"--{name}", nargs="+", default=default)
@@ -255,6 +260,7 @@ def main() -> None:
         hidden=given.hidden,
         workers=given.workers,
         fit_seed=given.fit_seed,
+        longest_s=given.longest_s,
         command=command,
     )
     print(json.dumps(figures))
