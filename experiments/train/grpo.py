@@ -26,7 +26,6 @@ from stable_baselines3.common.utils import FloatSchedule
 
 from l3env.errors import L3EnvError
 
-
 SUPERVISIONS = ("outcome", "process")
 
 
