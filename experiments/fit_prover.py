@@ -64,16 +64,21 @@ def fit(mean_steps: float, seed: int, seconds: float, count: int = THEOREMS) -> 
     jump = {name: value * np.exp(STEP * rng.normal()) for name, value in START.items()}
     best: Mapping[str, float] = jump if seed else START
     start = replace(ProofModel(), mean_steps=mean_steps)
-    least, width, tried = loss(replace(start, **best), count), STEP, 1
+    least, width, tried = loss(_with(start, best), count), STEP, 1
     while time.monotonic() < end:
         values = {name: float(value * np.exp(width * rng.normal())) for name, value in best.items()}
-        now = loss(replace(start, **values), count, give_up=least)
+        now = loss(_with(start, values), count, give_up=least)
         tried += 1
         if now < least:
             best, least, width = values, now, width * 1.5
         else:
             width = max(width * 1.5**-0.25, 0.02)
-    return Fit(replace(start, **best), least, tried)
+    return Fit(_with(start, best), least, tried)
+
+
+def _with(model: ProofModel, values: Mapping[str, float]) -> ProofModel:
+    changes: dict[str, Any] = dict(values)
+    return replace(model, **changes)
 
 
 def judged(found: Fit, dead_frac: float, count: int = JUDGED_THEOREMS) -> dict[str, Any]:
