@@ -39,16 +39,19 @@ SHOWN = (
     "verifier_busy_frac",
     "kv_hbm_peak_frac",
     "kv_pim_peak_frac",
+    "prefix_hit_tokens_frac",
 )
 
 
-def searched(system: str, policy: str, settings: SearchSettings, log: Path | None = None) -> dict[str, Any]:
+def searched(
+    system: str, policy: str, settings: SearchSettings, log: Path | None = None, prefix_cache: str = "off"
+) -> dict[str, Any]:
     """One run: what was asked and its figures."""
     client = ProofSearch(settings)
     training = earlier_requests(client)
     start = time.perf_counter()
     tables = compile_pair(system, MODEL)
-    outcome = run_reactive(tables, client, lambda: make_policy(policy), training=training, record=False)
+    outcome = run_reactive(tables, client, lambda: make_policy(policy), training=training, record=False, prefix_cache=prefix_cache)
     if log is not None:
         prover_log.write(client.log, log)
     row: dict[str, Any] = {"system": system, "policy": policy, "verifiers_count": settings.verifiers_count}
@@ -64,6 +67,7 @@ def main() -> None:
     parser.add_argument("--verifiers", default=",".join(map(str, VERIFIERS)))
     parser.add_argument("--mode", choices=MODES, default=MODES[0])
     parser.add_argument("--log", type=Path, help="folder for a log of every run, which is a trace (format prover-log)")
+    parser.add_argument("--prefix-cache", default="off", help="off, lru, lfu or tree")
     asked = parser.parse_args()
     rows = []
     if asked.log is not None:
@@ -74,7 +78,7 @@ def main() -> None:
             for policy in asked.policies.split(","):
                 name = f"{system}.{policy}.{verifiers}.jsonl"
                 log = None if asked.log is None else asked.log / name
-                rows.append(searched(system, policy, settings, log))
+                rows.append(searched(system, policy, settings, log, asked.prefix_cache))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(pd.DataFrame(rows).round(3).to_string())
 
