@@ -51,7 +51,9 @@ def searched(
     training = earlier_requests(client)
     start = time.perf_counter()
     tables = compile_pair(system, MODEL)
-    outcome = run_reactive(tables, client, lambda: make_policy(policy), training=training, record=False, prefix_cache=prefix_cache)
+    outcome = run_reactive(
+        tables, client, lambda: make_policy(policy), training=training, record=False, prefix_cache=prefix_cache
+    )
     if log is not None:
         prover_log.write(client.log, log)
     row: dict[str, Any] = {"system": system, "policy": policy, "verifiers_count": settings.verifiers_count}
