@@ -49,7 +49,7 @@ class Fit:
 def loss(model: ProofModel, count: int = THEOREMS, give_up: float = float("inf")) -> float:
     """Root mean square difference of the single-pass shares; infinite as soon as it must be above ``give_up``."""
     squares, shares = 0.0, SINGLE_PASS_SHARES
-    for most in (3200, max(shares)):  # the first is cheap, and tells most misfits
+    for most in (128, 3200, 4 * TREE_SAMPLES, max(shares)):  # the first are cheap, and tell most misfits
         needed = samples_needed(model, count, SINGLE_PASS, most)
         squares = sum(((needed <= k).mean() - share) ** 2 for k, share in shares.items() if k <= most)
         if squares > give_up**2 * len(shares):
@@ -81,23 +81,27 @@ def _with(model: ProofModel, values: Mapping[str, float]) -> ProofModel:
     return replace(model, **changes)
 
 
-def judged(found: Fit, dead_frac: float, count: int = JUDGED_THEOREMS) -> dict[str, Any]:
+def judged(
+    found: Fit, dead_frac: float, count: int = JUDGED_THEOREMS, longest: int = 32 * TREE_SAMPLES
+) -> dict[str, Any]:
     """Shares proved by every method at some budgets, for one ``dead_frac``."""
-    model, longest = replace(found.model, dead_frac=dead_frac), max(BUDGETS)
-    methods = {"single-pass": (SINGLE_PASS, longest), "RMaxTS": (RMAXTS, longest)}
-    methods |= {name: (method, 16 * TREE_SAMPLES) for name, (method, _) in ABLATIONS.items()}
+    model = replace(found.model, dead_frac=dead_frac)
+    methods = {"single-pass": SINGLE_PASS, "RMaxTS": RMAXTS} | {name: method for name, (method, _) in ABLATIONS.items()}
     row: dict[str, Any] = {"loss": found.loss, "tried_count": found.tried_count, "model": asdict(model)}
-    for name, (method, most) in methods.items():
+    for name, method in methods.items():
+        most = min(longest, 16 * TREE_SAMPLES) if name in ABLATIONS else longest
         needed = samples_needed(model, count, method, most)
         row[name] = {str(k): float((needed <= k).mean()) for k in BUDGETS if k <= most}
     return row
 
 
-def study(mean_steps: float, seed: int, seconds: float, dead_fracs: list[float], count: int, out: Path) -> None:
+def study(
+    mean_steps: float, seed: int, seconds: float, dead_fracs: list[float], count: int, longest: int, out: Path
+) -> None:
     """One fit and all that follows from it, in a file a ``dead_frac``."""
     found = fit(mean_steps, seed, seconds, count)
     for dead_frac in dead_fracs:
-        row = judged(found, dead_frac, 2 * count)
+        row = judged(found, dead_frac, 2 * count, longest)
         write_text(out / f"{mean_steps:g}-{seed}-{dead_frac:g}.json", json.dumps(row) + "\n")
 
 
@@ -108,6 +112,7 @@ def main() -> None:
     parser.add_argument("--dead", default="0.1,0.3,1")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--theorems", type=int, default=THEOREMS, help="that are fitted; twice as many are judged")
+    parser.add_argument("--longest", type=int, default=32 * TREE_SAMPLES, help="samples that methods are judged up to")
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--out", type=Path, default=Path("runs/fit-prover"))
     asked = parser.parse_args()
@@ -115,7 +120,9 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     dead_fracs = [float(each) for each in asked.dead.split(",")]
     joblib.Parallel(asked.workers)(
-        joblib.delayed(study)(float(steps), seed, 60 * asked.minutes, dead_fracs, asked.theorems, asked.out)
+        joblib.delayed(study)(
+            float(steps), seed, 60 * asked.minutes, dead_fracs, asked.theorems, asked.longest, asked.out
+        )
         for steps, seed in itertools.product(asked.mean_steps.split(","), range(asked.seeds))
     )
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(asked.out.glob("*-*-*.json"))]
@@ -123,9 +130,8 @@ def main() -> None:
     for row in rows:
         model, single, tree = row["model"], row["single-pass"], row["RMaxTS"]
         gains = " ".join(f"{tree[k] - single[k]:+.3f}" for k in single)
-        leads = " ".join(
-            f"{tree[str(16 * TREE_SAMPLES)] - row[name][str(16 * TREE_SAMPLES)]:+.3f}" for name in ABLATIONS
-        )
+        budget = max(row[next(iter(ABLATIONS))], key=int)
+        leads = " ".join(f"{tree[budget] - row[name][budget]:+.3f}" for name in ABLATIONS)
         print(f"loss {row['loss']:.4f} steps {model['mean_steps']:g} dead {model['dead_frac']:g}: {gains} | {leads}")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from experiments import fit_prover
 from experiments.reproduce import prover as reproduce
 from experiments.reproduce.prover import RMAXTS, SINGLE_PASS, Method, samples_needed
 from l3env import rmaxts
@@ -91,6 +94,26 @@ def test_kumaraswamy_quantiles() -> None:
     u = np.linspace(0.01, 0.99, 20)
     x = kumaraswamy(u, 0.4, 0.7)
     np.testing.assert_allclose(1 - (1 - x**0.4) ** 0.7, u)
+
+
+def test_the_fit_is_to_single_pass_shares_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss is the root mean square difference worked out here; what single-pass cannot tell stays as it was."""
+    monkeypatch.setattr(fit_prover, "SINGLE_PASS_SHARES", {32: 0.5, 128: 0.516, 3200: 0.549})
+    model, count = ProofModel(), 60
+    needed = samples_needed(model, count, SINGLE_PASS, 3200)
+    differences = [(needed <= k).mean() - share for k, share in fit_prover.SINGLE_PASS_SHARES.items()]
+    loss = fit_prover.loss(model, count)
+    assert loss == pytest.approx(np.sqrt(np.mean(np.square(differences))))
+    assert fit_prover.loss(replace(model, dead_frac=1.0), count) == loss
+    assert fit_prover.loss(model, count, give_up=0.99 * loss) == np.inf
+    found = fit_prover.fit(4.0, 0, 2.0, count)
+    assert (
+        found.loss
+        == fit_prover.loss(found.model, count)
+        <= fit_prover.loss(replace(ProofModel(), mean_steps=4.0, **fit_prover.START), count)
+    )
+    assert found.tried_count > 3
+    assert (found.model.mean_steps, found.model.dead_frac) == (4.0, model.dead_frac)
 
 
 @pytest.mark.slow

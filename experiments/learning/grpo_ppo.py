@@ -1,6 +1,6 @@
 """GRPO against PPO with masks at equal environment steps, on two cells, several seeds.
 
-    python -m experiments.learning.grpo_ppo --out runs/grpo-ppo --steps 2000000 --seeds 3
+    python -m experiments.learning.grpo_ppo --out runs/grpo-ppo --steps 1500000 --seeds 3
 
 Prints for each cell and algorithm the goodput of the best model on the evaluation window (not seen in training or in
 choosing it) and draws the learning curves: goodput on the validation window, the same episodes for all runs. Every run
@@ -79,7 +79,7 @@ def one(run: Run) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/grpo-ppo"))
-    parser.add_argument("--steps", type=int, default=2_000_000)
+    parser.add_argument("--steps", type=int, default=1_500_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episode-requests", type=int, default=500)
     parser.add_argument("--workers", type=int, default=-1)
