@@ -24,16 +24,20 @@ from typing import Any
 
 import joblib
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.reproduce.prover import ABLATIONS, PAPER, RMAXTS, SINGLE_PASS, TREE_SAMPLES, samples_needed
+from l3env.jit import kernel
 from l3env.runner import write_text
-from traces.proofs import ProofModel
+from traces.proofs import MOST_STEPS, ProofModel, mix, unit
 
 SINGLE_PASS_SHARES = {32: 0.500, 64: 0.507, 128: 0.516} | {samples: single for samples, (single, _) in PAPER.items()}
 START = {"tail": 1.0, "live_p": 0.06, "live_q": 0.25, "error_p": 0.15, "stuck": 0.3}
 STEP = 0.25  # of the logarithm of each parameter, at the start
-THEOREMS = 2 * 244
-JUDGED_THEOREMS = 4 * 244
+THEOREMS = 4 * 244
+LEAST_CHANCE = 1e-6  # what 32 x 6,400 samples would find once in five
+CERTAIN = 0.5
+MOST_STATES = 4_000
 BUDGETS = (32, 64, 128, 400, 1600, 3200, TREE_SAMPLES, 4 * TREE_SAMPLES, 16 * TREE_SAMPLES, 32 * TREE_SAMPLES)
 
 
@@ -46,15 +50,72 @@ class Fit:
     tried_count: int
 
 
-def loss(model: ProofModel, count: int = THEOREMS, give_up: float = float("inf")) -> float:
-    """Root mean square difference of the single-pass shares; infinite as soon as it must be above ``give_up``."""
-    squares, shares = 0.0, SINGLE_PASS_SHARES
-    for most in (128, 3200, 4 * TREE_SAMPLES, max(shares)):  # the first are cheap, and tell most misfits
-        needed = samples_needed(model, count, SINGLE_PASS, most)
-        squares = sum(((needed <= k).mean() - share) ** 2 for k, share in shares.items() if k <= most)
-        if squares > give_up**2 * len(shares):
-            return float("inf")
-    return float(np.sqrt(squares / len(shares)))
+@kernel
+def walk(
+    code: Any,
+    steps: int,
+    live: float,
+    right: float,
+    tail: float,
+    stuck: float,
+    most: int,
+    states: Any,
+    ranks: Any,
+    at: Any,
+) -> float:
+    """Chance that one generated proof proves a theorem: the sum over its proofs of how likely each is.
+
+    Walks the live states, likely continuations first, as long as a continuation is likelier than LEAST_CHANCE, and at
+    most ``most`` states; the rest counts with its expectation over states. Stops at CERTAIN (32 samples do then).
+
+    Args:
+        states, ranks, at: scratch, (steps,) uint64, int64, float64: state, next rank and chance so far by depth.
+    """
+    states[0], ranks[0] = code, 1
+    at[0] = right * unit(mix(code, np.uint64(4))) ** stuck
+    onward = live * right / (1.0 + stuck)  # a step at a random state: right, and to a live one
+    found, depth, visited = 0.0, 0, 0
+    while depth >= 0 and found < CERTAIN:
+        rank = ranks[depth]
+        chance = at[depth] * (float(rank) ** -tail - float(rank + 1) ** -tail)
+        if chance < LEAST_CHANCE or visited >= most:
+            found += at[depth] * float(rank) ** -tail * live * onward ** (steps - depth - 1)
+            depth -= 1
+            continue
+        ranks[depth] += 1
+        visited += 1
+        state = mix(states[depth], np.uint64(rank))
+        if unit(mix(state, np.uint64(3))) > live:
+            continue
+        if depth + 1 == steps:
+            found += chance
+            continue
+        depth += 1
+        states[depth], ranks[depth] = state, 1
+        at[depth] = chance * right * unit(mix(state, np.uint64(4))) ** stuck
+    return found
+
+
+def success_chance(
+    code: Any, steps: int, live: float, right: float, tail: float, stuck: float, most: int = MOST_STATES
+) -> float:
+    """``walk`` with its own scratch."""
+    scratch = np.zeros(MOST_STEPS, np.uint64), np.zeros(MOST_STEPS, np.int64), np.zeros(MOST_STEPS)
+    return float(walk(code, steps, live, right, tail, stuck, most, *scratch))
+
+
+def chances(model: ProofModel, count: int) -> NDArray[np.float64]:
+    """(count,) chance of one sample, theorem by theorem."""
+    t = model.theorems(count)
+    rows = zip(t.code, t.steps, t.live_frac, t.right_frac, strict=True)
+    return np.array([success_chance(*row, model.tail, model.stuck) for row in rows])
+
+
+def loss(model: ProofModel, count: int = THEOREMS) -> float:
+    """Root mean square difference of the expected single-pass shares from the published ones."""
+    chance = chances(model, count)
+    squares = [(np.mean(1 - (1 - chance) ** k) - share) ** 2 for k, share in SINGLE_PASS_SHARES.items()]
+    return float(np.sqrt(np.mean(squares)))
 
 
 def fit(mean_steps: float, seed: int, seconds: float, count: int = THEOREMS) -> Fit:
@@ -67,7 +128,7 @@ def fit(mean_steps: float, seed: int, seconds: float, count: int = THEOREMS) -> 
     least, width, tried = loss(_with(start, best), count), STEP, 1
     while time.monotonic() < end:
         values = {name: float(value * np.exp(width * rng.normal())) for name, value in best.items()}
-        now = loss(_with(start, values), count, give_up=least)
+        now = loss(_with(start, values), count)
         tried += 1
         if now < least:
             best, least, width = values, now, width * 1.5
@@ -81,9 +142,7 @@ def _with(model: ProofModel, values: Mapping[str, float]) -> ProofModel:
     return replace(model, **changes)
 
 
-def judged(
-    found: Fit, dead_frac: float, count: int = JUDGED_THEOREMS, longest: int = 32 * TREE_SAMPLES
-) -> dict[str, Any]:
+def judged(found: Fit, dead_frac: float, count: int = THEOREMS, longest: int = 32 * TREE_SAMPLES) -> dict[str, Any]:
     """Shares proved by every method at some budgets, for one ``dead_frac``."""
     model = replace(found.model, dead_frac=dead_frac)
     methods = {"single-pass": SINGLE_PASS, "RMaxTS": RMAXTS} | {name: method for name, (method, _) in ABLATIONS.items()}
@@ -101,7 +160,7 @@ def study(
     """One fit and all that follows from it, in a file a ``dead_frac``."""
     found = fit(mean_steps, seed, seconds, count)
     for dead_frac in dead_fracs:
-        row = judged(found, dead_frac, 2 * count, longest)
+        row = judged(found, dead_frac, count, longest)
         write_text(out / f"{mean_steps:g}-{seed}-{dead_frac:g}.json", json.dumps(row) + "\n")
 
 
@@ -111,7 +170,7 @@ def main() -> None:
     parser.add_argument("--mean-steps", default="2,2.5,3,3.5,4,5,6,8")
     parser.add_argument("--dead", default="0.1,0.3,1")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--theorems", type=int, default=THEOREMS, help="that are fitted; twice as many are judged")
+    parser.add_argument("--theorems", type=int, default=THEOREMS, help="that are fitted and judged")
     parser.add_argument("--longest", type=int, default=32 * TREE_SAMPLES, help="samples that methods are judged up to")
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--out", type=Path, default=Path("runs/fit-prover"))
