@@ -122,11 +122,12 @@ def test_the_fit_is_to_single_pass_shares_alone() -> None:
 
 @pytest.mark.slow
 def test_the_papers_ordering() -> None:
-    """RMaxTS equals sampling at 32 samples, is above it at 4 x 6,400, and lies above its ablation without reward."""
+    """RMaxTS equals sampling at 32 to 128 samples, is above it at 4 x 6,400, and above its ablation without reward."""
     count = 488
     model = ProofModel()
     single, tree = (samples_needed(model, count, method, 4 * 6400) for method in (SINGLE_PASS, RMAXTS))
     unrewarded = samples_needed(model, count, Method(rewarded=False), 4 * 6400)
-    assert abs((tree <= 32).mean() - (single <= 32).mean()) < 0.03
+    for samples in (32, 64, 128):
+        assert abs((tree <= samples).mean() - (single <= samples).mean()) < 0.02
     assert (tree <= 4 * 6400).mean() > (single <= 4 * 6400).mean()
     assert (tree <= 4 * 6400).mean() > (unrewarded <= 4 * 6400).mean()
