@@ -24,7 +24,7 @@ from l3env.kernels.run import Until
 from l3env.policy import UNLIMITED, Knobs, View
 from l3env.state import MARK_DTYPE, Budget, Order, SubBatching
 from l3env.tables import Tables
-from l3env.threads import share_out
+from l3env.threads import Sharer
 
 LEVELS: dict[str, tuple[Any, ...]] = {
     "admit_max_count": (0, 1, 2, 4, 8, 16, 64, UNLIMITED),
@@ -134,6 +134,7 @@ class Observer:
         self.legal = static_masks(engine, has_predictor=has_predictor)
         self.marks = np.zeros(engine.num_envs, MARK_DTYPE)
         self.machine = np.zeros((engine.num_envs, FEATURES_COUNT - MACHINE), np.float32)
+        self._share_out = Sharer()
         Knobs().write(engine.knobs, slice(None))  # what no action sets
 
     def forget(self, e: int) -> None:
@@ -162,9 +163,9 @@ class Observer:
     def step(
         self, actions: NDArray[Any], until: Until, limits: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Every environment runs under its (checked) action to its own limit, on all cores; fresh features and masks.
+        """Every environment runs under its (checked) action to its own limit; fresh features and masks.
 
-        Each environment is run by one thread, so results do not depend on their number.
+        Long steps are shared out to all cores; each environment is run by one thread, so results do not depend on it.
         """
         engine = self.engine
         obs = np.empty((engine.num_envs, FEATURES_COUNT), np.float32)
@@ -177,7 +178,7 @@ class Observer:
                 marks, self.machine, self.legal, first, last, obs, masks,
             )  # fmt: skip
 
-        share_out(share, engine.num_envs)
+        self._share_out(share, engine.num_envs)
         return obs, masks
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from l3env.engine import Engine, Slo
+from l3env.errors import L3EnvError
 from l3env.observe import LEVELS
 from l3env.policy import Knobs
 from l3env.runner import replica_shares
@@ -126,6 +127,21 @@ def tune(
         best = search.best()
         search.try_all(_changes(search.grid, best))
     return search.result(best)
+
+
+def probe(cells: Sequence[Cell], knobs: Knobs, *, grid: Grid = GRID) -> Tuned:
+    """A setting, and every change of one of its knobs: ``around`` says what each would give.
+
+    Raises L3EnvError for a value that the grid does not have.
+    """
+    search = _Search(list(cells), _useful(grid, cells), None)
+    try:
+        levels_of = search.grid.items()
+        setting = tuple(levels.index(getattr(knobs, name)) if len(levels) > 1 else 0 for name, levels in levels_of)
+    except ValueError:
+        raise L3EnvError(f"probe: {knobs} has a value that is not in the grid") from None
+    search.try_all([setting, *_changes(search.grid, setting)])
+    return search.result(setting)
 
 
 Setting = tuple[int, ...]  # a level of each knob of the grid
