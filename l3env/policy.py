@@ -343,6 +343,19 @@ class BasePolicy:
     def decide(self, view: View) -> Knobs | Plan:
         raise NotImplementedError
 
+    def score_segments(self, segments: NDArray[np.void]) -> NDArray[np.float64]:
+        """What cached prompt segments are worth, -1 to 1: where room is needed the lowest goes first.
+
+        Asked before every decision, where the prefix cache's rule is ``score``.
+
+        Args:
+            segments: (n,) rows of ``l3env.prefix.SEGMENT_ROW_DTYPE``: those that nobody holds, longest idle first.
+
+        Returns:
+            (n,) scores. They last until the next time; a segment that was never scored has 0.
+        """
+        return np.zeros(segments.size)
+
     def figures(self) -> dict[str, float]:
         """Figures of its own that a run's results should show, such as errors of its predictions."""
         return {}

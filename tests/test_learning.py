@@ -194,6 +194,20 @@ def test_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "policy.png").stat().st_size > 5000
 
 
+def test_curves_of_an_algorithm_are_averaged_at_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs evaluated at steps 0, 10, 20 and 0, 5, 20: at 10 the second lies a third of the way from 0.3 to 0.9."""
+    for name, rows in {"a": "0,0.4\n10,0.6\n20,0.8\n", "b": "0,0.2\n5,0.3\n20,0.9\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluations.csv").write_text("steps,goodput_frac\n" + rows)
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    pictures.compared_curves({"cell": {"ppo": [tmp_path / "a", tmp_path / "b"]}}, tmp_path / "x.png")
+    mean = drawn[0].axes[0].lines[-1]
+    assert mean.get_label() == "ppo"
+    np.testing.assert_allclose(mean.get_xdata(), [0, 10, 20])
+    np.testing.assert_allclose(mean.get_ydata(), [0.3, (0.6 + 0.5) / 2, 0.85])
+
+
 # --- imitation
 
 
