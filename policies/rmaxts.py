@@ -40,7 +40,7 @@ PARTS = 8  # of the earlier requests, for each of which some action should be go
 SCENARIOS = 16
 BATCH = 32
 AHEAD = 128  # imagined arrivals
-LONGEST_S = 1e9  # a trial ends here at the latest: long after its last request
+AFTER = 0.25  # a trial ends so long after its last arrival, as a share of the time that arrivals took
 INTRINSIC_WEIGHT = 0.5
 CLEAR_ERRORS = 3.0  # standard errors an advantage must exceed: the best of many sequences is a lucky one
 LEAST_TRIALS = 8  # scenarios
@@ -137,10 +137,14 @@ class RMaxTS(BasePolicy):
     def _imagine(self, view: View, known: Known) -> None:
         """Of the scenarios, the more go on like this run of late the more of it has been seen."""
         like_run = round(SCENARIOS * known.recent_count / (known.recent_count + AHEAD))
+        self._ends_s = np.full(SCENARIOS, view.now_s + LEVELS * self.decision_interval_s)
         for scenario in range(SCENARIOS):
             lengths = known.draw_lengths(self._rng)
             future = known.arrivals(AHEAD, scenario < like_run, lengths, self._rng)
             view.imagine(self._rollouts, scenario, lengths, future, self.slo)
+            if future is not None:
+                end_s = view.now_s + (1 + AFTER) * (float(future.arrival_s[-1]) - view.now_s)
+                self._ends_s[scenario] = max(end_s, self._ends_s[scenario])
 
 
 class _Search:
@@ -246,11 +250,11 @@ class _Search:
                 if state not in self.seen:
                     self.seen.add(state)
                     is_new[trial] = 1.0
-        rollouts.run_until(np.full(size, self.now_s + LONGEST_S))
+        rollouts.run_until(self.policy._ends_s[[trials[trial % count][1] for trial in range(size)]])
         self.count += count
         env = rollouts.env
         requests = np.maximum(env["requests_count"], 1)
-        met = (env["slo_met_count"] - before["slo_met_count"]) / requests
+        met = (env["slo_met_count"] - before["slo_met_count"] + rollouts.on_track()) / requests
         present_s = (env["present_s"] - before["present_s"]) / requests
         return (met - TIE_BREAK * present_s / (1 + present_s))[:count], is_new, met[:count]
 
