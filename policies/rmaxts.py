@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,18 +31,20 @@ from l3env.workload import Workload
 from policies.best_constant import BestConstant, key_of
 from policies.imagined import Known
 
-ARRIVALS = 32  # requests that come between decisions, about
-LEVELS = 3  # actions in a sequence, an interval each
+INTERVAL_REQUESTS = 64  # that come between decisions, about
+AHEAD_REQUESTS = 128  # imagined ones
+LEVELS = 2  # actions in a sequence, an interval each, the last to the end
 ACTIONS = 12  # settings the tree chooses from, the best constant one included
 LOADS = (1.0, 1.5)  # of the earlier requests, for which actions are chosen
 PARTS = 8  # of the earlier requests, for each of which some action should be good
 SCENARIOS = 16
 BATCH = 32
-AHEAD = 128  # imagined arrivals
 AFTER = 0.25  # a trial ends so long after its last arrival, as a share of the time that arrivals took
 INTRINSIC_WEIGHT = 0.5
+MEMORY = 0.0  # of what an action was worth, from one decision to the next
 CLEAR_ERRORS = 3.0  # standard errors an advantage must exceed: the best of many sequences is a lucky one
 LEAST_TRIALS = 8  # scenarios
+LEAST_ERROR = 1e-4  # of a mean over scenarios
 TIE_BREAK = 1e-3  # weight of time in the system
 
 _portfolios: dict[str, list[Knobs]] = {}
@@ -53,13 +54,16 @@ class RMaxTS(BasePolicy):
     """Tree search over knob settings.
 
     Args:
-        simulations: trials a decision.
+        simulations: trials a decision, at most.
         budget_ms: instead, wall-clock time a decision.
+        interval_requests: that come between decisions, about.
+        ahead_requests: that come in a scenario.
+        clear_errors: standard errors by which an action must be better than the default.
+        memory: weight of the evidence for an action at the next decision; 0 forgets it.
         gamma: discount of the tree's statistics; 1 is UCB1.
         intrinsic: reward coarse states not seen before.
-        virtual_loss: trials of a batch keep apart; without it, a batch is one trial.
-        beyond: imagined requests go on past the sequence and its last setting with them; without it, a trial ends with
-            the sequence.
+        virtual_loss: jobs of a batch that still run count as zero rewards.
+        beyond: a trial goes on past the first interval, and at its end those on track count as served.
     """
 
     name = "rmaxts"
@@ -69,12 +73,21 @@ class RMaxTS(BasePolicy):
         simulations: int = 512,
         *,
         budget_ms: float | None = None,
+        interval_requests: int = INTERVAL_REQUESTS,
+        ahead_requests: int = AHEAD_REQUESTS,
+        clear_errors: float = CLEAR_ERRORS,
+        memory: float = MEMORY,
         gamma: float = rmaxts.GAMMA,
         intrinsic: bool = True,
+        virtual_loss: bool = True,
+        beyond: bool = True,
         seed: int = 0,
     ) -> None:
         self.simulations, self.budget_ms = simulations, budget_ms
-        self.gamma, self.intrinsic, self.seed = gamma, intrinsic, seed
+        self.interval_requests, self.ahead_requests = interval_requests, ahead_requests
+        self.clear_errors, self.memory = clear_errors, memory
+        self.gamma, self.intrinsic, self.virtual_loss, self.beyond = gamma, intrinsic, virtual_loss, beyond
+        self.seed = seed
         self._machine: tuple[Any, ...] | None = None
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
@@ -94,6 +107,7 @@ class RMaxTS(BasePolicy):
         if machine != self._machine:
             self._rollouts = Rollouts(system, BATCH, SCENARIOS)
             self._machine = machine
+        self._evidence = np.zeros((len(self.actions), 2))  # of each action kept to the end: precision, times its mean
         self._decisions = self._deviations = self._trials = 0
         self._spent_s = 0.0
 
@@ -119,13 +133,14 @@ class RMaxTS(BasePolicy):
     def _plan(self, view: View, start_s: float) -> int:
         """The action of the best sequence, 0 for the default."""
         known = Known(view, self._earlier, self._replicas)
-        self.decision_interval_s = ARRIVALS * known.gap_s if known.gap_s > 0 else 1.0
+        self.decision_interval_s = self.interval_requests * known.gap_s if known.gap_s > 0 else 1.0
         if len(self.actions) == 1:
             return 0
         self._imagine(view, known)
         search = _Search(self, view.now_s)
         if search.is_perfect:
             self._trials += search.count
+            self._evidence *= self.memory
             return 0
         while search.count < self.simulations or self.budget_ms is not None:
             if self.budget_ms is not None and 1e3 * (time.perf_counter() - start_s) > self.budget_ms:
@@ -134,13 +149,20 @@ class RMaxTS(BasePolicy):
         self._trials += search.count
         return search.best_first_action()
 
+    def weigh(self, action: int, mean: float, error: float) -> tuple[float, float]:
+        """An action's advantage and its standard error, with what earlier decisions found."""
+        precision = 1.0 / max(error, LEAST_ERROR) ** 2
+        self._evidence[action] = self.memory * self._evidence[action] + (precision, precision * mean)
+        total, weighted = self._evidence[action]
+        return weighted / total, 1.0 / math.sqrt(total)
+
     def _imagine(self, view: View, known: Known) -> None:
         """Of the scenarios, the more go on like this run of late the more of it has been seen."""
-        like_run = round(SCENARIOS * known.recent_count / (known.recent_count + AHEAD))
+        like_run = round(SCENARIOS * known.recent_count / (known.recent_count + self.ahead_requests))
         self._ends_s = np.full(SCENARIOS, view.now_s + LEVELS * self.decision_interval_s)
         for scenario in range(SCENARIOS):
             lengths = known.draw_lengths(self._rng)
-            future = known.arrivals(AHEAD, scenario < like_run, lengths, self._rng)
+            future = known.arrivals(self.ahead_requests, scenario < like_run, lengths, self._rng)
             view.imagine(self._rollouts, scenario, lengths, future, self.slo)
             if future is not None:
                 end_s = view.now_s + (1 + AFTER) * (float(future.arrival_s[-1]) - view.now_s)
@@ -169,7 +191,7 @@ class _Search:
         """Selects a batch of nodes, tries each on one more scenario or one more action at it, backs up."""
         jobs, trials = [], []
         for _ in range(BATCH):
-            node = int(rmaxts.select(self.nodes, self.policy.gamma))
+            node = self._select()
             child = self._next(node)
             place = -1
             if child is not None:
@@ -190,6 +212,8 @@ class _Search:
                 reward = 0.5 + 0.5 * advantage / self.scale
                 if self.policy.intrinsic:
                     reward = (1 - INTRINSIC_WEIGHT) * reward + INTRINSIC_WEIGHT * new
+            if not self.policy.virtual_loss:
+                rmaxts.start_job(self.nodes, node, self.policy.gamma)
             rmaxts.end_job(self.nodes, node, reward, self.policy.gamma)
 
     def best_first_action(self) -> int:
@@ -199,10 +223,22 @@ class _Search:
             if len(advantages) < LEAST_TRIALS:
                 continue
             values = np.array(advantages)
-            clear = values.mean() - CLEAR_ERRORS * values.std(ddof=1) / math.sqrt(values.size)
+            mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size)
+            if len(path) == 1:
+                mean, error = self.policy.weigh(path[0], mean, error)
+            clear = mean - self.policy.clear_errors * error
             if clear > most:
-                best, most = path[0], float(clear)
+                best, most = path[0], clear
         return best
+
+    def _select(self) -> int:
+        """The node to go on at; a job runs at it from here on, unless virtual loss is off."""
+        if self.policy.virtual_loss:
+            return int(rmaxts.select(self.nodes, self.policy.gamma))
+        node = rmaxts.ROOT
+        while self.children[node] and (chosen := int(rmaxts.best_choice(self.nodes, node))) != node:
+            node = chosen
+        return node
 
     def _next(self, node: int) -> int | None:
         """The node itself where it lacks scenarios, else a new child of it, None where there is none left."""
@@ -243,18 +279,21 @@ class _Search:
             actions[trial] = (*path, *(path[-1],) * (LEVELS - len(path)))
         is_new = np.zeros(count)
         interval_s = self.policy.decision_interval_s
-        for level in range(LEVELS):
+        for level in range(LEVELS if self.policy.beyond else 1):
             rollouts.engine.knobs[:] = self.policy._rows[actions[:, level]]
             rollouts.run_until(np.full(size, self.now_s + (level + 1) * interval_s))
             for trial, state in enumerate(self._coarse(count)):
                 if state not in self.seen:
                     self.seen.add(state)
                     is_new[trial] = 1.0
-        rollouts.run_until(self.policy._ends_s[[trials[trial % count][1] for trial in range(size)]])
+        served = np.zeros(size)
+        if self.policy.beyond:
+            rollouts.run_until(self.policy._ends_s[[trials[trial % count][1] for trial in range(size)]])
+            served += rollouts.on_track()
         self.count += count
         env = rollouts.env
         requests = np.maximum(env["requests_count"], 1)
-        met = (env["slo_met_count"] - before["slo_met_count"] + rollouts.on_track()) / requests
+        met = (env["slo_met_count"] - before["slo_met_count"] + served) / requests
         present_s = (env["present_s"] - before["present_s"]) / requests
         return (met - TIE_BREAK * present_s / (1 + present_s))[:count], is_new, met[:count]
 
@@ -273,8 +312,10 @@ def portfolio(constant: BestConstant, system: Tables, training: Workload) -> lis
     one that most raises what the best of the chosen reaches in each part of the earlier requests, at each load."""
     key = key_of(system, training, constant.slo)
     if key not in _portfolios:
-        tried = [Knobs(**{str(name): type(GRID[str(name)][0])(row[name]) for name in GRID})
-                 for row in constant.tried.to_dict("records")]
+        tried = [
+            Knobs(**{str(name): type(GRID[str(name)][0])(row[name]) for name in GRID})
+            for row in constant.tried.to_dict("records")
+        ]
         tried = [constant.knobs, *(knobs for knobs in tried if knobs != constant.knobs)]
         cells = [Cell(system, training.at_load(load), constant.slo) for load in LOADS]
         parts = [part for cell in cells for part in np.array_split(serve_each(cell, tried)[0], PARTS, axis=1)]
