@@ -71,10 +71,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     planners = [name for name in dict.fromkeys(frame["policy"]) if name.startswith(PLANNER)]
     constant, heuristic = goodput[CONSTANT], goodput["best heuristic"]
     lines = [
-        f"{len(goodput)} cells; mean goodput: best constant {constant.mean():.3f}, best heuristic {heuristic.mean():.3f}.",
+        f"{len(goodput)} cells. Goodput: best constant {constant.mean():.3f}, best heuristic {heuristic.mean():.3f}.",
         "",
-        "| | goodput | over best constant: mean | IQM | least | cells below 0.98 | over best heuristic: mean | IQM | least "
-        "| ms a decision | simulations | decisions | other than the constant |",
+        "| | goodput | over best constant: mean | IQM | least | cells below 0.98 | over best heuristic: mean | IQM "
+        "| least | ms a decision | simulations | decisions | other than the constant |",
         "|---|" + "---:|" * 12,
     ]
     for name in planners:

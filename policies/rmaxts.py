@@ -1,14 +1,15 @@
 """RMaxTS as a scheduler: plans knob settings by tree search over copies of the simulator (arXiv 2408.08152).
 
-The tree's actions are settings of the knobs for the next decision intervals; the last one of a sequence holds until all
-requests of a scenario are served, so that nothing lies beyond the horizon. A scenario is the present with output
-lengths and further arrivals drawn from what is known (``imagined.py``); true lengths are never read. A trial's extrinsic
-reward is its goodput against that of the best constant setting on the same scenario, its intrinsic reward 1 where it
-reached a coarse state of the machine that no trial of this decision had reached. Trials run in batches, kept apart by
-virtual loss. A node is tried on every scenario before it is expanded; where nothing is left to try at it, a job gives 0.
+The tree's actions are settings of the knobs for the next decision intervals; the last one of a sequence holds to the
+end of a trial. A scenario is the present with output lengths and further arrivals drawn from what is known
+(``imagined.py``); true lengths are never read. A trial ends soon after the last arrival of its scenario; requests that
+have kept every limit of their SLO so far and await their last token count as served. Its extrinsic reward is its
+goodput against that of the best constant setting on the same scenario, its intrinsic reward 1 where it reached a coarse
+state of the machine that no trial of this decision had reached. Trials run in batches, kept apart by virtual loss. A
+node is tried on every scenario before it is expanded; where nothing is left to try, a job is rewarded with 0.
 
 The default action is the best constant setting. The first action of the best sequence replaces it where the advantage,
-over scenarios, is clear of its standard error. Where the default meets every SLO of every scenario, nothing is searched.
+over scenarios, is clear of its standard error. Where the default meets every SLO of every scenario, the search is over.
 """
 
 from __future__ import annotations
