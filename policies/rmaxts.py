@@ -38,14 +38,12 @@ LEVELS = 2  # actions in a sequence, an interval each, the last to the end
 ACTIONS = 12  # settings the tree chooses from, the best constant one included
 LOADS = (1.0, 1.5)  # of the earlier requests, for which actions are chosen
 PARTS = 8  # of the earlier requests, for each of which some action should be good
-SCENARIOS = 16
+SCENARIOS = 32
 BATCH = 32
 AFTER = 0.25  # a trial ends so long after its last arrival, as a share of the time that arrivals took
 INTRINSIC_WEIGHT = 0.5
-MEMORY = 0.0  # of what an action was worth, from one decision to the next
 CLEAR_ERRORS = 3.0  # standard errors an advantage must exceed: the best of many sequences is a lucky one
 LEAST_TRIALS = 8  # scenarios
-LEAST_ERROR = 1e-4  # of a mean over scenarios
 TIE_BREAK = 1e-3  # weight of time in the system
 
 _portfolios: dict[str, list[Knobs]] = {}
@@ -55,12 +53,11 @@ class RMaxTS(BasePolicy):
     """Tree search over knob settings.
 
     Args:
-        simulations: trials a decision, at most.
+        simulations: trials a decision, at most; those of the default, one a scenario, always run.
         budget_ms: instead, wall-clock time a decision.
         interval_requests: that come between decisions, about.
         ahead_requests: that come in a scenario.
         clear_errors: standard errors by which an action must be better than the default.
-        memory: weight of the evidence for an action at the next decision; 0 forgets it.
         gamma: discount of the tree's statistics; 1 is UCB1.
         intrinsic: reward coarse states not seen before.
         virtual_loss: jobs of a batch that still run count as zero rewards.
@@ -77,7 +74,6 @@ class RMaxTS(BasePolicy):
         interval_requests: int = INTERVAL_REQUESTS,
         ahead_requests: int = AHEAD_REQUESTS,
         clear_errors: float = CLEAR_ERRORS,
-        memory: float = MEMORY,
         gamma: float = rmaxts.GAMMA,
         intrinsic: bool = True,
         virtual_loss: bool = True,
@@ -86,7 +82,7 @@ class RMaxTS(BasePolicy):
     ) -> None:
         self.simulations, self.budget_ms = simulations, budget_ms
         self.interval_requests, self.ahead_requests = interval_requests, ahead_requests
-        self.clear_errors, self.memory = clear_errors, memory
+        self.clear_errors = clear_errors
         self.gamma, self.intrinsic, self.virtual_loss, self.beyond = gamma, intrinsic, virtual_loss, beyond
         self.seed = seed
         self._machine: tuple[Any, ...] | None = None
@@ -108,7 +104,6 @@ class RMaxTS(BasePolicy):
         if machine != self._machine:
             self._rollouts = Rollouts(system, BATCH, SCENARIOS)
             self._machine = machine
-        self._evidence = np.zeros((len(self.actions), 2))  # of each action kept to the end: precision, times its mean
         self._decisions = self._deviations = self._trials = 0
         self._spent_s = 0.0
 
@@ -141,7 +136,6 @@ class RMaxTS(BasePolicy):
         search = _Search(self, view.now_s)
         if search.is_perfect:
             self._trials += search.count
-            self._evidence *= self.memory
             return 0
         while search.count < self.simulations or self.budget_ms is not None:
             if self.budget_ms is not None and 1e3 * (time.perf_counter() - start_s) > self.budget_ms:
@@ -149,13 +143,6 @@ class RMaxTS(BasePolicy):
             search.batch()
         self._trials += search.count
         return search.best_first_action()
-
-    def weigh(self, action: int, mean: float, error: float) -> tuple[float, float]:
-        """An action's advantage and its standard error, with what earlier decisions found."""
-        precision = 1.0 / max(error, LEAST_ERROR) ** 2
-        self._evidence[action] = self.memory * self._evidence[action] + (precision, precision * mean)
-        total, weighted = self._evidence[action]
-        return weighted / total, 1.0 / math.sqrt(total)
 
     def _imagine(self, view: View, known: Known) -> None:
         """Of the scenarios, the more go on like this run of late the more of it has been seen."""
@@ -224,10 +211,8 @@ class _Search:
             if len(advantages) < LEAST_TRIALS:
                 continue
             values = np.array(advantages)
-            mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size)
-            if len(path) == 1:
-                mean, error = self.policy.weigh(path[0], mean, error)
-            clear = mean - self.policy.clear_errors * error
+            error = float(values.std(ddof=1)) / math.sqrt(values.size)
+            clear = float(values.mean()) - self.policy.clear_errors * error
             if clear > most:
                 best, most = path[0], clear
         return best
@@ -269,34 +254,32 @@ class _Search:
 
     def _run(self, trials: list[tuple[tuple[int, ...], int]]) -> tuple[NDArray[np.float64], ...]:
         """(value, 1 where it reached an unseen coarse state, share of SLOs met) of action sequences on scenarios."""
-        rollouts, count = self.rollouts, len(trials)
-        size = rollouts.trials_count
-        for trial in range(size):
-            rollouts.start(trial, trials[trial % count][1])
-        before = rollouts.env.copy()
-        actions = np.zeros((size, LEVELS), np.int64)
-        for trial in range(size):
-            path = trials[trial % count][0]
+        policy, rollouts, count = self.policy, self.rollouts, len(trials)
+        actions = np.zeros((rollouts.trials_count, LEVELS), np.int64)
+        ends_s = np.zeros(rollouts.trials_count)  # those not in use do not run
+        for trial, (path, scenario) in enumerate(trials):
+            rollouts.start(trial, scenario)
             actions[trial] = (*path, *(path[-1],) * (LEVELS - len(path)))
+            ends_s[trial] = policy._ends_s[scenario]
+        before = rollouts.env[:count].copy()
         is_new = np.zeros(count)
-        interval_s = self.policy.decision_interval_s
-        for level in range(LEVELS if self.policy.beyond else 1):
-            rollouts.engine.knobs[:] = self.policy._rows[actions[:, level]]
-            rollouts.run_until(np.full(size, self.now_s + (level + 1) * interval_s))
+        for level in range(LEVELS if policy.beyond else 1):
+            rollouts.engine.knobs[:] = policy._rows[actions[:, level]]
+            rollouts.run_until(np.minimum(ends_s, self.now_s + (level + 1) * policy.decision_interval_s))
             for trial, state in enumerate(self._coarse(count)):
                 if state not in self.seen:
                     self.seen.add(state)
                     is_new[trial] = 1.0
-        served = np.zeros(size)
-        if self.policy.beyond:
-            rollouts.run_until(self.policy._ends_s[[trials[trial % count][1] for trial in range(size)]])
-            served += rollouts.on_track()
+        served = np.zeros(count)
+        if policy.beyond:
+            rollouts.run_until(ends_s)
+            served += rollouts.on_track()[:count]
         self.count += count
-        env = rollouts.env
+        env = rollouts.env[:count]
         requests = np.maximum(env["requests_count"], 1)
         met = (env["slo_met_count"] - before["slo_met_count"] + served) / requests
         present_s = (env["present_s"] - before["present_s"]) / requests
-        return (met - TIE_BREAK * present_s / (1 + present_s))[:count], is_new, met[:count]
+        return met - TIE_BREAK * present_s / (1 + present_s), is_new, met
 
     def _coarse(self, count: int) -> list[tuple[int, ...]]:
         """Octaves of queue and batch, tenths of each kind of memory."""

@@ -176,7 +176,8 @@ def test_lengths_follow_what_was_emitted() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"intrinsic": False}, {"gamma": 1.0}, {"virtual_loss": False}, {"beyond": False}, {"memory": 0.8}]
+    "changes",
+    [{}, {"intrinsic": False}, {"gamma": 1.0}, {"virtual_loss": False}, {"beyond": False}, {"clear_errors": 1.0}],
 )
 def test_runs_as_a_policy(tables: Tables, changes: dict[str, float]) -> None:
     trace = l3env.load_trace("profile:azure-conv-2023?n=60").at_load(0.4)
@@ -287,14 +288,6 @@ def test_a_node_is_tried_on_every_scenario_before_it_is_expanded(tables: Tables)
         assert len(set(keys)) == len(keys)
         assert (search.paths[node][-1] if node else 0) not in keys  # no change is no child
     assert not search.nodes["tree_running"].any()
-
-
-def test_evidence_adds_up_as_precision_weighted_means() -> None:
-    policy = RMaxTS(memory=0.5)
-    policy._evidence = np.zeros((2, 2))
-    assert policy.weigh(1, 0.2, 0.1) == pytest.approx((0.2, 0.1))
-    mean, error = policy.weigh(1, 0.4, 0.1)  # weights 50 and 100
-    assert (mean, error) == pytest.approx(((0.5 * 0.2 + 0.4) / 1.5, 1 / math.sqrt(150)))
 
 
 def test_actions_complement_the_best_constant(tables: Tables) -> None:
