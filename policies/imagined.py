@@ -78,6 +78,11 @@ class Known:
         """One for each request of the present."""
         return self.lengths.draw(self.prompts, self.emitted, rng)
 
+    def replay(self, present_tokens: NDArray[np.int64]) -> Workload:
+        """This run's recent arrivals once more, the clock moved so that they start at 0."""
+        outputs = np.concatenate([self._finished_outputs, present_tokens])[self._order]
+        return Workload.build("recent", self._arrivals_s - self._arrivals_s[0], self._prompts, outputs)
+
     def arrivals(
         self, count: int, recent: bool, present_tokens: NDArray[np.int64], rng: np.random.Generator
     ) -> Workload | None:

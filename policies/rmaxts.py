@@ -9,7 +9,9 @@ state of the machine that no trial of this decision had reached. Trials run in b
 node is tried on every scenario before it is expanded; where nothing is left to try, a job is rewarded with 0.
 
 The default action is the best constant setting. The first action of the best sequence replaces it where the advantage,
-over scenarios, is clear of its standard error. Where the default meets every SLO of every scenario, the search is over.
+over scenarios, is clear of its standard error. First actions are only those that would have served the run's recent
+arrivals, replayed from an empty machine, as well as the default: what is best in a machine that earlier deviations have
+filled may keep it so. Where there is none, or the default meets every SLO of every scenario, there is no search.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ AFTER = 0.25  # a trial ends so long after its last arrival, as a share of the t
 INTRINSIC_WEIGHT = 0.5
 CLEAR_ERRORS = 3.0  # standard errors an advantage must exceed: the best of many sequences is a lucky one
 LEAST_TRIALS = 8  # scenarios
+LEAST_RECENT = 64  # arrivals, for a replay of them
 TIE_BREAK = 1e-3  # weight of time in the system
 
 _portfolios: dict[str, list[Knobs]] = {}
@@ -98,7 +101,7 @@ class RMaxTS(BasePolicy):
         for i, knobs in enumerate(self.actions):
             knobs.write(self._rows, i)
         self._earlier = training
-        self._replicas = system.replicas_count
+        self._system = system
         self._rng = np.random.default_rng(self.seed)
         machine = (system.system, system.model, system.tp, system.block_tokens)
         if machine != self._machine:
@@ -128,12 +131,15 @@ class RMaxTS(BasePolicy):
 
     def _plan(self, view: View, start_s: float) -> int:
         """The action of the best sequence, 0 for the default."""
-        known = Known(view, self._earlier, self._replicas)
+        known = Known(view, self._earlier, self._system.replicas_count)
         self.decision_interval_s = self.interval_requests * known.gap_s if known.gap_s > 0 else 1.0
         if len(self.actions) == 1:
             return 0
+        allowed = self._allowed(known)
+        if not allowed:
+            return 0
         self._imagine(view, known)
-        search = _Search(self, view.now_s)
+        search = _Search(self, view.now_s, allowed)
         if search.is_perfect:
             self._trials += search.count
             return 0
@@ -143,6 +149,15 @@ class RMaxTS(BasePolicy):
             search.batch()
         self._trials += search.count
         return search.best_first_action()
+
+    def _allowed(self, known: Known) -> list[int]:
+        """Actions that would have served this run's recent arrivals, from an empty machine, as well as the default."""
+        if known.recent_count < LEAST_RECENT:
+            return []
+        recent = known.replay(known.draw_lengths(self._rng))
+        served = serve_each(Cell(self._system, recent, self.slo, one_replica=True), self.actions)[0].sum(axis=1)
+        self._trials += len(self.actions)
+        return [a for a in range(1, len(self.actions)) if served[a] >= served[0]]
 
     def _imagine(self, view: View, known: Known) -> None:
         """Of the scenarios, the more go on like this run of late the more of it has been seen."""
@@ -160,7 +175,7 @@ class RMaxTS(BasePolicy):
 class _Search:
     """One decision's tree."""
 
-    def __init__(self, policy: RMaxTS, now_s: float) -> None:
+    def __init__(self, policy: RMaxTS, now_s: float, allowed: list[int]) -> None:
         self.policy, self.rollouts, self.now_s = policy, policy._rollouts, now_s
         self.nodes = rmaxts.new_tree(4096)
         self.size = 1
@@ -168,6 +183,7 @@ class _Search:
         self.advantages: list[list[float]] = [[]]
         self.children: list[list[int]] = [[]]
         self.seen: set[tuple[int, ...]] = set()
+        self.allowed = allowed  # as first actions
         self.order = [int(a) for a in policy._rng.permutation(len(policy.actions))]
         self.count = 0
         self.scale = 1e-6
@@ -231,15 +247,14 @@ class _Search:
         path = self.paths[node]
         if path and len(self.advantages[node]) < SCENARIOS:
             return node
-        last = path[-1] if path else 0
+        actions = [a for a in self.order if (a != path[-1] if path else a in self.allowed)]
         children = self.children[node]
         for child in children:
             if not self.advantages[child]:
                 return child
-        if len(path) == LEVELS or len(children) == len(self.order) - 1:
+        if len(path) == LEVELS or len(children) == len(actions):
             return None
-        action = [a for a in self.order if a != last][len(children)]
-        return self._add(node, action)
+        return self._add(node, actions[len(children)])
 
     def _add(self, node: int, action: int) -> int:
         if self.size == len(self.nodes):
