@@ -14,6 +14,7 @@ from l3env.workload import Workload
 
 BINS = 8  # of prompt length
 RECENT = 512  # arrivals of this run that stretches are cut from, the latest ones
+REPLAYED = 2048  # arrivals of this run that are replayed, the latest ones
 PRIOR_REQUESTS = 50  # weight of the earlier requests' rate of arrival
 
 
@@ -60,9 +61,10 @@ class Known:
         outputs = np.concatenate([earlier.output_tokens, finished["output_tokens"]])
         self.lengths = Lengths(prompts, outputs)
         arrivals_s = np.concatenate([finished["arrival_s"], present["arrival_s"]])
-        self._order = np.argsort(arrivals_s, kind="stable")[-RECENT:]
-        self._arrivals_s = arrivals_s[self._order]
-        self._prompts = np.concatenate([finished["prompt_tokens"], self.prompts])[self._order]
+        self._order = np.argsort(arrivals_s, kind="stable")[-REPLAYED:]
+        self._all_arrivals_s = arrivals_s[self._order]
+        self._all_prompts = np.concatenate([finished["prompt_tokens"], self.prompts])[self._order]
+        self._arrivals_s, self._prompts = self._all_arrivals_s[-RECENT:], self._all_prompts[-RECENT:]
         self._finished_outputs = finished["output_tokens"]
         gap_s = (earlier.arrival_s[-1] - earlier.arrival_s[0]) / max(len(earlier) - 1, 1) * replicas_count
         recent_s = self.now_s - (self._arrivals_s[0] if self._arrivals_s.size == RECENT else 0.0)
@@ -79,9 +81,9 @@ class Known:
         return self.lengths.draw(self.prompts, self.emitted, rng)
 
     def replay(self, present_tokens: NDArray[np.int64]) -> Workload:
-        """This run's recent arrivals once more, the clock moved so that they start at 0."""
+        """This run's arrivals once more, the clock moved so that they start at 0."""
         outputs = np.concatenate([self._finished_outputs, present_tokens])[self._order]
-        return Workload.build("recent", self._arrivals_s - self._arrivals_s[0], self._prompts, outputs)
+        return Workload.build("replay", self._all_arrivals_s - self._all_arrivals_s[0], self._all_prompts, outputs)
 
     def arrivals(
         self, count: int, recent: bool, present_tokens: NDArray[np.int64], rng: np.random.Generator
@@ -95,7 +97,7 @@ class Known:
             present_tokens: lengths of the present as drawn for this scenario.
         """
         if recent:
-            outputs = np.concatenate([self._finished_outputs, present_tokens])[self._order]
+            outputs = np.concatenate([self._finished_outputs, present_tokens])[self._order[-RECENT:]]
             return self._stretch(self._arrivals_s, self._prompts, outputs, 1, count, 1.0, rng)
         if len(self.earlier) < 2 or self._earlier_gap_s <= 0:
             return None

@@ -9,9 +9,10 @@ state of the machine that no trial of this decision had reached. Trials run in b
 node is tried on every scenario before it is expanded; where nothing is left to try, a job is rewarded with 0.
 
 The default action is the best constant setting. The first action of the best sequence replaces it where the advantage,
-over scenarios, is clear of its standard error. First actions are only those that would have served the run's recent
-arrivals, replayed from an empty machine, as well as the default: what is best in a machine that earlier deviations have
-filled may keep it so. Where there is none, or the default meets every SLO of every scenario, there is no search.
+over scenarios, is clear of its standard error. To leave the default, an action must also be one that, held from the
+start of the run, would have served its recent arrivals as well: scenarios end too soon to show where it leads. Once the
+default is left, the machine is not in the state that it would have kept, and scenarios alone decide. Where there is no
+such action, or the default meets every SLO of every scenario, there is no search.
 """
 
 from __future__ import annotations
@@ -107,17 +108,18 @@ class RMaxTS(BasePolicy):
         if machine != self._machine:
             self._rollouts = Rollouts(system, BATCH, SCENARIOS)
             self._machine = machine
+        self._chosen = 0
         self._decisions = self._deviations = self._trials = 0
         self._spent_s = 0.0
 
     def decide(self, view: View) -> Knobs:
         """The setting for the next interval; its length follows the rate at which requests come."""
         start_s = time.perf_counter()
-        chosen = self._plan(view, start_s)
+        self._chosen = self._plan(view, start_s)
         self._decisions += 1
-        self._deviations += chosen != 0
+        self._deviations += self._chosen != 0
         self._spent_s += time.perf_counter() - start_s
-        return self.actions[chosen]
+        return self.actions[self._chosen]
 
     def figures(self) -> dict[str, float]:
         """Cost of a decision, trials a decision, share of decisions that differ from the best constant setting."""
@@ -151,11 +153,13 @@ class RMaxTS(BasePolicy):
         return search.best_first_action()
 
     def _allowed(self, known: Known) -> list[int]:
-        """Actions that would have served this run's recent arrivals, from an empty machine, as well as the default."""
+        """First actions that may be: from the default, those that held up in a replay of this run; else all."""
+        if self._chosen != 0:
+            return list(range(1, len(self.actions)))
         if known.recent_count < LEAST_RECENT:
             return []
-        recent = known.replay(known.draw_lengths(self._rng))
-        served = serve_each(Cell(self._system, recent, self.slo, one_replica=True), self.actions)[0].sum(axis=1)
+        cell = Cell(self._system, known.replay(known.draw_lengths(self._rng)), self.slo, one_replica=True)
+        served = serve_each(cell, self.actions)[0][:, -known.recent_count :].sum(axis=1)
         self._trials += len(self.actions)
         return [a for a in range(1, len(self.actions)) if served[a] >= served[0]]
 
