@@ -312,3 +312,24 @@ def test_requests_served_under_settings_are_those_of_a_run(tables: Tables) -> No
     for knobs, met in zip(SETTINGS, met_mask, strict=True):
         outcome = run_policy(tables, trace, FixedKnobs("fixed", knobs))
         np.testing.assert_array_equal(met, outcome.requests["slo_met"].astype(bool))
+
+
+def test_who_may_replace_the_default_has_held_up_in_this_run(tables: Tables) -> None:
+    """A finished run, all lengths known: its replay is the run, and what each action would have served is a run's."""
+    training = l3env.load_trace("profile:azure-conv-2023?n=300").at_load(0.6)
+    served = l3env.load_trace("profile:azure-conv-2023?n=120", seed=1).at_load(0.9)
+    policy = RMaxTS()
+    policy.prepare(tables, training)
+    engine = Engine(tables, 1, len(served))
+    engine.reset(0, served)
+    SETTINGS[0].write(engine.knobs, 0)
+    engine.run(0)
+    known = Known(View(engine, 0), training, 1)
+    replay = known.replay(np.empty(0, np.int64))
+    np.testing.assert_array_equal(replay.output_tokens, served.output_tokens)
+    np.testing.assert_allclose(replay.arrival_s, served.arrival_s - served.arrival_s[0])
+    runs = [run_policy(tables, replay, FixedKnobs("fixed", knobs), record=False) for knobs in policy.actions]
+    met = [outcome.metrics["slo_attainment_frac"] for outcome in runs]
+    assert policy._allowed(known) == [a for a in range(1, len(met)) if met[a] >= met[0]]
+    policy._chosen = 1
+    assert policy._allowed(known) == list(range(1, len(met)))
