@@ -169,6 +169,11 @@ ROW_DTYPE = np.dtype(
 )
 
 
+FINISHED_DTYPE = np.dtype(
+    [("idx", np.int64), ("arrival_s", np.float64), ("prompt_tokens", np.int64), ("output_tokens", np.int64)]
+)
+
+
 @dataclass(frozen=True)
 class PoolView:
     """A memory pool: 0 is HBM, the others are the PIM side's."""
@@ -254,6 +259,17 @@ class View:
         """
         idx = present_idx(self._engine, self._e)
         rollouts.imagine(self._engine, self._e, idx, scenario, output_tokens, future, slo or Slo())
+
+    @property
+    def finished(self) -> NDArray[np.void]:
+        """All finished requests as FINISHED_DTYPE rows, by index: their lengths are known by now."""
+        req = self._engine.state.req[self._e, : int(self._env["requests_count"])]
+        idx = np.flatnonzero(req["status"] == Status.FINISHED)
+        rows = np.empty(idx.size, FINISHED_DTYPE)
+        rows["idx"] = idx
+        for name, column in (("arrival_s", "arrival_s"), ("prompt_tokens",) * 2, ("output_tokens", "emitted_tokens")):
+            rows[name] = req[column][idx]
+        return rows
 
     @property
     def decoding(self) -> NDArray[np.void]:

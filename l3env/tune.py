@@ -196,28 +196,33 @@ class _Search:
 
 def serve(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Serves a cell under each setting: (share of requests that met their SLO, mean time in the system (s))."""
+    met_mask, present_s = serve_each(cell, knobs)
+    return met_mask.mean(axis=1), present_s
+
+
+def serve_each(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Serves a cell under each setting: ((S, N) requests that met their SLO, (S,) mean time in the system (s))."""
     replicas = 1 if cell.one_replica else cell.tables.replicas_count
     shares = [rows for rows in replica_shares(cell.workload, replicas) if rows.size]
     parts = [cell.workload.select(rows) for rows in shares]
     capacity = max(len(part) for part in parts)
-    jobs = [(s, part) for s in range(len(knobs)) for part in parts]
+    jobs = [(s, i) for s in range(len(knobs)) for i in range(len(parts))]
     batch = int(
         np.clip(ENGINE_BYTES // (capacity * row_bytes(drafts=cell.tables.model.draft_modules_count > 0)), 1, len(jobs))
     )
     engine = Engine(cell.tables, batch, capacity)
-    met, present_s = np.zeros(len(knobs)), np.zeros(len(knobs))
+    met_mask, present_s = np.zeros((len(knobs), len(cell.workload)), np.bool_), np.zeros(len(knobs))
     for first in range(0, len(jobs), batch):
         some = jobs[first : first + batch]
         for e in range(batch):
-            s, part = some[e % len(some)]  # the last batch may be short: its first jobs again
-            engine.reset(e, part, slo=cell.slo)
+            s, i = some[e % len(some)]  # the last batch may be short: its first jobs again
+            engine.reset(e, parts[i], slo=cell.slo)
             knobs[s].write(engine.knobs, e)
         engine.run_to_end()
-        env = engine.state.env
-        for e, (s, _) in enumerate(some):
-            met[s] += int(env["slo_met_count"][e])
-            present_s[s] += float(env["present_s"][e])
-    return met / len(cell.workload), present_s / len(cell.workload)
+        for e, (s, i) in enumerate(some):
+            met_mask[s, shares[i]] = engine.state.req["slo_met"][e, : len(parts[i])] == 1
+            present_s[s] += float(engine.state.env["present_s"][e])
+    return met_mask, present_s / len(cell.workload)
 
 
 def int_or_float(value: Any) -> float:
