@@ -32,6 +32,7 @@ VECTOR_TRACE = "azure-conv-2023"
 COMPILED_POLICY = "l3-model"
 REPEATS = 5
 SCALING_ENVS, SCALING_STEPS = (1, 16, 64, 256, 1024), 50_000
+TRAINED = (("maskable-ppo", 256), ("maskable-ppo", 64), ("ppo", 256), ("ppo", 64))  # the first is "train_..."
 FIRST_USE = "import l3env; l3env.run_policy(l3env.compile_pair('{0}', '{1}'), l3env.load_trace('openr1?n=20'), "
 FIRST_USE += "l3env.make_policy('l3-model'))"
 
@@ -133,13 +134,13 @@ def run(
     progress: Callable[[str], None] = lambda text: None,
     *,
     quick: bool = False,
-    training_speed: Callable[[], tuple[float, float]] | None = None,
+    training_speed: Callable[[str, int], tuple[float, float]] | None = None,
 ) -> dict[str, Any]:
     """All figures. ``quick`` leaves out the fresh-process ones and repeats less.
 
     Args:
-        training_speed: measures (environment steps/s, the environment's share of the wall time) of a training run; None
-            where the extra ``train`` is not installed.
+        training_speed: measures (environment steps/s, the environment's share of the wall time) of a training run with
+            an algorithm and so many environments; None where the extra ``train`` is not installed.
     """
     tables = compile_pair(SYSTEM, MODEL)
     small, large = load_trace(f"{TRACE}?n=1000"), load_trace(f"{TRACE}?n=100000")
@@ -159,11 +160,13 @@ def run(
     figures |= spread("python_policy_iterations_per_s", python_speeds)
     progress("batched environment, 256 of them, random knobs, one iteration a step")
     figures |= spread("vector_env_steps_per_s", repeat(vector_steps_per_s(), count))
-    if training_speed is not None:
-        progress("training, 256 environments, one iteration a step")
-        pairs = [training_speed() for _ in range(1 if quick else 3)]
-        figures |= spread("train_steps_per_s", [speed for speed, _ in pairs])
-        figures |= spread("train_env_share_frac", [share for _, share in pairs])
+    for algo, num_envs in () if training_speed is None else TRAINED[:1] if quick else TRAINED:
+        assert training_speed is not None
+        progress(f"training, {algo}, {num_envs} environments, one iteration a step")
+        pairs = [training_speed(algo, num_envs) for _ in range(1 if quick else 3)]
+        name = "train" if (algo, num_envs) == TRAINED[0] else f"train_{algo.replace('-', '_')}_{num_envs}"
+        figures |= spread(f"{name}_steps_per_s", [speed for speed, _ in pairs])
+        figures |= spread(f"{name}_env_share_frac", [share for _, share in pairs])
     if not quick:
         figures |= vector_scaling(progress)
         progress("first use and later starts, in fresh processes")

@@ -1,109 +1,145 @@
 """The planner (``policies/rmaxts.py``) against the best constant setting and the heuristics, cell by cell.
 
-    python -m experiments.planner                 # every budget and ablation
-    python -m experiments.planner --quick         # 512 simulations, fewer requests
+    python -m experiments.planner --grid --out runs/planner                       # 512 simulations, the learning grid
+    python -m experiments.planner --study --out runs/planner-study                # budgets and ablations, eight cells
+    python -m experiments.planner --grid --training 0%:36% --window 36%:60%       # where its settings were chosen
 
-Training requests come first in a trace, those served after them; the load is that at which the reference policy serves
-the trace at the utilization of the cell. Goodput is the share of requests that meet their SLO.
+Cells and requests are those of ``experiments/learning/grid.py``. Finished runs are kept in ``OUT/rows.jsonl``, so an
+interrupted study goes on; the table goes to ``OUT/planner.md``. Goodput is the share of requests that meet their SLO.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
+import joblib
 import pandas as pd
+from rich.console import Console
 
-from l3env import load_trace
-from l3env.policy import Policy, make_policy
-from l3env.runner import compile_pair, load_at_capacity, run_policy
-from l3env.tables import Tables
-from l3env.workload import Workload
-from policies.rmaxts import RMaxTS
+from experiments.learning.cells import EVALUATION_WINDOW, TRAINING_WINDOW, Cell, Job, run_jobs
+from experiments.learning.grid import MODELS, SYSTEMS, TRACES, UTILIZATIONS, grid_cells
+from experiments.learning.iqm import CELL, GOODPUT, interquartile_mean
+from l3env.runner import write_text
 
-PAIRS = (
-    ("l3-dgx-a100", "gpt-175b"),
-    ("l3-dgx-a100", "qwen-72b"),
-    ("gpu-dgx-a100", "qwen-72b"),
-    ("hbm-pim-dgx-a100", "qwen-72b"),
-)
-TRACES = ("azure-conv-2023", "azure-code-2023")
-UTILIZATIONS = (0.7, 1.0, 1.3)
-HEURISTICS = ("edf", "sjf-prompt", "sarathi", "l3-model", "fill-capacity", "fcfs")
+HEURISTICS = ("edf", "sjf-prompt", "sarathi", "l3-model", "fill-capacity", "fcfs", "hybrid-greedy")
+CONSTANT = "best-constant"
+PLANNER = "rmaxts"
 BUDGETS = (32, 128, 512, 2048)
-REQUESTS = 400  # a replica: as many to learn from, as many to serve
+STUDIED: Mapping[str, str] = {
+    PLANNER: "rmaxts?simulations=512",
+    **{f"rmaxts-{budget}": f"rmaxts?simulations={budget}" for budget in BUDGETS if budget != 512},
+    "rmaxts, no intrinsic reward": "rmaxts?intrinsic=false",
+    "rmaxts, UCB1": "rmaxts?gamma=1.0",
+    "rmaxts, no virtual loss": "rmaxts?virtual_loss=false",
+    "rmaxts, nothing beyond the interval": "rmaxts?beyond=false",
+}
+STUDIED_CELLS = ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 3), (2, 0, 0), (2, 0, 1), (2, 1, 1))  # as indices
+
+err = Console(stderr=True)
 
 
-@dataclass(frozen=True)
-class PlannedCell:
-    """A machine, the requests to learn from and those to serve."""
-
-    name: str
-    tables: Tables
-    training: Workload
-    workload: Workload
+def studied_cells(utilization: float = 0.9) -> list[Cell]:
+    """Eight cells: every system and model, three of the traces (openr1 runs longest)."""
+    places = [(SYSTEMS[s], MODELS[m], TRACES[t]) for s, m, t in STUDIED_CELLS]
+    return [Cell(*place, utilization) for place in places]
 
 
-def cells(requests_count: int = REQUESTS) -> Iterator[PlannedCell]:
-    """Every cell of the study."""
-    for system, model in PAIRS:
-        tables = compile_pair(system, model)
-        for trace in TRACES:
-            count = requests_count * tables.replicas_count
-            whole = load_trace(trace).head(2 * count)
-            full = load_at_capacity(tables, whole)
-            for utilization in UTILIZATIONS:
-                loaded = whole.at_load(utilization * full)
-                rest = loaded.select(np.arange(count, 2 * count))
-                workload = rest.window(float(rest.arrival_s[0]), float("inf"))
-                name = f"{model} on {system}, {trace}, {utilization:g}"
-                yield PlannedCell(name, tables, loaded.head(count), workload)
+def jobs_of(cells: Sequence[Cell], policies: Mapping[str, str]) -> list[Job]:
+    """All policies on all cells; cells with long outputs, which take longest, first."""
+    slow_first = sorted(cells, key=lambda cell: "openr1" not in cell.trace)
+    return [Job(cell, name, (ref,), 1) for name, ref in policies.items() for cell in slow_first]
 
 
-def planners(*, quick: bool = False) -> dict[str, Policy]:
-    """The planner at its budgets, and its ablations at 512 simulations."""
-    found: dict[str, Policy] = {f"rmaxts-{budget}": RMaxTS(budget) for budget in ((512,) if quick else BUDGETS)}
-    if not quick:
-        found["no intrinsic reward"] = RMaxTS(512, intrinsic=False)
-        found["ucb1"] = RMaxTS(512, gamma=1.0)
-    return found
+def ratios(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """(C, P) goodput by cell and policy, with the best heuristic's as ``best heuristic`` and its name."""
+    goodput = pd.DataFrame(rows).pivot(index=CELL, columns="policy", values=GOODPUT)
+    known = [name for name in HEURISTICS if name in goodput]
+    goodput["best heuristic"] = goodput[known].max(axis=1)
+    goodput["best heuristic is"] = goodput[known].idxmax(axis=1)
+    return goodput
 
 
-def study(*, quick: bool = False) -> pd.DataFrame:
-    """One row per cell and policy: goodput, and the planner's own figures."""
-    rows = []
-    for cell in cells(REQUESTS // 2 if quick else REQUESTS):
-        made = {name: make_policy(name) for name in ("best-constant", *HEURISTICS)} | planners(quick=quick)
-        for name, policy in made.items():
-            start = time.perf_counter()
-            metrics = run_policy(cell.tables, cell.workload, policy, training=cell.training, record=False).metrics
-            figures = {key: metrics[key] for key in ("decision_ms", "deviations_frac") if key in metrics}
-            row: dict[str, Any] = {"cell": cell.name, "policy": name, "goodput_frac": metrics["slo_attainment_frac"]}
-            rows.append(row | figures | {"wall_s": time.perf_counter() - start})
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return pd.DataFrame(rows)
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """As Markdown: for each form of the planner its goodput over the opponents', its cost, and then every cell."""
+    goodput = ratios(rows)
+    frame = pd.DataFrame(rows)
+    planners = [name for name in dict.fromkeys(frame["policy"]) if name.startswith(PLANNER)]
+    constant, heuristic = goodput[CONSTANT], goodput["best heuristic"]
+    lines = [
+        f"{len(goodput)} cells. Goodput: best constant {constant.mean():.3f}, best heuristic {heuristic.mean():.3f}.",
+        "",
+        "| | goodput | over best constant: mean | IQM | least | cells below 0.98 | over best heuristic: mean | IQM "
+        "| least | ms a decision | simulations | decisions | other than the constant |",
+        "|---|" + "---:|" * 12,
+    ]
+    for name in planners:
+        ours, own = goodput[name], frame[frame["policy"] == name]
+        over, beside = (ours / constant).fillna(1.0), (ours / heuristic).fillna(1.0)
+        figures = [ours.mean(), over.mean(), interquartile_mean(over), over.min()]
+        costs = [f"{own[each].mean():.0f}" for each in ("decision_ms", "simulations_mean_count", "decisions_count")]
+        shown = [f"{each:.3f}" for each in figures] + [str(int((over < 0.98).sum()))]
+        shown += [f"{each:.3f}" for each in (beside.mean(), interquartile_mean(beside), beside.min())]
+        lines.append(f"| {name} | {' | '.join([*shown, *costs])} | {own['deviations_frac'].mean():.0%} |")
+    if PLANNER in planners:
+        lines += ["", *_cells(goodput)]
+    return "\n".join(lines) + "\n"
 
 
-def against_constant(results: pd.DataFrame) -> pd.DataFrame:
-    """Per policy: mean and least goodput over that of the best constant setting; cells where it has some."""
-    goodput = results.pivot(index="cell", columns="policy", values="goodput_frac")
-    goodput["best heuristic"] = goodput[list(HEURISTICS)].max(axis=1)
-    ratio = goodput[goodput["best-constant"] > 0].div(goodput["best-constant"], axis=0).dropna()
-    return pd.DataFrame({"mean": ratio.mean(), "least": ratio.min(), "goodput": goodput.mean()})
+def _cells(goodput: pd.DataFrame) -> list[str]:
+    heads = [
+        *CELL,
+        "goodput",
+        "best constant",
+        "best heuristic",
+        "over constant",
+        "over heuristic",
+        "best heuristic is",
+    ]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * 4}{' ---: |' * 5} --- |"]
+    for cell, row in goodput.iterrows():
+        ours, constant, heuristic = row[PLANNER], row[CONSTANT], row["best heuristic"]
+        numbers = [ours, constant, heuristic, ours / constant, ours / heuristic]
+        place = " | ".join(str(each) for each in (cell if isinstance(cell, tuple) else (cell,)))
+        lines.append(f"| {place} | {' | '.join(f'{each:.3f}' for each in numbers)} | {row['best heuristic is']} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    results = study(quick=parser.parse_args().quick)
-    print(against_constant(results).round(4).to_string())
-    print(results.groupby("policy")["decision_ms"].mean().dropna().round(1).to_string())
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--grid", action="store_true", help="the planner at 512 simulations on the learning grid")
+    what.add_argument("--study", action="store_true", help="budgets and ablations on eight cells")
+    parser.add_argument("--out", type=Path, default=Path("runs/planner"))
+    parser.add_argument("--workers", type=int, default=joblib.cpu_count())
+    parser.add_argument("--training", default=TRAINING_WINDOW, help="part of a trace's span to learn from")
+    parser.add_argument("--window", default=EVALUATION_WINDOW, help="part to serve")
+    parser.add_argument("--planners", nargs="+", help="forms of the planner, as rmaxts?simulations=128&gamma=1.0")
+    for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
+        parser.add_argument(f"--{name}", nargs="+", default=default)
+    parser.add_argument("--utilizations", nargs="+", type=float, default=UTILIZATIONS)
+    given = parser.parse_args()
+    cells = (
+        studied_cells() if given.study else grid_cells(given.systems, given.models, given.traces, given.utilizations)
+    )
+    cells = [replace(cell, training_window=given.training, window=given.window) for cell in cells]
+    planners = {ref: ref for ref in given.planners} if given.planners else STUDIED
+    if given.grid and not given.planners:
+        planners = {PLANNER: STUDIED[PLANNER]}
+    start_s = time.monotonic()
+
+    def progress(done: int, total: int, what: str) -> None:
+        err.print(f"{done} of {total} jobs, {time.monotonic() - start_s:.0f} s: {what}", highlight=False)
+
+    jobs = jobs_of(cells, {**planners, CONSTANT: CONSTANT, **{name: name for name in HEURISTICS}})
+    rows = run_jobs(jobs, given.out / "rows.jsonl", workers=given.workers, progress=progress)
+    given.out.mkdir(parents=True, exist_ok=True)
+    write_text(given.out / "planner.md", table(rows))
+    err.print(table(rows), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from l3env.errors import PlanError, WorkloadError
 from l3env.kernels import look, plan, run
 from l3env.kernels.plan import Fault
 from l3env.kernels.run import Stop, Until
-from l3env.prefix import segments
+from l3env.prefix import Known, Segments, add_prefixes, open_cache, segments
 from l3env.state import SloForm
 from l3env.tables import TableArrays, Tables, stack
 from l3env.threads import share_out
@@ -112,6 +112,7 @@ class Engine:
             log_rows=self.LOG_ROWS if record else 0,
         )
         self.prefix_cache = prefix_cache
+        self._known = [Known() for _ in range(num_envs)]
         self.knobs = np.zeros(num_envs, st.KNOB_DTYPE)
         self._limits = np.zeros(num_envs)
 
@@ -143,6 +144,7 @@ class Engine:
         count = len(workload)
         if count > capacity:
             raise WorkloadError(f"{workload.name}: {count} requests; this engine was made for at most {capacity}")
+        found = self._segments(table_idx, workload)
         for array in st.arrays(self.state):
             array[e : e + 1].view(np.uint8)[...] = 0  # as bytes: records would be set field by field
         self.state.heap["pos"][e] = st.NOWHERE
@@ -169,35 +171,29 @@ class Engine:
             self._rank_limits(e, count)
         self.state.env["table_idx"][e] = table_idx
         self.state.env["requests_count"][e] = count
-        if self.prefix_cache and workload.prefix_ids.size:
-            self._open_prefix_cache(e, table_idx, workload)
+        if found is not None:
+            self._add_prefixes(e, np.arange(count), workload, found)
         run.open_environment(self.tables, self.state, e)
 
-    def _open_prefix_cache(self, e: int, table_idx: int, workload: Workload) -> None:
+    def _segments(self, table_idx: int, workload: Workload) -> Segments | None:
+        """Those of a workload that the prefix cache is for. Raises WorkloadError where it cannot be."""
+        if not (self.prefix_cache and workload.prefix_ids.size):
+            return None
         if self.tables.coef["spread_pool"][table_idx]:
             raise WorkloadError(
                 f"{workload.name}: a prefix cache where KV may lie in two forms in the same memory is not modelled; "
                 "switch it off for a latent on the PIM side"
             )
-        found, block = segments(workload), self.pairs[table_idx].block_tokens
-        count, blocks = len(workload), -(-found.tokens // block)
-        # a pool holds a segment once, in a block at least
-        slots = min(int(self.tables.pool_blocks[table_idx].max()), found.tokens.size)
-        self.state = st.with_prefix_room(self.state, found.ids.size, found.tokens.size, slots)
+        return segments(workload)
+
+    def _add_prefixes(self, e: int, rows: NDArray[np.int64], workload: Workload, found: Segments) -> None:
+        """The first requests with prefix ids open an environment's cache."""
         prefix = self.state.prefix
-        assert isinstance(prefix, st.PrefixArrays)
-        prefix.ids[e, : found.ids.size] = found.ids
-        segment = prefix.segment[e, : found.tokens.size]
-        segment["tokens"], segment["blocks"], segment["depth"] = found.tokens, blocks, found.depth
-        segment["end_tokens"], segment["first_copy"] = found.end_tokens, st.NOWHERE
-        prefix.slot["next_copy"][e] = np.append(np.arange(1, prefix.slot.shape[2]), st.NOWHERE)
-        prefix.idle["pos"][e] = st.NOWHERE
-        offsets = workload.prefix_offsets
-        sums = np.concatenate([[0], np.cumsum(blocks[found.ids])])
-        req = prefix.req[e, :count]
-        req["ids_first"], req["ids_count"] = offsets[:-1], np.diff(offsets)
-        req["ids_tokens"], req["ids_blocks"] = found.request_tokens, np.diff(sums[offsets])
-        prefix.env["eviction"][e] = self.prefix_cache
+        if not (isinstance(prefix, st.PrefixArrays) and prefix.env["eviction"][e]):
+            self.state = open_cache(self.state, e, self.prefix_cache)
+        pair = self.pair(e)
+        room = int(self.tables.pool_blocks[self.state.env["table_idx"][e]].max())
+        self.state = add_prefixes(self.state, e, rows, workload, found, pair.block_tokens, room, self._known[e])
 
     def append(
         self,
@@ -210,7 +206,8 @@ class Engine:
         """Adds requests to environment ``e`` while it runs; one that was done has work again.
 
         Args:
-            workload: root requests, arriving at any time; those from the past enter at once.
+            workload: root requests, arriving at any time; those from the past enter at once. With a prefix cache they
+                share the segments of all requests so far.
 
         Returns:
             Indices of the new requests.
@@ -228,13 +225,9 @@ class Engine:
             )
         if (workload.parent_idx != st.NOWHERE).any():
             raise WorkloadError(f"{workload.name}: a request depends on another; only root requests can be added")
-        if self.prefix_cache and workload.prefix_ids.size:
-            raise WorkloadError(
-                f"{workload.name}: requests with prefix ids cannot be added where the prefix cache is on; expected all "
-                "ids in the workload that the environment was opened with"
-            )
         if env["slo_form"][e] == SloForm.P99_GAP:
             raise WorkloadError(f"{workload.name}: requests cannot be added under an SLO of form p99-gap")
+        found = self._segments(int(env["table_idx"][e]), workload)
         req["arrival_s"][e, rows] = workload.arrival_s
         req["prompt_tokens"][e, rows] = workload.prompt_tokens
         req["parent_idx"][e, rows] = st.ADDED
@@ -245,6 +238,8 @@ class Engine:
             usual = np.full(rows.size, self.pair(e).model.draft_acceptance_frac)
             req["draft_class"][e, rows] = draft_classes(usual)
         self.set_limits(e, workload, slo or Slo(), first, table_idx=int(env["table_idx"][e]))
+        if found is not None:
+            self._add_prefixes(e, rows, workload, found)
         env["requests_count"][e] = first + rows.size
         env["stop"][e] = Stop.RUNNING
         run.expect(self.state, e, first, first + rows.size)

@@ -7,6 +7,7 @@ consecutive requests of the trace and terminates when all have finished.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -18,7 +19,7 @@ from l3env.episodes import Episodes
 from l3env.errors import L3EnvError, PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import collect
-from l3env.observe import FEATURES, LEVELS, Observer, action_space, observation_space
+from l3env.observe import FEATURES, Observer, action_space, levels_of, observation_space
 from l3env.prefix import eviction_rule
 from l3env.render import Renderer
 
@@ -42,13 +43,17 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         slo_form: what the limit on the time between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines".
         predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
         prefix_cache: "off", or the rule by which cached prompt segments are given up: "lru", "lfu", "tree".
+        action_knobs: the knobs that an action sets, by default those of ``observe.LEVELS``; also "pim_form" and
+            "multi_token" of ``observe.MORE_LEVELS``. The others keep the defaults of ``Knobs``.
         seed: of the trace, where it is generated.
         render_mode: "human" (a live panel in the terminal) or "rgb_array" (``render`` returns (H, W, 3) pixels).
     """
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012  # Gymnasium's
 
-    def __init__(self, *args: Any, render_mode: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, render_mode: str | None = None, action_knobs: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise L3EnvError(
                 f"render_mode = {render_mode!r}; expected {', '.join(self.metadata['render_modes'])} or None"
@@ -56,7 +61,8 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self.render_mode = render_mode
         self.renderer = None if render_mode is None else Renderer()
         self.observation_space: gymnasium.spaces.Space[NDArray[np.float32]] = observation_space()
-        self.action_space = action_space()
+        self.levels = levels_of(action_knobs)
+        self.action_space = action_space(self.levels)
         self.episodes = Episodes.build(*args, **kwargs)
         self.engine: Engine | None = None
 
@@ -82,7 +88,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self._observer = self._make_observer(self.engine)
 
     def _make_observer(self, engine: Engine) -> Observer:
-        return Observer(engine, has_predictor=self._has_predictor)
+        return Observer(engine, has_predictor=self._has_predictor, levels=self.levels)
 
     @property
     def _has_predictor(self) -> bool:
@@ -147,7 +153,6 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         """Names of the observation's entries."""
         return [name for name, _ in FEATURES]
 
-    @staticmethod
-    def knob_levels() -> dict[str, tuple[Any, ...]]:
+    def knob_levels(self) -> dict[str, tuple[Any, ...]]:
         """What each action entry chooses among."""
-        return dict(LEVELS)
+        return dict(self.levels)

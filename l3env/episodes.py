@@ -19,6 +19,7 @@ from l3env.policy import Policy, make_policy
 from l3env.prefix import eviction_rule
 from l3env.reward import Reward, get_reward
 from l3env.runner import compile_pair, load_at_capacity, predictions, replica_shares, training_window
+from l3env.state import Eviction
 from l3env.tables import Tables
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -120,7 +121,7 @@ class Episodes:
             episode_requests=episode_requests,
             reward=chosen_reward,
             predictor=predictor,
-            prefix_cache=eviction_rule(prefix_cache).name.lower(),
+            prefix_cache=_rule_of_an_environment(prefix_cache),
         )
         if utilization is not None:
             for i in range(len(traces)):
@@ -228,6 +229,13 @@ def names_of(what: str, given: Names) -> tuple[str, ...]:
     if not names or len(set(names)) != len(names):
         raise L3EnvError(f"{what} = {given!r}; expected a name, or a list of different names")
     return names
+
+
+def _rule_of_an_environment(prefix_cache: str) -> str:
+    rule = eviction_rule(prefix_cache)
+    if rule == Eviction.SCORE:
+        raise L3EnvError("prefix_cache = 'score' asks a policy for scores; environments take off, lru, lfu or tree")
+    return rule.name.lower()
 
 
 def range_of(what: str, given: Range) -> tuple[float, float]:

@@ -10,6 +10,7 @@ a prefill of 2,048 tokens on the empty system.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -17,14 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.engine import Engine
-from l3env.errors import PlanError
+from l3env.errors import L3EnvError, PlanError
 from l3env.kernels.batch import ACTION, step_batch
 from l3env.kernels.features import FEATURES_END, MACHINE, write_features
 from l3env.kernels.run import Until
 from l3env.policy import UNLIMITED, Knobs, View
-from l3env.state import MARK_DTYPE, Budget, Order, SubBatching
+from l3env.state import MARK_DTYPE, Budget, Order, PimForm, SubBatching
 from l3env.tables import Tables
-from l3env.threads import share_out
+from l3env.threads import Sharer
+
+Levels = Mapping[str, tuple[Any, ...]]
 
 LEVELS: dict[str, tuple[Any, ...]] = {
     "admit_max_count": (0, 1, 2, 4, 8, 16, 64, UNLIMITED),
@@ -36,6 +39,10 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "sub_batching": tuple(SubBatching),
 }
 """The action: one level of each knob."""
+
+MORE_LEVELS: dict[str, tuple[Any, ...]] = {"pim_form": tuple(PimForm), "multi_token": (False, True)}
+"""Knobs that an action may set besides (``action_knobs`` of the environments). They do something where a model stores a
+latent and the system has PIM, and where a model guesses tokens."""
 
 FEATURES: tuple[tuple[str, str], ...] = (
     # the queue
@@ -129,11 +136,18 @@ assert FEATURES_COUNT == FEATURES_END
 class Observer:
     """Watches the environments of an engine: what happened since its last look at each is part of what it sees."""
 
-    def __init__(self, engine: Engine, *, has_predictor: bool = False) -> None:
+    def __init__(self, engine: Engine, *, has_predictor: bool = False, levels: Levels = LEVELS) -> None:
         self.engine = engine
-        self.legal = static_masks(engine, has_predictor=has_predictor)
+        self.legal = static_masks(engine, has_predictor=has_predictor, levels=levels)
+        self._none = admits_none(levels)
+        self._sizes = sizes_of(levels)
+        self._columns = np.array([ACTION.index(name) for name in levels])
+        self._values = np.zeros((len(levels), self._sizes.max()))
+        for row, values in zip(self._values, levels.values(), strict=True):
+            row[: len(values)] = [float(value) for value in values]
         self.marks = np.zeros(engine.num_envs, MARK_DTYPE)
         self.machine = np.zeros((engine.num_envs, FEATURES_COUNT - MACHINE), np.float32)
+        self._share_out = Sharer()
         Knobs().write(engine.knobs, slice(None))  # what no action sets
 
     def forget(self, e: int) -> None:
@@ -149,11 +163,11 @@ class Observer:
 
     def masks(self) -> NDArray[np.bool_]:
         """(E, sum of levels) fresh: which levels do something in each environment now; at least one of each knob."""
-        return mask_rows(self.engine, self.legal)
+        return mask_rows(self.engine, self.legal, self._none)
 
     def check(self, actions: NDArray[Any]) -> NDArray[Any]:
         """(E, knobs) actions as ``step`` takes them; see ``check_actions``."""
-        return check_actions(actions, self.engine.num_envs)
+        return check_actions(actions, self.engine.num_envs, self._sizes)
 
     def shown(self, flat: NDArray[np.float32]) -> Any:
         """Features as the observation space has them: as they are."""
@@ -162,9 +176,9 @@ class Observer:
     def step(
         self, actions: NDArray[Any], until: Until, limits: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Every environment runs under its (checked) action to its own limit, on all cores; fresh features and masks.
+        """Every environment runs under its (checked) action to its own limit; fresh features and masks.
 
-        Each environment is run by one thread, so results do not depend on their number.
+        Long steps are shared out to all cores; each environment is run by one thread, so results do not depend on it.
         """
         engine = self.engine
         obs = np.empty((engine.num_envs, FEATURES_COUNT), np.float32)
@@ -173,28 +187,30 @@ class Observer:
 
         def share(first: int, last: int) -> None:
             step_batch(
-                tables, state, knobs, actions, LEVEL_VALUES, how, limits,
-                marks, self.machine, self.legal, first, last, obs, masks,
+                tables, state, knobs, actions, self._columns, self._values, how, limits,
+                marks, self.machine, self.legal, self._none, first, last, obs, masks,
             )  # fmt: skip
 
-        share_out(share, engine.num_envs)
+        self._share_out(share, engine.num_envs)
         return obs, masks
 
 
 class ViewObserver:
     """What an agent in an environment would see, for a policy in the offline runner: one for each replica's run."""
 
-    def __init__(self, *, has_predictor: bool = False) -> None:
-        self._has_predictor = has_predictor
+    def __init__(self, *, has_predictor: bool = False, levels: Levels = LEVELS) -> None:
+        self._has_predictor, self._levels = has_predictor, levels
         self._observer: Observer | None = None
 
     def look(self, view: View) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """((FEATURES_COUNT,) features, (sum of levels,) mask) now; "since the last step" is since the last look."""
         engine, e = view._engine, view._e
         if self._observer is None:
-            self._observer = Observer(engine, has_predictor=self._has_predictor)
+            self._observer = Observer(engine, has_predictor=self._has_predictor, levels=self._levels)
         mask = self._observer.legal[engine.state.env["table_idx"][e]].copy()
-        mask[ADMIT_NONE] = engine.state.env["running_count"][e] > 0
+        none = admits_none(self._levels)
+        if none >= 0:
+            mask[none] = engine.state.env["running_count"][e] > 0
         return self._observer.look(e, e + 1)[0], mask
 
 
@@ -203,19 +219,48 @@ def observation_space() -> gymnasium.spaces.Space[NDArray[np.float32]]:
     return gymnasium.spaces.Box(0.0, 1.0, (FEATURES_COUNT,), np.float32)
 
 
-def action_space() -> gymnasium.spaces.MultiDiscrete:
-    """One level of each knob, in the order of LEVELS."""
-    return gymnasium.spaces.MultiDiscrete([len(levels) for levels in LEVELS.values()])
+def levels_of(action_knobs: Sequence[str] | None) -> Levels:
+    """Levels of the knobs that an action sets, in the order given; LEVELS by default.
+
+    Raises L3EnvError for none, an unknown one, or one named twice.
+    """
+    if action_knobs is None:
+        return LEVELS
+    known = LEVELS | MORE_LEVELS
+    names = [action_knobs] if isinstance(action_knobs, str) else list(action_knobs)
+    if not names or len(set(names)) < len(names) or not set(names) <= known.keys():
+        raise L3EnvError(f"action_knobs = {action_knobs!r}; expected one or more of {', '.join(known)}, each once")
+    return {name: known[name] for name in names}
 
 
-def knobs_of(action: NDArray[np.int64]) -> Knobs:
+def action_space(levels: Levels = LEVELS) -> gymnasium.spaces.MultiDiscrete:
+    """One level of each knob, in the order of ``levels``."""
+    return gymnasium.spaces.MultiDiscrete(sizes_of(levels))
+
+
+def knobs_of(action: NDArray[np.int64], levels: Levels = LEVELS) -> Knobs:
     """The settings an action stands for."""
-    return Knobs(**{name: levels[int(i)] for (name, levels), i in zip(LEVELS.items(), action, strict=True)})
+    return Knobs(**{name: values[int(i)] for (name, values), i in zip(levels.items(), action, strict=True)})
 
 
-def action_of(knobs: Knobs) -> NDArray[np.int64]:
+def action_of(knobs: Knobs, levels: Levels = LEVELS) -> NDArray[np.int64]:
     """The action nearest to some settings: the same order and mode, numbers to the closest level."""
-    return np.array([_nearest(levels, getattr(knobs, name)) for name, levels in LEVELS.items()], dtype=np.int64)
+    return np.array([_nearest(values, getattr(knobs, name)) for name, values in levels.items()], dtype=np.int64)
+
+
+def sizes_of(levels: Levels) -> NDArray[np.int64]:
+    """(knobs,) how many levels each has."""
+    return np.array([len(values) for values in levels.values()], dtype=np.int64)
+
+
+def admits_none(levels: Levels) -> int:
+    """Place in a mask of the level that admits nobody; -1 where no action sets it."""
+    place = 0
+    for name, values in levels.items():
+        if name == "admit_max_count":
+            return place + values.index(0)
+        place += len(values)
+    return -1
 
 
 def _nearest(levels: tuple[Any, ...], value: Any) -> int:
@@ -224,46 +269,41 @@ def _nearest(levels: tuple[Any, ...], value: Any) -> int:
     return int(np.argmin([abs(float(level) - float(value)) for level in levels]))
 
 
-SIZES = np.array([len(levels) for levels in LEVELS.values()])
-LEVEL_VALUES = np.array(
-    [[float(level) for level in levels] + [0.0] * (SIZES.max() - len(levels)) for levels in LEVELS.values()]
-)
-ADMIT_NONE = 0  # place of the level that admits nobody: the first knob's first
-assert tuple(LEVELS) == ACTION
+assert tuple(LEVELS | MORE_LEVELS) == ACTION
 
 
-def check_actions(actions: NDArray[Any], num_envs: int) -> NDArray[Any]:
+def check_actions(actions: NDArray[Any], num_envs: int, sizes: NDArray[np.int64]) -> NDArray[Any]:
     """(E, knobs) actions as the engine takes them. Raises PlanError for a wrong shape or type or level."""
-    given = np.asarray(actions)
-    if given.dtype.kind in "iu" and given.shape == (num_envs, len(LEVELS)):
+    given, expected = np.asarray(actions), (num_envs, len(sizes))
+    if given.dtype.kind in "iu" and given.shape == expected:
         found = np.ascontiguousarray(given, np.int64)
-        if not (found.view(np.uint64) >= SIZES.view(np.uint64)).any():  # negative ones are large
+        if not (found.view(np.uint64) >= sizes.view(np.uint64)).any():  # negative ones are large
             return found
-    expected = (num_envs, len(LEVELS))
     shown = f"{given.dtype} of shape {given.shape}"
-    raise PlanError(f"actions: {shown}; expected integers, expected shape {expected}, entries from 0 to below {SIZES}")
+    raise PlanError(f"actions: {shown}; expected integers, expected shape {expected}, entries from 0 to below {sizes}")
 
 
-def static_masks(engine: Engine, *, has_predictor: bool = False) -> NDArray[np.bool_]:
+def static_masks(engine: Engine, *, has_predictor: bool = False, levels: Levels = LEVELS) -> NDArray[np.bool_]:
     """(T, sum of levels) the part of the masks that depends on the machine alone, heads concatenated."""
-    rows = [np.concatenate(static_heads(pair, has_predictor=has_predictor)) for pair in engine.pairs]
-    return np.array(rows)
+    rows = [static_heads(pair, has_predictor=has_predictor) for pair in engine.pairs]
+    return np.array([np.concatenate([heads[name] for name in levels]) for heads in rows])
 
 
-def mask_rows(engine: Engine, static: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def mask_rows(engine: Engine, static: NDArray[np.bool_], none: int) -> NDArray[np.bool_]:
     """(E, sum of levels) which levels do something in each environment now; at least one of each knob is legal.
 
     Args:
-        static: ``static_masks`` of the engine.
+        static: ``static_masks`` of the engine; none: ``admits_none`` of the levels.
     """
     rows = static[engine.state.env["table_idx"]]
-    rows[:, ADMIT_NONE] = engine.state.env["running_count"] > 0
+    if none >= 0:
+        rows[:, none] = engine.state.env["running_count"] > 0
     return rows
 
 
-def static_heads(pair: Tables, *, has_predictor: bool) -> list[NDArray[np.bool_]]:
-    """The part of the mask that depends on the machine alone."""
-    heads = {name: np.ones(len(levels), dtype=bool) for name, levels in LEVELS.items()}
+def static_heads(pair: Tables, *, has_predictor: bool) -> dict[str, NDArray[np.bool_]]:
+    """The part of the mask that depends on the machine alone, of every knob."""
+    heads = {name: np.ones(len(levels), dtype=bool) for name, levels in (LEVELS | MORE_LEVELS).items()}
     if not pair.has_pim:
         for budget in (Budget.ALIGN, Budget.ALIGN_WHEN_FULL):
             heads["prefill_budget_tokens"][LEVELS["prefill_budget_tokens"].index(budget)] = False
@@ -272,4 +312,6 @@ def static_heads(pair: Tables, *, has_predictor: bool) -> list[NDArray[np.bool_]
         heads["hbm_share_frac"][1:] = False
     if not has_predictor:
         heads["order"][Order.SHORTEST_PREDICTED_HOPELESS_LAST] = False
-    return list(heads.values())
+    heads["pim_form"][MORE_LEVELS["pim_form"].index(PimForm.DECOMPRESSED)] = pair.arrays.coef["spread_lane"][0] > 0
+    heads["multi_token"][MORE_LEVELS["multi_token"].index(True)] = pair.arrays.coef["drafts_count"][0] > 0
+    return heads

@@ -25,7 +25,6 @@ from l3env.kernels.run import Until
 from l3env.observe import FEATURES_COUNT, Observer, observation_space
 from l3env.policy import Knobs
 from l3env.state import Order, Victim
-from l3env.threads import share_out
 
 DEFAULT_VISIBLE = 16
 
@@ -122,7 +121,7 @@ class RequestObserver(Observer):
             plan.await_work(engine.tables, engine.state, first, last)
             self._write(first, last, state, rows)
 
-        share_out(share, engine.num_envs)
+        self._share_out(share, engine.num_envs)
         return self._joined(state, rows), self.masks()
 
     def shown(self, flat: NDArray[np.float32]) -> Any:

@@ -173,6 +173,11 @@ ROW_DTYPE = np.dtype(
 )
 
 
+FINISHED_DTYPE = np.dtype(
+    [("idx", np.int64), ("arrival_s", np.float64), ("prompt_tokens", np.int64), ("output_tokens", np.int64)]
+)
+
+
 @dataclass(frozen=True)
 class PoolView:
     """A memory pool: 0 is HBM, the others are the PIM side's."""
@@ -258,6 +263,17 @@ class View:
         """
         idx = present_idx(self._engine, self._e)
         rollouts.imagine(self._engine, self._e, idx, scenario, output_tokens, future, slo or Slo())
+
+    @property
+    def finished(self) -> NDArray[np.void]:
+        """All finished requests as FINISHED_DTYPE rows, by index: their lengths are known by now."""
+        req = self._engine.state.req[self._e, : int(self._env["requests_count"])]
+        idx = np.flatnonzero(req["status"] == Status.FINISHED)
+        rows = np.empty(idx.size, FINISHED_DTYPE)
+        rows["idx"] = idx
+        for name, column in (("arrival_s", "arrival_s"), ("prompt_tokens",) * 2, ("output_tokens", "emitted_tokens")):
+            rows[name] = req[column][idx]
+        return rows
 
     @property
     def decoding(self) -> NDArray[np.void]:
@@ -351,6 +367,19 @@ class BasePolicy:
 
     def decide(self, view: View) -> Knobs | Plan:
         raise NotImplementedError
+
+    def score_segments(self, segments: NDArray[np.void]) -> NDArray[np.float64]:
+        """What cached prompt segments are worth, -1 to 1: where room is needed the lowest goes first.
+
+        Asked before every decision, where the prefix cache's rule is ``score``.
+
+        Args:
+            segments: (n,) rows of ``l3env.prefix.SEGMENT_ROW_DTYPE``: those that nobody holds, longest idle first.
+
+        Returns:
+            (n,) scores. They last until the next time; a segment that was never scored has 0.
+        """
+        return np.zeros(segments.size)
 
     def figures(self) -> dict[str, float]:
         """Figures of its own that a run's results should show, such as errors of its predictions."""

@@ -20,6 +20,7 @@ from l3env.engine import Engine, Slo
 from l3env.kernels.run import Stop
 from l3env.metrics import Outcome, collect
 from l3env.policy import Policy
+from l3env.prefix import eviction_rule
 from l3env.runner import Driver, predictions, stuck
 from l3env.state import Status
 from l3env.tables import Tables
@@ -134,6 +135,7 @@ def run_reactive(
     training: Workload | None = None,
     replicas_count: int | None = None,
     record: bool = True,
+    prefix_cache: str = "off",
     progress: Callable[[float, int], None] | None = None,
 ) -> Outcome:
     """Serves a client on the replicas of a system, each under a policy of its own.
@@ -141,6 +143,7 @@ def run_reactive(
     Args:
         make: gives a fresh policy, once a replica.
         training: earlier requests to fit predictors on.
+        prefix_cache: as for ``run_policy``; submissions say by their ``prefix_ids`` what they share.
         progress: called now and then with (simulated seconds, requests ended).
 
     Raises:
@@ -148,7 +151,8 @@ def run_reactive(
         PlanError: it returned something illegal.
     """
     first = [each for each in client.open(replicas_count or tables.replicas_count) if each]
-    engine = Engine(tables, len(first), client.requests_capacity(len(first)), record=record)
+    rule = eviction_rule(prefix_cache)
+    engine = Engine(tables, len(first), client.requests_capacity(len(first)), record=record, prefix_cache=rule)
     replicas = []
     for e, submissions in enumerate(first):
         policy = make()

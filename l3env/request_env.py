@@ -9,6 +9,7 @@ from gymnasium.vector.utils import batch_space
 
 from l3env.engine import Engine
 from l3env.env import ServingEnv
+from l3env.errors import L3EnvError
 from l3env.observe import Observer
 from l3env.observe_requests import DEFAULT_VISIBLE, RequestObserver, fixed_knobs, request_spaces
 from l3env.vector_env import ServingVectorEnv
@@ -30,6 +31,7 @@ class ServingRequestsEnv(ServingEnv):
         self, *args: Any, visible: int = DEFAULT_VISIBLE, knobs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         self._visible, self._knobs = visible, fixed_knobs(knobs)
+        _refuse_action_knobs(kwargs)
         super().__init__(*args, **kwargs)
         self.observation_space, self.action_space = request_spaces(visible)  # type: ignore[assignment]
 
@@ -49,6 +51,7 @@ class ServingRequestsVectorEnv(ServingVectorEnv):
         **kwargs: Any,
     ) -> None:
         self._visible, self._knobs = visible, fixed_knobs(knobs)
+        _refuse_action_knobs(kwargs)
         super().__init__(num_envs, **kwargs)
         self.single_observation_space, self.single_action_space = request_spaces(visible)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -56,3 +59,8 @@ class ServingRequestsVectorEnv(ServingVectorEnv):
 
     def _make_observer(self, engine: Engine) -> Observer:
         return RequestObserver(engine, has_predictor=self._has_predictor, visible=self._visible, knobs=self._knobs)
+
+
+def _refuse_action_knobs(kwargs: Mapping[str, Any]) -> None:
+    if kwargs.get("action_knobs") is not None:
+        raise L3EnvError("action_knobs: an action of this environment is scores; set knobs beside them with knobs=")

@@ -116,6 +116,12 @@ class Rollouts:
         """Runs every trial under its knobs (``engine.knobs``) to its time, (trials,) in seconds."""
         self.engine.run_all(Until.TIME, times_s)
 
+    def on_track(self) -> NDArray[np.int64]:
+        """(trials,) running requests that have kept every limit of their SLO so far and await their last token."""
+        found = np.zeros(self.trials_count, np.int64)
+        snapshot.count_on_track(self.engine.state, found)
+        return found
+
     @property
     def env(self) -> NDArray[np.void]:
         """(trials,) ENV_DTYPE rows."""

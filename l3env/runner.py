@@ -24,7 +24,8 @@ from l3env.errors import L3EnvError, PolicyError
 from l3env.kernels.run import Stop, Until
 from l3env.metrics import Outcome, collect
 from l3env.policy import FixedKnobs, Knobs, Policy, View, make_policy
-from l3env.prefix import eviction_rule
+from l3env.prefix import eviction_rule, idle_segments, score_segments
+from l3env.state import Eviction, PrefixArrays
 from l3env.tables import DEFAULT_BLOCK_TOKENS, Tables, compile_tables
 from l3env.trace_registry import load_trace
 from l3env.workload import Workload
@@ -49,7 +50,8 @@ def run_policy(
 
     Args:
         record: keep time line and gaps between tokens.
-        prefix_cache: ``off``, or the rule by which cached prompt segments are given up: ``lru``, ``lfu``, ``tree``.
+        prefix_cache: ``off``, or the rule by which cached prompt segments are given up: ``lru``, ``lfu``, ``tree``, or
+            ``score``, by what the policy's ``score_segments`` says.
 
     Raises:
         PolicyError: the policy leaves requests waiting for ever.
@@ -151,6 +153,7 @@ class Driver:
         before_s = float(engine.state.env["clock_s"][e])
         plan = None
         if before_s >= self._held_until_s:
+            self._score_segments()
             decision = self.policy.decide(View(engine, e))
             if isinstance(decision, Knobs):
                 decision.write(engine.knobs, e)
@@ -179,6 +182,22 @@ class Driver:
         if self._frozen > STALL_ITERATIONS:
             raise stuck(engine, e, self.policy)
         return stop
+
+    def _score_segments(self) -> None:
+        """Asks the policy what cached segments are worth, where they are given up by that."""
+        state = self.engine.state
+        if not isinstance(state.prefix, PrefixArrays) or state.prefix.env["eviction"][self.e] != Eviction.SCORE:
+            return
+        score = getattr(self.policy, "score_segments", None)
+        if score is None:
+            raise PolicyError(f"policy {self.policy.name!r} has no score_segments, which prefix cache 'score' asks for")
+        rows = idle_segments(state, self.e)
+        if not rows.size:
+            return
+        scores = np.asarray(score(rows), dtype=float)
+        if scores.shape != rows.shape or not np.isfinite(scores).all():
+            raise PolicyError(f"policy {self.policy.name!r}: score_segments must return one finite number per row")
+        score_segments(state, self.e, rows["segment"], scores)
 
 
 def _until(limit_s: float, events: bool) -> Until:
@@ -332,7 +351,7 @@ def compare(
         load: arrival rates as multiples of the trace's own.
         utilization: instead, as multiples of what the reference policy serves at saturation on this system.
         seeds: seed 0 is the trace itself, further ones are resampled from it (generated traces are drawn anew).
-        prefix_cache: ``off``, or how cached prompt segments are given up: ``lru``, ``lfu``, ``tree``.
+        prefix_cache: ``off``, or how cached prompt segments are given up: ``lru``, ``lfu``, ``tree``, ``score``.
         out: folder for the cells' results; cells found there from the same configuration are not run again.
         progress: called with (cells done, cells in all, name of the one now starting).
 

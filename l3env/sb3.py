@@ -21,7 +21,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from l3env.errors import L3EnvError
-from l3env.observe import LEVELS, action_of
+from l3env.observe import LEVELS, Levels, action_of, sizes_of
 from l3env.policy import Knobs
 from l3env.vector_env import ServingVectorEnv
 
@@ -51,14 +51,14 @@ def make_vec_env(
     return ServingVecEnv(ServingVectorEnv(num_envs, **kwargs), seed=seed, discrete=discrete, reward_scale=reward_scale)
 
 
-def settings_of(discrete: Sequence[str]) -> NDArray[np.int64]:
+def settings_of(discrete: Sequence[str], levels: Levels = LEVELS) -> NDArray[np.int64]:
     """(A, knobs) the action that each number stands for: all combinations of some knobs' levels."""
-    unknown = [name for name in discrete if name not in LEVELS]
+    unknown = [name for name in discrete if name not in levels]
     if unknown or not discrete:
-        raise L3EnvError(f"discrete = {list(discrete)}; expected some of {', '.join(LEVELS)}")
-    base = action_of(Knobs())
-    columns = [list(LEVELS).index(name) for name in discrete]
-    choices = list(itertools.product(*(range(len(LEVELS[name])) for name in discrete)))
+        raise L3EnvError(f"discrete = {list(discrete)}; expected some of {', '.join(levels)}")
+    base = action_of(Knobs(), levels)
+    columns = [list(levels).index(name) for name in discrete]
+    choices = list(itertools.product(*(range(len(levels[name])) for name in discrete)))
     settings = np.repeat(base[None], len(choices), axis=0)
     settings[:, columns] = choices
     return settings
@@ -80,7 +80,7 @@ class ServingVecEnv(VecEnv):
         reward_scale: float = 1.0,
     ) -> None:
         self.env = env
-        self.settings = None if discrete is None else settings_of(discrete)
+        self.settings = None if discrete is None else settings_of(discrete, env.levels)
         self.reward_scale = reward_scale
         space = env.single_action_space if self.settings is None else gymnasium.spaces.Discrete(len(self.settings))
         super().__init__(env.num_envs, env.single_observation_space, space)
@@ -152,7 +152,7 @@ class ServingVecEnv(VecEnv):
         """(E, levels) legal levels, the knobs' heads one after the other. With ``discrete``: (E, settings)."""
         if self.settings is None:
             return self._masks
-        return setting_masks(self._masks, self.settings)
+        return setting_masks(self._masks, self.settings, self.env.levels)
 
     def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
         """The attribute is one for all environments."""
@@ -181,8 +181,8 @@ class ServingVecEnv(VecEnv):
         return list(self._get_indices(indices))
 
 
-def setting_masks(masks: NDArray[np.bool_], settings: NDArray[np.int64]) -> NDArray[np.bool_]:
+def setting_masks(masks: NDArray[np.bool_], settings: NDArray[np.int64], levels: Levels = LEVELS) -> NDArray[np.bool_]:
     """(E, A) which settings use only legal levels; all of them where none does."""
-    starts = np.cumsum([0, *(len(levels) for levels in LEVELS.values())][:-1])
+    starts = np.cumsum([0, *sizes_of(levels)][:-1])
     legal: NDArray[np.bool_] = np.all(masks[:, starts + settings], axis=2)
     return legal | ~np.any(legal, axis=1, keepdims=True)

@@ -51,6 +51,7 @@ class GpuSpec:
     name: str
     fp16_flop_per_s: float = positive(high=1e17)
     fp8_flop_per_s: float = at_least(0.0, default=0.0, high=1e17)  # for weights of 8 bit; 0: no faster than 16 bit
+    fp8_output_bytes_per_s: float = at_least(0.0, default=0.0, high=1e14)  # FP8 products' outputs follow at; 0: beside
     hbm_bytes: float = positive(high=1e13)
     hbm_bytes_per_s: float = positive(high=1e14)
     compute_utilisation_frac: float = fraction()
@@ -78,6 +79,7 @@ class GpuSpec:
     # prefill attention of one request in one layer
     prefill_launch_s: float = at_least(0.0, default=0.0, high=1.0)
     prefill_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # of the FLOP/s; 0: as linear operations
+    prefill_latent_utilisation_frac: float = at_least(0.0, default=0.0, high=1.0)  # MLA's wider keys; 0: as others
     prefill_query_s: float = at_least(0.0, default=0.0, high=1.0)  # per new token: the longest tile runs on alone
     prefill_history_launch_s: float = at_least(0.0, default=0.0, high=1.0)  # more where there is a history
     prefill_tile_tokens: float = at_least(1.0, default=1.0, high=4096)  # fewer new tokens cost as much on a history
@@ -379,6 +381,8 @@ class ExpertParallelSpec:
     most_nodes_count: int = at_least(1, default=1000)  # hosts that a token's experts may lie on
     imbalance_frac: float = at_least(0.0, high=100.0)  # (largest - mean) / mean of the ranks' tokens
     micro_batches_count: int = at_least(1, default=1, high=2)  # 2: computing of one hides the all-to-all of the other
+    overlap_by_phase: bool = False  # they take turns at attention and experts: dispatch and combine each beside one
+    comm_sm_count: int = at_least(0, default=0, high=1e4)  # multiprocessors that the all-to-all takes while it runs
     sources: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -582,6 +586,8 @@ def _cross_checks(spec: Any) -> list[str]:
         problems.append(f"moe.dense_layers_count = {spec.moe.dense_layers_count}: expected <= {spec.layers_count}")
     if isinstance(spec, ExpertParallelSpec) and spec.slots_count % spec.ranks_count:
         problems.append(f"slots_count = {spec.slots_count}: expected a multiple of ranks_count = {spec.ranks_count}")
+    if isinstance(spec, ExpertParallelSpec) and spec.overlap_by_phase and spec.micro_batches_count != 2:
+        problems.append(f"overlap_by_phase: needs micro_batches_count = 2, not {spec.micro_batches_count}")
     if isinstance(spec, PimSpec) and spec.kind not in PIM_KINDS:
         problems.append(f"kind = {spec.kind!r}: expected one of {', '.join(PIM_KINDS)}")
     if isinstance(spec, SystemSpec) and spec.pim is None and not spec.hbm_kv:
@@ -590,6 +596,9 @@ def _cross_checks(spec: Any) -> list[str]:
         problems.append(f"missing key pim_link: {spec.pim.kind} is reached over a link")
     if isinstance(spec, SystemSpec) and spec.gpus_count % spec.host_gpus_count:
         problems.append(f"gpus_count = {spec.gpus_count}: expected a multiple of {spec.gpus_per_host_count} a host")
+    if isinstance(spec, SystemSpec) and spec.experts and spec.experts.comm_sm_count > spec.gpu.sm_count:
+        count = spec.experts.comm_sm_count
+        problems.append(f"experts.comm_sm_count = {count}: expected at most the GPU's sm_count = {spec.gpu.sm_count}")
     if isinstance(spec, SystemSpec) and spec.experts and spec.gpus_count % spec.experts.ranks_count:
         problems.append(f"gpus_count = {spec.gpus_count}: expected a multiple of {spec.experts.ranks_count} ranks")
     return problems

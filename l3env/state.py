@@ -61,6 +61,7 @@ class Eviction(IntEnum):
     LRU = 1  # the one whose last holder left longest ago
     LFU = 2  # the one held by the fewest requests since it came in, of these the least recent
     TREE = 3  # the deepest in its prompt, of these the least recent
+    SCORE = 4  # the lowest score, given by the policy; of equal ones the least recent
 
 
 class Victim(IntEnum):
@@ -425,6 +426,12 @@ PREFIX_ENV_DTYPE = np.dtype(
         ("prompt_tokens", np.int64),
         ("hit_tokens", np.int64),  # those of them found cached
         ("evictions_count", np.int64),
+        # how much of the arrays is in use
+        ("segments_count", np.int64),
+        ("ids_used", np.int64),
+        ("slots_count", np.int64),  # in each pool
+        ("digest", np.uint64),  # of the names of all segments in their order
+        ("scored", np.int64),  # scores have changed since idle slots were last put in order
     ],
     align=True,
 )
@@ -458,6 +465,8 @@ SEGMENT_DTYPE = np.dtype(
         ("blocks", np.int32),
         ("depth", np.int32),  # its place in the prompt
         ("end_tokens", np.int32),  # prompt tokens up to its end
+        ("name", np.uint64),  # hash of all ids up to it: equal segments of requests added later are told by it
+        ("score", np.float64),  # -1 to 1, given by the policy; 0 before
         ("first_copy", np.int64),  # slot x P + pool of one of its copies, or NOWHERE
     ],
     align=True,

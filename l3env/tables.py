@@ -29,8 +29,8 @@ STRIDE_TOKENS = 64  # then every 64 tokens, linear in between,
 TABLE_TOKENS = 32768  # up to here; beyond, the last slope goes on (compute-bound: exact)
 SLOPE_STEPS = 256  # strides behind that slope where times rise in steps (waves of tiles)
 DEFAULT_BLOCK_TOKENS = 16
-ROWS = ("fc", "head", "comm", "draft")  # what is tabulated by tokens, see ``TableArrays``
-FC, HEAD, COMM, DRAFT = range(len(ROWS))
+ROWS = ("fc", "head", "comm", "draft", "experts")  # what is tabulated by tokens, see ``TableArrays``
+FC, HEAD, COMM, DRAFT, EXPERTS = range(len(ROWS))
 
 COEF_DTYPE = np.dtype(
     [
@@ -43,16 +43,20 @@ COEF_DTYPE = np.dtype(
         ("spread_share", np.float64),  # blocks of each other PIM pool that one of its blocks takes
         ("drafts_count", np.int64),  # tokens guessed a decode step (multi-token prediction); 0: none
         ("sends", np.int64),  # is there an all-to-all that computing hides?
+        ("dispatch_frac", np.float64),  # dispatch's share of it where it has phases of its own; 0: finely interleaved
+        ("comm_sm_frac", np.float64),  # share of the multiprocessors that it takes while it runs
         ("fc_slope_s", np.float64),  # per token beyond TABLE_TOKENS
         ("head_slope_s", np.float64),
         ("comm_slope_s", np.float64),
         ("draft_slope_s", np.float64),
+        ("experts_slope_s", np.float64),
         ("prefill_pair_s", np.float64),  # compute, per causal (query, key) pair
         ("prefill_kv_s", np.float64),  # memory, per KV token read
         ("prefill_query_s", np.float64),  # memory, per query token
         ("prefill_fixed_s", np.float64),  # per batch of chunks
         ("prefill_new_s", np.float64),  # compute, per new token
         ("prefill_history_fixed_s", np.float64),  # more per batch with a chunk on a history
+        ("prefill_history_token_s", np.float64),  # per token of a chunk's history: plain KV from the latent again
         ("prefill_tile_tokens", np.float64),  # fewer new tokens cost as much on a history
         ("prefill_chunk_ratio", np.float64),  # cost of new tokens among themselves when there is a history
         ("prefill_history_ratio", np.float64),  # cost of a pair with history over that of a pair without
@@ -116,6 +120,11 @@ class TableArrays(NamedTuple):
     def draft_s(self) -> NDArray[np.float64]:
         """(T, K) the module that guesses tokens, for so many requests."""
         return self.rows_s[:, DRAFT]
+
+    @property
+    def experts_s(self) -> NDArray[np.float64]:
+        """(T, K) the experts' part of FC where it has phases of its own beside the all-to-all."""
+        return self.rows_s[:, EXPERTS]
 
 
 @dataclass(frozen=True)
@@ -220,6 +229,9 @@ def compile_tables(
     for name, row in rows.items():
         coef[f"{name}_slope_s"] = (row[-1] - row[-1 - back]) / (back * STRIDE_TOKENS)
     coef["sends"] = rows["comm"].any()
+    if coef["sends"][0] and system.experts is not None:
+        coef["dispatch_frac"] = experts.DISPATCH_FRAC if system.experts.overlap_by_phase else 0.0
+        coef["comm_sm_frac"] = system.experts.comm_sm_count / max(system.gpu.sm_count, 1)
     lanes, blocks = np.array([lane_pool], dtype=np.int64), np.array([pool_blocks], dtype=np.int64)
     forms = tuple(map(int, PimForm)) if coef["spread_lane"][0] else (int(PimForm.STORED),)
     times = np.array([[rows[name] for name in ROWS]])
@@ -227,11 +239,12 @@ def compile_tables(
 
 
 def _rows(system: SystemSpec, model: ModelSpec, tp: int) -> dict[str, NDArray[np.float64]]:
-    """Times at every count of ``fc_grid_tokens``: FC, head, all-to-all that computing hides, guessing of tokens."""
+    """Times at every count of ``fc_grid_tokens``: FC, head, all-to-all that computing hides, guessing of tokens, the
+    experts' part of FC."""
     grid = fc_grid_tokens()
     fc, comm = experts.fc_and_all_to_all_s(system, model, tp, grid)
-    head = gpu.head_s(model, system.gpu, tp, grid)
-    return {"fc": fc, "head": head, "comm": comm, "draft": experts.draft_s(system, model, tp, grid)}
+    head, draft = gpu.head_s(model, system.gpu, tp, grid), experts.draft_s(system, model, tp, grid)
+    return {"fc": fc, "head": head, "comm": comm, "draft": draft, "experts": experts.phase_s(system, model, tp, grid)}
 
 
 def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int) -> None:
@@ -255,6 +268,7 @@ def fill_attention(coef: NDArray[np.void], device: GpuSpec, model: ModelSpec, tp
     coef["prefill_fixed_s"] = model.layers_count * device.prefill_launch_s
     coef["prefill_new_s"] = model.layers_count * device.prefill_query_s
     coef["prefill_history_fixed_s"] = model.layers_count * device.prefill_history_launch_s
+    coef["prefill_history_token_s"] = gpu.history_token_s(model, device, tp)
     coef["prefill_tile_tokens"] = device.prefill_tile_tokens
     coef["prefill_chunk_ratio"] = device.prefill_chunk_ratio
     coef["prefill_history_ratio"] = device.prefill_history_ratio

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -15,6 +16,8 @@ from queue import SimpleQueue
 from l3env.errors import L3EnvError
 
 PIECES_PER_THREAD = 2
+WORTH_S = 3e-4  # a loop that takes less alone is not worth the threads' waking
+LOOK_AGAIN_COUNT = 64  # loops shared out between looks at how long one takes alone
 
 
 def _threads() -> int:
@@ -99,3 +102,22 @@ def share_out(work: Work, count: int, *, pieces: int | None = None) -> None:
     for error in errors:
         if error is not None:
             raise error
+
+
+class Sharer:
+    """Shares a loop that runs again and again out to threads, as long as that is worth it."""
+
+    def __init__(self) -> None:
+        self._alone_s = 0.0
+        self._shared_count = 0
+
+    def __call__(self, work: Work, count: int) -> None:
+        """As ``share_out``."""
+        if self._alone_s >= WORTH_S and self._shared_count < LOOK_AGAIN_COUNT:
+            self._shared_count += 1
+            share_out(work, count)
+            return
+        start_s = time.perf_counter()
+        work(0, count)
+        self._alone_s = time.perf_counter() - start_s
+        self._shared_count = 0

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from l3env.engine import Engine, Slo
+from l3env.errors import L3EnvError
 from l3env.observe import LEVELS
 from l3env.policy import Knobs
 from l3env.runner import replica_shares
@@ -128,6 +129,21 @@ def tune(
     return search.result(best)
 
 
+def probe(cells: Sequence[Cell], knobs: Knobs, *, grid: Grid = GRID) -> Tuned:
+    """A setting, and every change of one of its knobs: ``around`` says what each would give.
+
+    Raises L3EnvError for a value that the grid does not have.
+    """
+    search = _Search(list(cells), _useful(grid, cells), None)
+    try:
+        levels_of = search.grid.items()
+        setting = tuple(levels.index(getattr(knobs, name)) if len(levels) > 1 else 0 for name, levels in levels_of)
+    except ValueError:
+        raise L3EnvError(f"probe: {knobs} has a value that is not in the grid") from None
+    search.try_all([setting, *_changes(search.grid, setting)])
+    return search.result(setting)
+
+
 Setting = tuple[int, ...]  # a level of each knob of the grid
 
 
@@ -180,28 +196,33 @@ class _Search:
 
 def serve(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Serves a cell under each setting: (share of requests that met their SLO, mean time in the system (s))."""
+    met_mask, present_s = serve_each(cell, knobs)
+    return met_mask.mean(axis=1), present_s
+
+
+def serve_each(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Serves a cell under each setting: ((S, N) requests that met their SLO, (S,) mean time in the system (s))."""
     replicas = 1 if cell.one_replica else cell.tables.replicas_count
     shares = [rows for rows in replica_shares(cell.workload, replicas) if rows.size]
     parts = [cell.workload.select(rows) for rows in shares]
     capacity = max(len(part) for part in parts)
-    jobs = [(s, part) for s in range(len(knobs)) for part in parts]
+    jobs = [(s, i) for s in range(len(knobs)) for i in range(len(parts))]
     batch = int(
         np.clip(ENGINE_BYTES // (capacity * row_bytes(drafts=cell.tables.model.draft_modules_count > 0)), 1, len(jobs))
     )
     engine = Engine(cell.tables, batch, capacity)
-    met, present_s = np.zeros(len(knobs)), np.zeros(len(knobs))
+    met_mask, present_s = np.zeros((len(knobs), len(cell.workload)), np.bool_), np.zeros(len(knobs))
     for first in range(0, len(jobs), batch):
         some = jobs[first : first + batch]
         for e in range(batch):
-            s, part = some[e % len(some)]  # the last batch may be short: its first jobs again
-            engine.reset(e, part, slo=cell.slo)
+            s, i = some[e % len(some)]  # the last batch may be short: its first jobs again
+            engine.reset(e, parts[i], slo=cell.slo)
             knobs[s].write(engine.knobs, e)
         engine.run_to_end()
-        env = engine.state.env
-        for e, (s, _) in enumerate(some):
-            met[s] += int(env["slo_met_count"][e])
-            present_s[s] += float(env["present_s"][e])
-    return met / len(cell.workload), present_s / len(cell.workload)
+        for e, (s, i) in enumerate(some):
+            met_mask[s, shares[i]] = engine.state.req["slo_met"][e, : len(parts[i])] == 1
+            present_s[s] += float(engine.state.env["present_s"][e])
+    return met_mask, present_s / len(cell.workload)
 
 
 def int_or_float(value: Any) -> float:

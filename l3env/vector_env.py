@@ -21,7 +21,7 @@ from l3env.episodes import Episodes
 from l3env.errors import PlanError
 from l3env.kernels.run import Stop
 from l3env.metrics import totals
-from l3env.observe import Observer, action_space, observation_space
+from l3env.observe import Observer, action_space, levels_of, observation_space
 from l3env.prefix import eviction_rule
 
 
@@ -34,12 +34,20 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
-    def __init__(self, num_envs: int = 1, *, max_episode_steps: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        max_episode_steps: int | None = None,
+        action_knobs: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.num_envs = num_envs
         self.render_mode = None
         self.max_episode_steps = max_episode_steps
         self.single_observation_space = observation_space()
-        self.single_action_space = action_space()
+        self.levels = levels_of(action_knobs)
+        self.single_action_space = action_space(self.levels)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.episodes = Episodes.build(**kwargs)
@@ -50,7 +58,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         self._steps = np.zeros(num_envs, np.int64)
 
     def _make_observer(self, engine: Engine) -> Observer:
-        return Observer(engine, has_predictor=self._has_predictor)
+        return Observer(engine, has_predictor=self._has_predictor, levels=self.levels)
 
     @property
     def _has_predictor(self) -> bool:

@@ -39,7 +39,7 @@ class BestConstant(FixedKnobs):
     def prepare(self, system: Tables, training: Workload | None) -> None:
         if training is None:
             raise PolicyError("best-constant needs earlier requests to search on; give run_policy(training=...)")
-        key = self.name + _key(system, training, self.slo)
+        key = self.name + key_of(system, training, self.slo)
         if key not in _found:
             _found[key] = tune([Cell(system, training, self.slo)], grid=self._grid)
         self._tuned = _found[key]
@@ -96,7 +96,7 @@ def knobs_to_json(knobs: Knobs) -> dict[str, object]:
     return plain
 
 
-def _key(system: Tables, training: Workload, slo: Slo) -> str:
+def key_of(system: Tables, training: Workload, slo: Slo) -> str:
     digest = hashlib.sha256(repr((system.system, system.model, system.tp, system.block_tokens, slo)).encode())
     for column in (training.arrival_s, training.prompt_tokens, training.output_tokens, training.parent_idx):
         digest.update(column.tobytes())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from l3env.errors import PolicyError
-from l3env.observe import FEATURES, LEVELS, ViewObserver, knobs_of
+from l3env.errors import L3EnvError, PolicyError
+from l3env.observe import FEATURES, Levels, ViewObserver, knobs_of, levels_of, sizes_of
 from l3env.policy import BasePolicy, Knobs, LengthPredictor, View, make_policy
 from l3env.tables import Tables
 from l3env.workload import Workload
@@ -26,7 +26,7 @@ class Learned(BasePolicy):
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.name = name or path.stem
         self.network = load_network(path)
-        _check(self.network, path)
+        self._levels = _checked_levels(self.network, path)
         self.decision_interval_s = float(self.network.config["interval_s"])
         trained_with = self.network.config.get("predictor")
         self._predictor_policy = None if trained_with is None else make_policy(trained_with)
@@ -34,14 +34,14 @@ class Learned(BasePolicy):
     def prepare(self, system: Tables, training: Workload | None) -> None:
         if self._predictor_policy is not None:
             self._predictor_policy.prepare(system, training)
-        self._observer = ViewObserver(has_predictor=self._predictor_policy is not None)
+        self._observer = ViewObserver(has_predictor=self._predictor_policy is not None, levels=self._levels)
 
     def predictor(self) -> LengthPredictor | None:
         return None if self._predictor_policy is None else self._predictor_policy.predictor()
 
     def decide(self, view: View) -> Knobs:
         features, mask = self._observer.look(view)
-        return knobs_of(self.network.act(features, mask))
+        return knobs_of(self.network.act(features, mask), self._levels)
 
 
 class LearnedPpo(Learned):
@@ -51,18 +51,24 @@ class LearnedPpo(Learned):
         super().__init__(FILE, "learned-ppo")
 
 
-def _check(network: Network, path: Path) -> None:
-    """Raises PolicyError where the network was trained on other features or levels than there are now."""
+def _checked_levels(network: Network, path: Path) -> Levels:
+    """The knobs that the network sets and their levels. Raises PolicyError where it was trained on other features or
+    levels than there are now."""
+    trained = network.config.get("levels") or {}
+    try:
+        levels = levels_of(list(trained))
+    except L3EnvError:
+        levels = {}
     features = [name for name, _ in FEATURES]
-    levels = {name: [float(level) for level in values] for name, values in LEVELS.items()}
-    for what, now in (("features", features), ("levels", levels)):
-        then = network.config.get(what)
-        if then != now:
+    now = {name: [float(level) for level in values] for name, values in levels.items()}
+    for what, same in (("features", network.config.get("features") == features), ("levels", now and trained == now)):
+        if not same:
             raise PolicyError(f"{path}: trained with other {what} than this version has; train it anew")
     inputs, outputs = network.layers[0][0].shape[1], network.layers[-1][0].shape[0]
-    wanted = len(network.config["settings"]) if network.config.get("settings") else sum(map(len, LEVELS.values()))
+    wanted = len(network.config["settings"]) if network.config.get("settings") else int(sizes_of(levels).sum())
     if (inputs, outputs) != (len(FEATURES), wanted):
         raise PolicyError(f"{path}: {inputs} inputs and {outputs} outputs; expected {len(FEATURES)} and {wanted}")
     for layer, (weight, bias) in enumerate(network.layers):
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise PolicyError(f"{path}: layer {layer} has weights that are no finite numbers")
+    return levels

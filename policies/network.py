@@ -42,15 +42,15 @@ class Network:
         return x @ weight.T + bias
 
     def act(self, features: Array, mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """(F,) features -> (knobs,) most likely level of each knob; of the legal ones if it was trained with masks."""
+        """(..., F) features -> (..., knobs) most likely level of each knob; of the legal ones if trained with masks."""
         logits = self.logits(features)
         settings = self.config.get("settings")
         if settings is not None:
-            return np.array(settings[int(np.argmax(logits))], dtype=np.int64)
+            return np.array(settings, dtype=np.int64)[np.argmax(logits, axis=-1)]
         if self.config["masked"]:
             logits = np.where(mask, logits, ILLEGAL)
         ends = np.cumsum([len(levels) for levels in self.config["levels"].values()])
-        return np.array([int(np.argmax(head)) for head in np.split(logits, ends[:-1])], dtype=np.int64)
+        return np.stack([np.argmax(head, axis=-1) for head in np.split(logits, ends[:-1], axis=-1)], axis=-1)
 
     def save(self, path: Path) -> None:
         """Writes the whole file or nothing."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from l3env.costs.experts import beside_s
 from l3env.policy import BasePolicy, Knobs, View
 from l3env.state import Budget, PimForm, SubBatching
 from l3env.tables import Tables, fc_grid_tokens
@@ -72,15 +73,19 @@ class Steps:
             whole_s = min(whole_s, sum(halves))
         return count / whole_s
 
-    def _back_s(self, requests: int) -> tuple[float, float]:
-        """(FC, head and guesses; all-to-all) of a decode batch."""
+    def _back_s(self, requests: int) -> float:
+        """FC, head and guesses of a decode batch."""
         if requests == 0:
-            return 0.0, 0.0
+            return 0.0
         arrays, rows = self._tables.arrays, requests * self._queries
         fc_s = self._look(arrays.fc_s[0], rows) + self._look(arrays.head_s[0], rows)
-        if self._queries == 2:
-            fc_s += self._look(arrays.draft_s[0], requests)
-        return fc_s, self._look(arrays.comm_s[0], rows)
+        return fc_s + (self._look(arrays.draft_s[0], requests) if self._queries == 2 else 0.0)
+
+    def _gpu_s(self, work_s: float, requests: int) -> float:
+        """GPU time of a decode batch: its work beside its all-to-all."""
+        arrays, rows = self._tables.arrays, requests * self._queries
+        experts_s, comm_s = (self._look(row[0], rows) for row in (arrays.experts_s, arrays.comm_s))
+        return beside_s(work_s, experts_s, comm_s, self._coef["dispatch_frac"], self._coef["comm_sm_frac"])
 
     def _look(self, row: NDArray[np.float64], tokens: int) -> float:
         return float(np.interp(tokens, self._grid, row))
@@ -110,13 +115,11 @@ class Steps:
 
     def _one_batch_s(self, place: Place, requests: int, context_tokens: float) -> float:
         hbm_s, pim_s = self._sides_s(place, requests, context_tokens)
-        back_s, sending_s = self._back_s(requests)
-        return max(max(hbm_s, pim_s) + back_s, sending_s)
+        return self._gpu_s(max(hbm_s, pim_s) + self._back_s(requests), requests)
 
     def _phase_s(self, place: Place, requests: int, context_tokens: float, others: int) -> float:
         hbm_s, pim_s = self._sides_s(place, requests, context_tokens)
-        back_s, sending_s = self._back_s(others)
-        return max(hbm_s + back_s, pim_s, sending_s)
+        return max(self._gpu_s(hbm_s + self._back_s(others), others), pim_s)
 
 
 class AdaptivePlacement(BasePolicy):

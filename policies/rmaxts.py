@@ -1,14 +1,18 @@
 """RMaxTS as a scheduler: plans knob settings by tree search over copies of the simulator (arXiv 2408.08152).
 
-The tree's actions are settings of the knobs for the next few decision intervals; from there on a trial goes on under
-the best constant setting until all requests of its scenario are served, so that nothing lies beyond the horizon. A
-scenario is the present with output lengths and further arrivals drawn from what earlier requests were like, given what
-has been emitted and how often requests came so far; true lengths are never read. A trial's extrinsic reward is its
+The tree's actions are settings of the knobs for the next decision intervals; the last one of a sequence holds to the
+end of a trial. A scenario is the present with output lengths and further arrivals drawn from what is known
+(``imagined.py``); true lengths are never read. A trial ends soon after the last arrival of its scenario; requests that
+have kept every limit of their SLO so far and await their last token count as served. Its extrinsic reward is its
 goodput against that of the best constant setting on the same scenario, its intrinsic reward 1 where it reached a coarse
-state of the machine that no trial of this decision had reached. Trials run in batches, kept apart by virtual loss.
+state of the machine that no trial of this decision had reached. Trials run in batches, kept apart by virtual loss. A
+node is tried on every scenario before it is expanded; where nothing is left to try, a job is rewarded with 0.
 
 The default action is the best constant setting. The first action of the best sequence replaces it where the advantage,
-over scenarios, is clear of its standard error.
+over scenarios, is clear of its standard error. To leave the default, an action must also be one that, held from the
+start of the run, would have served its recent arrivals as well: scenarios end too soon to show where it leads. Once the
+default is left, the machine is not in the state that it would have kept, and scenarios alone decide. Where there is no
+such action, or the default meets every SLO of every scenario, there is no search.
 """
 
 from __future__ import annotations
@@ -26,76 +30,65 @@ from l3env.policy import BasePolicy, Knobs, View
 from l3env.rollout import Rollouts
 from l3env.state import KNOB_DTYPE
 from l3env.tables import Tables
-from l3env.tune import GRID
+from l3env.tune import GRID, Cell, serve_each
 from l3env.workload import Workload
-from policies.best_constant import BestConstant
+from policies.best_constant import BestConstant, key_of
+from policies.imagined import Known
 
-INTERVAL_S = 5.0  # of an action
-LEVELS = 3  # actions in a sequence
+INTERVAL_REQUESTS = 64  # that come between decisions, about
+AHEAD_REQUESTS = 128  # imagined ones
+LEVELS = 2  # actions in a sequence, an interval each, the last to the end
 ACTIONS = 12  # settings the tree chooses from, the best constant one included
-SCENARIOS = 16
+LOADS = (1.0, 1.5)  # of the earlier requests, for which actions are chosen
+PARTS = 8  # of the earlier requests, for each of which some action should be good
+SCENARIOS = 32
 BATCH = 32
-LOOKAHEAD_S = 30.0  # of imagined arrivals
-LONGEST_S = 3600.0  # a trial ends here at the latest
+AFTER = 0.25  # a trial ends so long after its last arrival, as a share of the time that arrivals took
 INTRINSIC_WEIGHT = 0.5
 CLEAR_ERRORS = 3.0  # standard errors an advantage must exceed: the best of many sequences is a lucky one
-LEAST_TRIALS = 6  # scenarios
-PRIOR_REQUESTS = 50  # weight of the earlier requests' rate of arrival
+LEAST_TRIALS = 8  # scenarios
+LEAST_RECENT = 64  # arrivals, for a replay of them
 TIE_BREAK = 1e-3  # weight of time in the system
-BINS = 8
 
-
-class Lengths:
-    """Output lengths of earlier requests, by prompt length: what a request with so many tokens out may come to."""
-
-    def __init__(self, earlier: Workload) -> None:
-        self.edges = np.unique(np.quantile(earlier.prompt_tokens, np.linspace(0, 1, BINS + 1)[1:-1]))
-        place = np.searchsorted(self.edges, earlier.prompt_tokens, side="right")
-        self.outputs = [np.sort(earlier.output_tokens[place == b]) for b in range(self.edges.size + 1)]
-        everything = np.sort(earlier.output_tokens)
-        self.outputs = [each if each.size else everything for each in self.outputs]
-
-    def draw(
-        self, prompt_tokens: NDArray[np.int64], emitted_tokens: NDArray[np.int64], rng: np.random.Generator
-    ) -> NDArray[np.int64]:
-        """(N,) lengths longer than what was emitted; past the longest seen, half as long again at most."""
-        drawn = np.empty(prompt_tokens.size, dtype=np.int64)
-        place = np.searchsorted(self.edges, prompt_tokens, side="right")
-        u = rng.random(prompt_tokens.size)
-        for b in np.unique(place):
-            mask = place == b
-            known, emitted = self.outputs[b], emitted_tokens[mask]
-            shorter = np.searchsorted(known, emitted, side="right")
-            pick = shorter + (u[mask] * (known.size - shorter)).astype(np.int64)
-            beyond = emitted + 1 + (u[mask] * emitted / 2).astype(np.int64)
-            drawn[mask] = np.where(shorter < known.size, known[np.minimum(pick, known.size - 1)], beyond)
-        return drawn
+_portfolios: dict[str, list[Knobs]] = {}
 
 
 class RMaxTS(BasePolicy):
-    """Tree search over knob settings, by default those of the best constant.
+    """Tree search over knob settings.
 
     Args:
-        simulations: trials a decision.
+        simulations: trials a decision, at most; those of the default, one a scenario, always run.
         budget_ms: instead, wall-clock time a decision.
+        interval_requests: that come between decisions, about.
+        ahead_requests: that come in a scenario.
+        clear_errors: standard errors by which an action must be better than the default.
         gamma: discount of the tree's statistics; 1 is UCB1.
         intrinsic: reward coarse states not seen before.
+        virtual_loss: jobs of a batch that still run count as zero rewards.
+        beyond: a trial goes on past the first interval, and at its end those on track count as served.
     """
 
     name = "rmaxts"
-    decision_interval_s = INTERVAL_S
 
     def __init__(
         self,
         simulations: int = 512,
         *,
         budget_ms: float | None = None,
+        interval_requests: int = INTERVAL_REQUESTS,
+        ahead_requests: int = AHEAD_REQUESTS,
+        clear_errors: float = CLEAR_ERRORS,
         gamma: float = rmaxts.GAMMA,
         intrinsic: bool = True,
+        virtual_loss: bool = True,
+        beyond: bool = True,
         seed: int = 0,
     ) -> None:
         self.simulations, self.budget_ms = simulations, budget_ms
-        self.gamma, self.intrinsic, self.seed = gamma, intrinsic, seed
+        self.interval_requests, self.ahead_requests = interval_requests, ahead_requests
+        self.clear_errors = clear_errors
+        self.gamma, self.intrinsic, self.virtual_loss, self.beyond = gamma, intrinsic, virtual_loss, beyond
+        self.seed = seed
         self._machine: tuple[Any, ...] | None = None
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
@@ -104,42 +97,54 @@ class RMaxTS(BasePolicy):
         constant = BestConstant()
         constant.slo = self.slo
         constant.prepare(system, training)
-        self.actions = _actions(constant, ACTIONS)
+        self.actions = portfolio(constant, system, training)
         self._rows = np.zeros(len(self.actions), KNOB_DTYPE)
         for i, knobs in enumerate(self.actions):
             knobs.write(self._rows, i)
-        self._lengths = Lengths(training)
         self._earlier = training
-        self._replicas = system.replicas_count
+        self._system = system
         self._rng = np.random.default_rng(self.seed)
         machine = (system.system, system.model, system.tp, system.block_tokens)
         if machine != self._machine:
             self._rollouts = Rollouts(system, BATCH, SCENARIOS)
             self._machine = machine
+        self._chosen = 0
         self._decisions = self._deviations = self._trials = 0
         self._spent_s = 0.0
 
     def decide(self, view: View) -> Knobs:
+        """The setting for the next interval; its length follows the rate at which requests come."""
         start_s = time.perf_counter()
-        chosen = self._plan(view, start_s) if len(self.actions) > 1 else 0
+        self._chosen = self._plan(view, start_s)
         self._decisions += 1
-        self._deviations += chosen != 0
+        self._deviations += self._chosen != 0
         self._spent_s += time.perf_counter() - start_s
-        return self.actions[chosen]
+        return self.actions[self._chosen]
 
     def figures(self) -> dict[str, float]:
         """Cost of a decision, trials a decision, share of decisions that differ from the best constant setting."""
         count = max(self._decisions, 1)
         return {
             "decision_ms": 1e3 * self._spent_s / count,
+            "decisions_count": self._decisions,
             "simulations_mean_count": self._trials / count,
             "deviations_frac": self._deviations / count,
         }
 
     def _plan(self, view: View, start_s: float) -> int:
         """The action of the best sequence, 0 for the default."""
-        self._imagine(view)
-        search = _Search(self, view.now_s)
+        known = Known(view, self._earlier, self._system.replicas_count)
+        self.decision_interval_s = self.interval_requests * known.gap_s if known.gap_s > 0 else 1.0
+        if len(self.actions) == 1:
+            return 0
+        allowed = self._allowed(known)
+        if not allowed:
+            return 0
+        self._imagine(view, known)
+        search = _Search(self, view.now_s, allowed)
+        if search.is_perfect:
+            self._trials += search.count
+            return 0
         while search.count < self.simulations or self.budget_ms is not None:
             if self.budget_ms is not None and 1e3 * (time.perf_counter() - start_s) > self.budget_ms:
                 break
@@ -147,118 +152,153 @@ class RMaxTS(BasePolicy):
         self._trials += search.count
         return search.best_first_action()
 
-    def _imagine(self, view: View) -> None:
-        present = view.present
-        prompts, emitted = present["prompt_tokens"], present["emitted_tokens"]
-        for scenario in range(SCENARIOS):
-            lengths = np.maximum(self._lengths.draw(prompts, emitted, self._rng), emitted + 1)
-            view.imagine(self._rollouts, scenario, lengths, self._arrivals(view), self.slo)
+    def _allowed(self, known: Known) -> list[int]:
+        """First actions that may be: from the default, those that held up in a replay of this run; else all."""
+        if self._chosen != 0:
+            return list(range(1, len(self.actions)))
+        if known.recent_count < LEAST_RECENT:
+            return []
+        cell = Cell(self._system, known.replay(known.draw_lengths(self._rng)), self.slo, one_replica=True)
+        served = serve_each(cell, self.actions)[0][:, -known.recent_count :].sum(axis=1)
+        self._trials += len(self.actions)
+        return [a for a in range(1, len(self.actions)) if served[a] >= served[0]]
 
-    def _arrivals(self, view: View) -> Workload | None:
-        """Some stretch of the earlier requests, at the rate seen so far; one replica's share of it."""
-        earlier = self._earlier
-        if len(earlier) < 2 or not math.isfinite(earlier.rate_per_s):
-            return None
-        rate = earlier.rate_per_s / self._replicas
-        seen = (view.arrived_count + PRIOR_REQUESTS) / (view.now_s + PRIOR_REQUESTS / rate)
-        count = int(self._rng.poisson(seen * LOOKAHEAD_S))
-        if count == 0:
-            return None
-        rows = (int(self._rng.integers(len(earlier))) + self._replicas * np.arange(count + 1)) % len(earlier)
-        gaps = np.diff(earlier.arrival_s[rows])
-        gaps = np.where(gaps > 0, gaps, 1 / rate) * rate / seen  # around the end of the table: one mean gap
-        prompts = earlier.prompt_tokens[rows[1:]]
-        outputs = self._lengths.draw(prompts, np.zeros(count, np.int64), self._rng)
-        return Workload.build("imagined", view.now_s + np.cumsum(gaps), prompts, outputs)
+    def _imagine(self, view: View, known: Known) -> None:
+        """Of the scenarios, the more go on like this run of late the more of it has been seen."""
+        like_run = round(SCENARIOS * known.recent_count / (known.recent_count + self.ahead_requests))
+        self._ends_s = np.full(SCENARIOS, view.now_s + LEVELS * self.decision_interval_s)
+        for scenario in range(SCENARIOS):
+            lengths = known.draw_lengths(self._rng)
+            future = known.arrivals(self.ahead_requests, scenario < like_run, lengths, self._rng)
+            view.imagine(self._rollouts, scenario, lengths, future, self.slo)
+            if future is not None:
+                end_s = view.now_s + (1 + AFTER) * (float(future.arrival_s[-1]) - view.now_s)
+                self._ends_s[scenario] = max(end_s, self._ends_s[scenario])
 
 
 class _Search:
     """One decision's tree."""
 
-    def __init__(self, policy: RMaxTS, now_s: float) -> None:
+    def __init__(self, policy: RMaxTS, now_s: float, allowed: list[int]) -> None:
         self.policy, self.rollouts, self.now_s = policy, policy._rollouts, now_s
         self.nodes = rmaxts.new_tree(4096)
         self.size = 1
         self.paths: list[tuple[int, ...]] = [()]
         self.advantages: list[list[float]] = [[]]
+        self.children: list[list[int]] = [[]]
         self.seen: set[tuple[int, ...]] = set()
+        self.allowed = allowed  # as first actions
+        self.order = [int(a) for a in policy._rng.permutation(len(policy.actions))]
         self.count = 0
         self.scale = 1e-6
-        trials: list[tuple[tuple[int, ...], int]] = [((), scenario) for scenario in range(SCENARIOS)]
-        self.default = self._run(trials)[0]
+        trials: list[tuple[tuple[int, ...], int]] = [((0,), scenario) for scenario in range(SCENARIOS)]
+        self.default, _, met = self._run(trials)
+        self.is_perfect = bool((met == 1).all())
 
     def batch(self) -> None:
-        """Selects a batch of nodes, tries one more action at each, backs up."""
-        chosen, trials, rng = [], [], self.policy._rng
+        """Selects a batch of nodes, tries each on one more scenario or one more action at it, backs up."""
+        jobs, trials = [], []
         for _ in range(BATCH):
-            node = int(rmaxts.select(self.nodes, self.policy.gamma))
-            child = node
-            if len(self.paths[node]) < LEVELS:
-                action = int(rng.integers(len(self.policy.actions)))
-                child = int(rmaxts.find_child(self.nodes, node, action))
-                if child == rmaxts.NONE:
-                    child = self._add(node, action)
-            place = len(self.advantages[child])
-            self.advantages[child].append(0.0)  # filled in below
-            chosen.append((node, child, place))
-            trials.append((self.paths[child], place % SCENARIOS))
-        values, is_new = self._run(trials)
-        for (node, child, place), (_, scenario), value, new in zip(chosen, trials, values, is_new, strict=True):
-            advantage = float(value - self.default[scenario])
-            self.advantages[child][place] = advantage
-            self.scale = max(self.scale, abs(advantage))
-            reward = 0.5 + 0.5 * advantage / self.scale
-            if self.policy.intrinsic:
-                reward = (1 - INTRINSIC_WEIGHT) * reward + INTRINSIC_WEIGHT * new
+            node = self._select()
+            child = self._next(node)
+            place = -1
+            if child is not None:
+                place = len(self.advantages[child])
+                self.advantages[child].append(0.0)  # filled in below
+                trials.append((self.paths[child], place))
+            jobs.append((node, child, place))
+        self.count += BATCH - len(trials)  # those that found nothing left to try
+        values, is_new, _ = self._run(trials) if trials else (np.zeros(0),) * 3
+        results = iter(zip(trials, values, is_new, strict=True))
+        for node, child, place in jobs:
+            reward = 0.0
+            if child is not None:
+                (_, scenario), value, new = next(results)
+                advantage = float(value - self.default[scenario])
+                self.advantages[child][place] = advantage
+                self.scale = max(self.scale, abs(advantage))
+                reward = 0.5 + 0.5 * advantage / self.scale
+                if self.policy.intrinsic:
+                    reward = (1 - INTRINSIC_WEIGHT) * reward + INTRINSIC_WEIGHT * new
+            if not self.policy.virtual_loss:
+                rmaxts.start_job(self.nodes, node, self.policy.gamma)
             rmaxts.end_job(self.nodes, node, reward, self.policy.gamma)
 
     def best_first_action(self) -> int:
         """First action of the sequence whose advantage is clearest; 0 where none is clear."""
         best, most = 0, 0.0
         for path, advantages in zip(self.paths[1:], self.advantages[1:], strict=True):
-            if len(advantages) < LEAST_TRIALS or path[0] == 0:
+            if len(advantages) < LEAST_TRIALS:
                 continue
-            values = np.array(advantages[:SCENARIOS])  # what follows repeats them
-            clear = values.mean() - CLEAR_ERRORS * values.std(ddof=1) / math.sqrt(values.size)
+            values = np.array(advantages)
+            error = float(values.std(ddof=1)) / math.sqrt(values.size)
+            clear = float(values.mean()) - self.policy.clear_errors * error
             if clear > most:
-                best, most = path[0], float(clear)
+                best, most = path[0], clear
         return best
 
+    def _select(self) -> int:
+        """The node to go on at; a job runs at it from here on, unless virtual loss is off."""
+        if self.policy.virtual_loss:
+            return int(rmaxts.select(self.nodes, self.policy.gamma))
+        node = rmaxts.ROOT
+        while self.children[node] and (chosen := int(rmaxts.best_choice(self.nodes, node))) != node:
+            node = chosen
+        return node
+
+    def _next(self, node: int) -> int | None:
+        """The node itself where it lacks scenarios, else a new child of it, None where there is none left."""
+        path = self.paths[node]
+        if path and len(self.advantages[node]) < SCENARIOS:
+            return node
+        actions = [a for a in self.order if (a != path[-1] if path else a in self.allowed)]
+        children = self.children[node]
+        for child in children:
+            if not self.advantages[child]:
+                return child
+        if len(path) == LEVELS or len(children) == len(actions):
+            return None
+        return self._add(node, actions[len(children)])
+
     def _add(self, node: int, action: int) -> int:
-        if self.size == self.nodes.size:
+        if self.size == len(self.nodes):
             self.nodes = np.concatenate([self.nodes, np.zeros_like(self.nodes)])
         child = int(rmaxts.add_child(self.nodes, self.size, node, action))
         self.size += 1
         self.paths.append((*self.paths[node], action))
         self.advantages.append([])
+        self.children.append([])
+        self.children[node].append(child)
         return child
 
-    def _run(self, trials: list[tuple[tuple[int, ...], int]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(value, 1 where it reached an unseen coarse state) of action sequences on scenarios."""
-        rollouts, count = self.rollouts, len(trials)
-        for trial in range(rollouts.trials_count):
-            rollouts.start(trial, trials[trial % count][1])
-        before = rollouts.env.copy()
+    def _run(self, trials: list[tuple[tuple[int, ...], int]]) -> tuple[NDArray[np.float64], ...]:
+        """(value, 1 where it reached an unseen coarse state, share of SLOs met) of action sequences on scenarios."""
+        policy, rollouts, count = self.policy, self.rollouts, len(trials)
         actions = np.zeros((rollouts.trials_count, LEVELS), np.int64)
-        for trial in range(rollouts.trials_count):
-            path = trials[trial % count][0]
-            actions[trial, : len(path)] = path
+        ends_s = np.zeros(rollouts.trials_count)  # those not in use do not run
+        for trial, (path, scenario) in enumerate(trials):
+            rollouts.start(trial, scenario)
+            actions[trial] = (*path, *(path[-1],) * (LEVELS - len(path)))
+            ends_s[trial] = policy._ends_s[scenario]
+        before = rollouts.env[:count].copy()
         is_new = np.zeros(count)
-        for level in range(LEVELS):
-            rollouts.engine.knobs[:] = self.policy._rows[actions[:, level]]
-            rollouts.run_until(np.full(rollouts.trials_count, self.now_s + (level + 1) * INTERVAL_S))
+        for level in range(LEVELS if policy.beyond else 1):
+            rollouts.engine.knobs[:] = policy._rows[actions[:, level]]
+            rollouts.run_until(np.minimum(ends_s, self.now_s + (level + 1) * policy.decision_interval_s))
             for trial, state in enumerate(self._coarse(count)):
                 if state not in self.seen:
                     self.seen.add(state)
                     is_new[trial] = 1.0
-        rollouts.engine.knobs[:] = self.policy._rows[0]
-        rollouts.run_until(np.full(rollouts.trials_count, self.now_s + LONGEST_S))
+        served = np.zeros(count)
+        if policy.beyond:
+            rollouts.run_until(ends_s)
+            served += rollouts.on_track()[:count]
         self.count += count
-        env = rollouts.env
+        env = rollouts.env[:count]
         requests = np.maximum(env["requests_count"], 1)
-        met = (env["slo_met_count"] - before["slo_met_count"]) / requests
+        met = (env["slo_met_count"] - before["slo_met_count"] + served) / requests
         present_s = (env["present_s"] - before["present_s"]) / requests
-        return (met - TIE_BREAK * present_s / (1 + present_s))[:count], is_new
+        return met - TIE_BREAK * present_s / (1 + present_s), is_new, met
 
     def _coarse(self, count: int) -> list[tuple[int, ...]]:
         """Octaves of queue and batch, tenths of each kind of memory."""
@@ -270,13 +310,26 @@ class _Search:
         return list(zip(*(each.tolist() for each in (*octaves, hbm, pim)), strict=True))
 
 
-def _actions(constant: BestConstant, count: int) -> list[Knobs]:
-    """The best constant setting, then the best others tried, those that do just the same left out."""
-    tried = constant.tried.sort_values("value", ascending=False)
-    found, values = [constant.knobs], []
-    for row in tried.to_dict("records"):
-        knobs = Knobs(**{str(name): type(GRID[str(name)][0])(row[name]) for name in GRID})
-        if knobs != constant.knobs and row["value"] not in values and len(found) < count:
-            found.append(knobs)
-        values.append(row["value"])
-    return found
+def portfolio(constant: BestConstant, system: Tables, training: Workload) -> list[Knobs]:
+    """The best constant setting, then, of all that its search tried (the heuristics' are among them), one at a time the
+    one that most raises what the best of the chosen reaches in each part of the earlier requests, at each load."""
+    key = key_of(system, training, constant.slo)
+    if key not in _portfolios:
+        tried = [
+            Knobs(**{str(name): type(GRID[str(name)][0])(row[name]) for name in GRID})
+            for row in constant.tried.to_dict("records")
+        ]
+        tried = [constant.knobs, *(knobs for knobs in tried if knobs != constant.knobs)]
+        cells = [Cell(system, training.at_load(load), constant.slo) for load in LOADS]
+        parts = [part for cell in cells for part in np.array_split(serve_each(cell, tried)[0], PARTS, axis=1)]
+        goodput = np.stack([part.mean(axis=1) for part in parts], axis=1)  # (S, LOADS x PARTS)
+        chosen, reached = [0], goodput[0]
+        while len(chosen) < ACTIONS:
+            gains = np.maximum(goodput, reached).sum(axis=1) - reached.sum()
+            best = int(np.argmax(gains))
+            if gains[best] <= 0:
+                break
+            chosen.append(best)
+            reached = np.maximum(reached, goodput[best])
+        _portfolios[key] = [tried[i] for i in chosen]
+    return _portfolios[key]

@@ -45,6 +45,7 @@ class PrefixCache:
         self.pools: list[dict[Key, Entry]] = [{} for _ in range(pools_count)]
         self.block = block_tokens
         self.rule = rule
+        self.scores: dict[Key, float] = {}
         self.releases = self.evictions = 0
 
     def blocks(self, tokens: int) -> int:
@@ -108,6 +109,7 @@ class PrefixCache:
             Eviction.LRU: lambda entry: entry.idle_since,
             Eviction.LFU: lambda entry: (entry.uses, entry.idle_since),
             Eviction.TREE: lambda entry: (-entry.depth, entry.idle_since),
+            Eviction.SCORE: lambda entry: (self.scores.get(entry.key, 0.0), entry.idle_since),
         }[self.rule]
         idle = [entry for entry in self.pools[pool].values() if not entry.users]
         del self.pools[pool][min(idle, key=order).key]

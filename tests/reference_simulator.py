@@ -85,6 +85,7 @@ class Prices:
         self.grid = fc_grid_tokens()
         self.fc_row, self.head_row = tables.arrays.fc_s[0], tables.arrays.head_s[0]
         self.comm_row, self.draft_row = tables.arrays.comm_s[0], tables.arrays.draft_s[0]
+        self.experts_row = tables.arrays.experts_s[0]
 
     def _along(self, row: np.ndarray, tokens: int, slope: float) -> float:
         beyond = max(tokens - self.grid[-1], 0.0)
@@ -96,6 +97,23 @@ class Prices:
     def comm_s(self, tokens: int) -> float:
         """All-to-all that computing hides."""
         return self._along(self.comm_row, tokens, self.coef["comm_slope_s"])
+
+    def gpu_s(self, work_s: float, tokens: int) -> float:
+        """A batch's work beside its all-to-all, which keeps a share of the multiprocessors while it runs: a stage that
+        computes x beside y of sending ends when the last of both is done. Where micro-batches take turns there are four
+        stages of half a batch: attention | dispatch, experts | dispatch, experts | combine, attention | combine."""
+        c, comm_s = self.coef, self.comm_s(tokens)
+
+        def stage_s(computing_s: float, sending_s: float) -> float:
+            return max(sending_s, computing_s + sending_s * c["comm_sm_frac"])
+
+        if not c["dispatch_frac"]:
+            return stage_s(work_s, comm_s)
+        experts_s = self._along(self.experts_row, tokens, c["experts_slope_s"])
+        dispatch_s, combine_s = comm_s * c["dispatch_frac"], comm_s * (1 - c["dispatch_frac"])
+        order = [(work_s - experts_s, dispatch_s), (experts_s, dispatch_s), (experts_s, combine_s)]
+        order.append((work_s - experts_s, combine_s))
+        return sum(stage_s(computing_s / 2, sending_s / 2) for computing_s, sending_s in order)
 
     def guessing_s(self, requests: int) -> float:
         return self._along(self.draft_row, requests, self.coef["draft_slope_s"])
@@ -122,7 +140,7 @@ class Prices:
             triangle *= c["prefill_chunk_ratio"]
             triangle += square * c["prefill_history_ratio"] * c["prefill_pair_s"]
         reading_s = c["prefill_kv_s"] * (done + chunk) + c["prefill_query_s"] * chunk
-        return max(triangle, reading_s)
+        return max(triangle, reading_s) + (c["prefill_history_token_s"] * done if chunk else 0.0)
 
     def hbm_s(self, kv: int, requests: int, queries: int = 1) -> float:
         """Reading, a launch, and what the last wave of (request, KV head) blocks wastes."""
@@ -159,7 +177,7 @@ class Prices:
         ttft = max(self.prefill_s((prompt, 0)), self.pim_s(0, 0, prompt if has_pim else 0))
         tbt = self.pim_s(self.lane_s(prompt + 1, 1), 1, 0) if has_pim else self.hbm_s(prompt + 1, 1)
         ttft, tbt = ttft + self.fc_s(prompt) + self.head_s(1), tbt + self.fc_s(1) + self.head_s(1)
-        return max(ttft, self.comm_s(prompt)), max(tbt, self.comm_s(1))
+        return self.gpu_s(ttft, prompt), self.gpu_s(tbt, 1)
 
 
 class ReferenceSimulator:
@@ -512,7 +530,7 @@ class ReferenceSimulator:
         tokens = sum(chunk for chunk, _ in chunks) + queries * others
         attention_s = self.price.prefill_s(*chunks)
         attention_s += self.price.hbm_s(sum(r.kv + queries for r in hbm), len(hbm), queries)
-        return max(attention_s + self.back_s(tokens, queries * others, others), self.price.comm_s(tokens))
+        return self.price.gpu_s(attention_s + self.back_s(tokens, queries * others, others), tokens)
 
     def back_s(self, tokens: int, rows: int, decodes: int) -> float:
         """FC and head of a batch, and a guess for each of its decoding requests."""
@@ -606,10 +624,10 @@ class ReferenceSimulator:
             fc_s = self.back_s(batch, rows, len(fc_decodes))
             side_s = price.pim_s(self.slowest_lane_s(pim), self.moved(pim), pushed)
             if sub is None:  # one batch: attention on both sides, then FC
-                duration_s += max(max(front_s, side_s) + fc_s, price.comm_s(batch))
+                duration_s += price.gpu_s(max(front_s, side_s) + fc_s, batch)
             else:  # T_GPU_i beside T_PIM_i
-                duration_s += max(front_s + fc_s, side_s, price.comm_s(batch))
-            gpu_s += max(front_s + fc_s, price.comm_s(batch))
+                duration_s += max(price.gpu_s(front_s + fc_s, batch), side_s)
+            gpu_s += price.gpu_s(front_s + fc_s, batch)
             pim_s += side_s
             batches += batch > 0
         self.now += duration_s

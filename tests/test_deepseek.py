@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments.deepseek import placement, router, study
+from experiments.deepseek import deep_gemm, placement, router, study
+from experiments.reproduce import deepseek_prefill
 from l3env import FixedKnobs, Knobs, PimForm, Plan, Workload, load
 from l3env.costs import energy, experts, gpu, link, memory, pim
 from l3env.engine import Engine, Slo, draft_classes
@@ -174,6 +176,152 @@ def test_two_micro_batches_hide_the_all_to_all():
     assert work[0] + sending[0] == pytest.approx(2 * serial[0], rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_taking_turns_against_two_queues_of_kernels(seed):
+    """Two micro-batches, kernels in order on a compute and on a network queue, each after what it needs: a simulation
+    in small steps of what ``beside_s`` gives in closed form. Sending slows computing down while it runs."""
+    rng = np.random.default_rng(seed)
+    attention, ffn, dispatch, combine = rng.uniform(0.2, 1.5, 4)
+    share, layers = rng.uniform(0.0, 0.4), 12
+    # per layer, micro-batches A and B: (queue, length, needed kernels)
+    kernels: dict[tuple, tuple[str, float, list[tuple]]] = {}
+    for layer in range(layers):
+        for batch in "AB":
+            before = [("combine", layer - 1, batch)] if layer else []
+            kernels["attention", layer, batch] = ("compute", attention, before)
+            kernels["dispatch", layer, batch] = ("network", dispatch, [("attention", layer, batch)])
+        for batch in "AB":
+            kernels["ffn", layer, batch] = ("compute", ffn, [("dispatch", layer, batch)])
+            kernels["combine", layer, batch] = ("network", combine, [("ffn", layer, batch)])
+    queues = {name: [key for key, kernel in kernels.items() if kernel[0] == name] for name in ("compute", "network")}
+    left = {key: kernel[1] for key, kernel in kernels.items()}
+    done, now_s, ends = set(), 0.0, []
+    while any(queues.values()):
+        running = {}
+        for name, queue in queues.items():
+            if queue and all(need in done for need in kernels[queue[0]][2]):
+                running[name] = queue[0]
+        rates = {"compute": 1 - share if "network" in running else 1.0, "network": 1.0}
+        step_s = min(left[key] / rates[name] for name, key in running.items())
+        now_s += step_s
+        for name, key in running.items():
+            left[key] -= step_s * rates[name]
+            if left[key] < 1e-12:
+                done.add(key)
+                queues[name].pop(0)
+                if key[0] == "attention" and key[2] == "A":
+                    ends.append(now_s)
+    steady = (ends[-1] - ends[-5]) / 4  # of one layer
+    work, sent = 2 * (attention + ffn), 2 * (dispatch + combine)
+    assert experts.beside_s(work, 2 * ffn, sent, dispatch / (dispatch + combine), share) == pytest.approx(steady)
+
+
+def test_fine_interleaving_and_multiprocessors_taken_by_hand():
+    assert experts.beside_s(3.0, 0.0, 2.0, 0.0, 0.0) == 3.0
+    assert experts.beside_s(3.0, 0.0, 4.0, 0.0, 0.0) == 4.0
+    assert experts.beside_s(3.0, 0.0, 2.0, 0.0, 0.25) == 3.5
+    # halves: attention 1, experts 0.5, dispatch 0.75, combine 1.25, a tenth of the multiprocessors
+    by_phase = (1 + 0.075) + 0.75 + 1.25 + max(1 + 0.125, 1.25)
+    assert experts.beside_s(3.0, 1.0, 4.0, 0.375, 0.1) == pytest.approx(by_phase)
+
+
+def test_fp8_products_as_deep_gemm_measured_them():
+    """The preset holds the fit; tiles and waves, fitted to 16-bit products, do the rest."""
+    assert deep_gemm.fitted_bytes_per_s(H800) == pytest.approx(H800.fp8_output_bytes_per_s, rel=2e-3)
+    ratios = [(product.rows, ratio) for product, ratio in deep_gemm.ratios(H800)]
+    assert len(ratios) == 28
+    large = [ratio for rows, ratio in ratios if rows >= deep_gemm.FITTED_ROWS]
+    assert max(abs(ratio - 1) for ratio in large) < 0.12
+    assert np.mean([abs(ratio - 1) for ratio in large]) < 0.03
+    assert all(0.7 < ratio < 1.1 for _, ratio in ratios)
+    beside = [ratio for _, ratio in deep_gemm.ratios(load("gpu/h800", fp8_output_bytes_per_s=0.0))]
+    assert min(beside) < 0.6  # what it would be if outputs were written beside computing
+
+
+def test_prefill_attention_as_measured_on_an_h200():
+    """Whole prompts, keys of 192 and values of 128; 16,384 tokens in all."""
+    coef = compile_tables(load("system/gpu-dgx-h200"), V3, tp=8).arrays.coef[0]
+    with (Path(__file__).parents[1] / "experiments" / "data" / "deepseek_kernels.csv").open(newline="") as file:
+        found = [row for row in csv.DictReader(file) if row["operation"] == "attention"]
+    assert len(found) == 6
+    for row in found:
+        prompts, length = (int(part) for part in row["shape"].split(" x "))
+        each_s = coef["prefill_pair_s"] * 8 * length * (length + 1) / 2 + coef["prefill_new_s"] * length
+        layer_s = (prompts * each_s + coef["prefill_fixed_s"]) / 61
+        assert layer_s == pytest.approx(float(row["time_s"]), rel=0.07)
+
+
+def test_small_kernels_of_a_prefill_layer_by_hand():
+    """Bytes per token on one GPU: 16 bit in, FP8 and a scale for 128 out where a product follows."""
+    quantised = 2 + 1 + 4 / 128
+    attention = 4 * 7168 * 2 + 2 * (128 * 192 + 576) * 2 + (7168 + 1536 + 512 + 128 * 128) * quantised
+    assert gpu.attention_elementwise_bytes(V3, H800, 1) == attention
+    inner = 9 * 2048
+    ffn = 4 * 7168 * 2 + 3 * inner * 2 + (7168 + inner) * quantised
+    shared_sum, rows = 3 * 7168 * 2, 8 * 7168
+    copied = 2 * rows * (1 + 4 / 128) + 2 * rows * 2
+    prefill = load("system/h800-ep32-prefill").experts
+    assert experts.expert_elementwise_bytes(V3, H800, prefill, 1) == ffn + shared_sum + copied
+    assert experts.expert_elementwise_bytes(V3, H800, DECODE.experts, 1) == ffn + shared_sum  # delivered by expert
+    # 16-bit products need no quantisation
+    a100 = load("gpu/a100-80")
+    assert gpu.attention_elementwise_bytes(V3, a100, 1) == 4 * 7168 * 2 + 2 * (128 * 192 + 576) * 2
+
+
+def test_a_history_is_projected_from_the_latent_again():
+    """2 x 512 x 32,768 FLOP a token and layer, and 65,536 bytes written after computing; nothing for plain KV."""
+    ideal = load("gpu/h800", fp8_output_bytes_per_s=0.0, sm_count=0, roofline_exponent=0, decode_tail_frac=0.0)
+    flop_s = 2 * 512 * 32_768 / (ideal.fp8_flop_per_s * ideal.compute_utilisation_frac)
+    assert flop_s < 65_536 / (ideal.hbm_bytes_per_s * ideal.memory_utilisation_frac)  # bound by the output
+    bound = (65_536 + 512 * 2 + 512 * 32_768 / 16_384) / (ideal.hbm_bytes_per_s * ideal.memory_utilisation_frac)
+    assert gpu.history_token_s(V3, ideal, 1) == pytest.approx(61 * bound, rel=1e-3)
+    after_s = gpu.history_token_s(V3, H800, 1) - 61 * 65_536 / H800.fp8_output_bytes_per_s
+    assert after_s == pytest.approx(61 * flop_s, rel=0.5)
+    assert gpu.history_token_s(load("model/gpt-175b"), H800, 8) == 0
+    assert gpu.history_token_s(V3, H800, 8) == pytest.approx(gpu.history_token_s(V3, H800, 1) / 8, rel=0.05)
+
+
+@pytest.mark.parametrize("hit_frac", [0.0, 0.5])
+def test_an_iteration_of_the_prefill_unit_is_priced_alike_in_the_engine(hit_frac):
+    """Four prompts at once, in one chunk each, or in two."""
+    tables = deepseek_prefill.compiled(V3)
+    engine = Engine(tables, 1, 4)
+    engine.reset(0, Workload.build("four", np.zeros(4), np.full(4, 4096), np.full(4, 1)))
+    first = round(4096 * hit_frac) or 4096
+    for chunk, history in ((first, 0), (4096 - first, first)):
+        if chunk == 0:
+            continue
+        plan = Plan(admit=range(4) if history == 0 else (), prefill=dict.fromkeys(range(4), chunk), interleave=False)
+        before_s = float(engine.state.env["clock_s"][0])
+        engine.step_plan(0, plan.operations(), prefill_all=False, decode=True, interleaved=False)
+        took_s = float(engine.state.env["clock_s"][0]) - before_s
+        ends = history + chunk == 4096  # before that no token comes out: no head
+        expected_s = deepseek_prefill.batch_s(tables, [(chunk, history)] * 4)
+        assert took_s == pytest.approx(expected_s, rel=1e-9 if ends else 2e-3)
+
+
+def test_prefill_at_saturation_as_published():
+    """The profile and both of LMSYS's figures within 25 %, at either rate of the small kernels."""
+    rows = {}
+    for row in deepseek_prefill.rows(V3):
+        rows.setdefault(row["case"].split(",")[0], []).append(row["ratio"])
+    assert len(rows["DeepSeek's profile"]) == 3
+    for case in ("DeepSeek's profile", "LMSYS prefill"):
+        assert all(0.8 < ratio < 1.25 for ratio in rows[case]), case
+    # misses, as the page says: a cluster on Ethernet, and a day's mean beside saturation
+    assert rows["RTP-LLM prefill"][0] > 1.25
+    assert rows["OI prefill"][0] == pytest.approx(rows["OI prefill"][1], rel=1e-3)
+    assert rows["OI prefill"][0] > 1.25
+
+
+def test_the_served_mix_follows_from_the_days_totals():
+    prompt = deepseek_prefill.SERVED_PROMPT_TOKENS
+    assert prompt * (1 + 168 / 608 / 2) == pytest.approx(4989)
+    new, history = deepseek_prefill.whole(prompt, hit_frac=0.563)[0]
+    assert new + history == 4383
+    assert history / 4383 == pytest.approx(0.563, abs=1e-3)
+
+
 def test_energy_counts_the_experts():
     batch_j, token_j = energy.fc_j(V3, NODE.gpu, 8)
     copied = 61 * 7 * 7168 * (1536 + 576)  # down-projections, on each of 8 GPUs
@@ -189,6 +337,10 @@ def test_bad_deployments_are_named():
         load("system/h800-ep144-decode", gpus_count=96)
     with pytest.raises(SpecError, match=r"moe\.chosen_count = 200: more than the chosen groups hold"):
         load("model/deepseek-v3", moe__chosen_count=200)
+    with pytest.raises(SpecError, match=r"experts\.comm_sm_count = 200: expected at most the GPU's sm_count = 132"):
+        load("system/h800-ep32-prefill", experts__comm_sm_count=200)
+    with pytest.raises(SpecError, match="overlap_by_phase: needs micro_batches_count = 2, not 1"):
+        load("system/h800-ep32-prefill", experts__micro_batches_count=1)
     with pytest.raises(SpecError, match="does not fit"):
         compile_tables(load("system/l3-dgx-a100"), V3, tp=4)
 

@@ -21,10 +21,11 @@ from experiments.learning.imitate import fit, imitate
 from experiments.learning.iqm import interquartile_mean, interval, summarise
 from experiments.train.export import interface
 from l3env.errors import L3EnvError
-from l3env.observe import FEATURES, LEVELS
+from l3env.observe import FEATURES, LEVELS, knobs_of
 from l3env.policy import Knobs, make_policy
 from l3env.runner import compile_pair, load_at_capacity, run_policy
 from l3env.trace_registry import load_trace
+from l3env.tune import probe
 from policies.learned_ppo import Learned
 from policies.network import Network
 
@@ -193,6 +194,20 @@ def test_pictures(tmp_path: Path) -> None:
     assert (tmp_path / "policy.png").stat().st_size > 5000
 
 
+def test_curves_of_an_algorithm_are_averaged_at_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs evaluated at steps 0, 10, 20 and 0, 5, 20: at 10 the second lies a third of the way from 0.3 to 0.9."""
+    for name, rows in {"a": "0,0.4\n10,0.6\n20,0.8\n", "b": "0,0.2\n5,0.3\n20,0.9\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluations.csv").write_text("steps,goodput_frac\n" + rows)
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure))
+    pictures.compared_curves({"cell": {"ppo": [tmp_path / "a", tmp_path / "b"]}}, tmp_path / "x.png")
+    mean = drawn[0].axes[0].lines[-1]
+    assert mean.get_label() == "ppo"
+    np.testing.assert_allclose(mean.get_xdata(), [0, 10, 20])
+    np.testing.assert_allclose(mean.get_ydata(), [0.3, (0.6 + 0.5) / 2, 0.85])
+
+
 # --- imitation
 
 
@@ -228,13 +243,42 @@ def test_a_tuned_cell_reaches_its_goodput_when_it_is_rolled_out() -> None:
     """With a decision interval or once: fixed knobs are the same, so the rollout's goodput is the search's."""
     for i in range(3):
         row = teacher.tuned(SOURCE, i)
-        cell = teacher.episode(SOURCE, i)
-        fixed = np.array(row["action"])
-        obs, masks, goodput = teacher.rollout(SOURCE, cell, lambda features, mask, fixed=fixed: fixed)
-        assert goodput == row["goodput_frac"]
-        assert obs.shape == (len(masks), len(FEATURES))
+        best, *others = teacher.seen_under_settings(SOURCE, [row])[0]
+        assert best.goodput_frac == row["goodput_frac"]
+        assert best.action == tuple(row["action"])
+        assert best.obs.shape == (len(best.masks), len(FEATURES))
+        assert [each.action for each in others] == [tuple(each) for each in row["others"]]
         assert len(row["targets"]) == LEVELS_COUNT
         assert row == teacher.tuned(SOURCE, i)
+
+
+def test_rollouts_side_by_side_are_those_of_the_runner(tmp_path: Path) -> None:
+    """Many in one engine, a decision every interval: as the offline runner serves each, and as each alone."""
+    path = network(tmp_path / "net.npz")
+    source = replace(SOURCE, interval_s=2.0)  # the network's own
+    rows = [{"i": i} for i in range(4)]
+    found = teacher.seen_by_network(source, rows, path)
+    for row, seen in zip(rows, found, strict=True):
+        alone = teacher.seen_by_network(source, [row], path)[0]
+        np.testing.assert_array_equal(seen.obs, alone.obs)
+        assert (seen.goodput_frac, seen.action) == (alone.goodput_frac, alone.action)
+        cell = teacher.episode(source, row["i"])
+        tables = replace(teacher._episodes(source).pairs[cell.pair_idx], replicas_count=1)
+        outcome = run_policy(tables, cell.workload, Learned(Path(path)), slo=cell.slo)
+        assert outcome.metrics["slo_attainment_frac"] == pytest.approx(seen.goodput_frac, abs=1e-12)
+
+
+def test_corrections_point_away_from_a_bad_level() -> None:
+    """Around the best constant with one knob spoilt, that knob's target is not what it is."""
+    row = next(row for i in range(8) if (row := teacher.tuned(SOURCE, i))["goodput_frac"] > 0.5)
+    spoilt = [0, *row["action"][1:]]  # admits nobody
+    found = probe(teacher._cells(SOURCE, row["i"]), knobs_of(np.array(row["action"])), grid=teacher.ACTIONS)
+    assert found.goodput_frac[0] == row["goodput_frac"]
+    with pytest.raises(L3EnvError, match="not in the grid"):
+        teacher.corrections(SOURCE, row, spoilt)
+    spoilt = [row["action"][0], *row["action"][1:5], len(LEVELS["headroom_frac"]) - 1, row["action"][6]]
+    head = np.split(np.array(teacher.corrections(SOURCE, row, spoilt)), np.cumsum([len(v) for v in LEVELS.values()]))[5]
+    assert head[row["action"][5]] >= head[-1]
 
 
 def test_fit_learns_a_rule_it_can_express() -> None:

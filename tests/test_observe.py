@@ -8,7 +8,7 @@ import inspect
 import numpy as np
 import pytest
 from engine_cases import cases, compiled, knobs
-from hypothesis import HealthCheck, assume, event, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from l3env import Knobs, View, Workload
@@ -34,7 +34,8 @@ def recount(engine: Engine, view: View) -> dict[str, float]:
     decoding = running[running["status"] == Status.DECODE]
     prefilling = running[running["status"] == Status.PREFILL]
     pair, pools = view.system, view.pools
-    capacity = int(pools.capacity_blocks.sum()) * pools.block_tokens
+    hbm_blocks, pim_blocks, hbm_used, pim_used = held_blocks(engine, view)
+    capacity = (hbm_blocks + pim_blocks) * pools.block_tokens
     ttft_slo_s, tbt_slo_s = float(env["ttft_slo_s"]), float(env["tbt_slo_s"])
     pace_s = float(engine.alone_latencies(np.array([2048]))[0][0]) / 2048
     seen: dict[str, float] = {
@@ -55,7 +56,7 @@ def recount(engine: Engine, view: View) -> dict[str, float]:
         slack_s = np.where(
             started, np.where(waiting["first_token_s"] <= waiting["ttft_deadline_s"], np.inf, -1), slack_s
         )
-        free = capacity - int(pools.used_blocks.sum()) * pools.block_tokens
+        free = capacity - (hbm_used + pim_used) * pools.block_tokens
         seen |= {
             "waiting_work": squash(float(tokens.sum()) * pace_s, 4 * ttft_slo_s),
             "waiting_over_free": squash(float(tokens.sum()), free + 1),
@@ -84,15 +85,44 @@ def recount(engine: Engine, view: View) -> dict[str, float]:
             "ahead": 0.5 + 0.5 * ahead / (abs(ahead) + 16),
             "predicted_left": squash(max(float((decoding["predicted_tokens"] - emitted).mean()), 0.0), 256),
         }
-        # sizes of the two sub-batches change places with the step: what the next decode step takes in blocks
-        grown = sum((kv[decoding["pool"] == p] % pools.block_tokens == 0).sum() for p in range(len(pools.used_blocks)))
-        free_blocks = int((pools.capacity_blocks - pools.used_blocks).sum())
-        seen["next_growth"] = squash(float(grown), free_blocks + 1)
+        free_blocks = hbm_blocks + pim_blocks - hbm_used - pim_used
+        seen["next_growth"] = squash(next_growth_blocks(engine, view, decoding), free_blocks + 1)
     last_s = view.last_iteration["iteration_s"]
     seen["last_iteration"] = squash(last_s, tbt_slo_s)
-    seen["kv_hbm_share"] = pools.used_blocks[0] / max(pools.capacity_blocks[0], 1)
-    seen["kv_pim_share"] = pools.used_blocks[1:].sum() / max(pools.capacity_blocks[1:].sum(), 1)
+    seen["kv_hbm_share"] = hbm_used / max(hbm_blocks, 1)
+    seen["kv_pim_share"] = pim_used / max(pim_blocks, 1)
     return seen
+
+
+def decompressed(engine: Engine) -> tuple[int, float]:
+    """(pool of decompressed KV, or a number past the last; blocks of all other PIM pools that one of its takes)."""
+    coef = engine.tables.coef[0]
+    pool = int(coef["spread_pool"])
+    return (pool, float(coef["spread_share"]) * (pool - 1)) if pool else (int(coef["pools_count"]), 0.0)
+
+
+def held_blocks(engine: Engine, view: View) -> tuple[int, int, int, int]:
+    """Blocks of HBM and of the PIM side, and how many of each are held; decompressed KV lies in the PIM pools' own."""
+    spread, taken = decompressed(engine)
+    capacity, used = view.pools.capacity_blocks.tolist(), view.pools.used_blocks.tolist()
+    shared = int(sum(used[spread:]) * taken)
+    return capacity[0], sum(capacity[1:spread]), used[0], sum(used[1:spread]) + shared
+
+
+def next_growth_blocks(engine: Engine, view: View, decoding: np.ndarray) -> float:
+    """Blocks that the next decode step takes: a token for each request, and a second where its guess holds (eighths,
+    evenly spread over the steps of its sub-batch)."""
+    block, state = view.pools.block_tokens, engine.state
+    spread, taken = decompressed(engine)
+    grown = {"stored": 0, "decompressed": 0}
+    for row in decoding:
+        tokens = 1
+        if state.env["drafting"][0]:
+            steps, eighths = int(state.sub["drafts"][0, row["sub_batch"]]), int(state.req["draft_class"][0, row["idx"]])
+            tokens += (steps + 1) * eighths // 8 - steps * eighths // 8
+        kind = "decompressed" if row["pool"] == spread else "stored"
+        grown[kind] += -(-(int(row["kv_tokens"]) + tokens) // block) - -(-int(row["kv_tokens"]) // block)
+    return grown["stored"] + int(grown["decompressed"] * taken)
 
 
 def running_means(values: np.ndarray, weight: float) -> float:
@@ -128,8 +158,23 @@ def arrivals_seen(engine: Engine) -> dict[str, float]:
 @settings(SLOW_OK, max_examples=60)
 @given(case=cases(max_requests=40), choices=st.lists(knobs(), min_size=2, max_size=5), seed=st.integers(0, 2**32 - 1))
 def test_features_agree_with_a_recount(case, choices, seed) -> None:
+    compare_with_recounts(case, choices, seed)
+
+
+@settings(SLOW_OK, max_examples=30)
+@given(
+    case=cases(pairs=[("l3-dgx-h200", "deepseek-v3")], max_requests=40),
+    choices=st.lists(knobs(), min_size=2, max_size=5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_features_agree_with_a_recount_of_two_forms_of_kv(case, choices, seed) -> None:
+    engine = compare_with_recounts(case, choices, seed)
+    event(f"decompressed: {engine.state.pool['used'][0, int(engine.tables.coef['spread_pool'][0])] > 0}")
+
+
+def compare_with_recounts(case, choices, seed) -> Engine:
+    """Serves the case under settings that change at every iteration; looks before each."""
     engine = case.engine()
-    assume(engine.tables.coef["spread_lane"][0] == 0)  # the recount knows no pools that share one memory
     engine.await_work(0, 1)
     observer = Observer(engine)
     rng = np.random.default_rng(seed)
@@ -145,6 +190,7 @@ def test_features_agree_with_a_recount(case, choices, seed) -> None:
         engine.run(0, Until.ITERATIONS, 1)
         engine.await_work(0, 1)
     event(f"waiting: {row['waiting_count'] > 0}, decoding: {row['decoding_0_count'] > 0}")
+    return engine
 
 
 def test_groups_lie_where_their_names_do() -> None:

@@ -11,13 +11,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prefix_checks import check_prefix
 from reference_prefix import PrefixCache, prompt_keys
 
-from l3env.engine import Engine, Stop, Until
-from l3env.errors import WorkloadError
+from l3env.engine import Engine, Slo, Stop, Until
+from l3env.episodes import Episodes
+from l3env.errors import L3EnvError, PolicyError, WorkloadError
 from l3env.kernels import heap, prefix
-from l3env.policy import FixedKnobs, Knobs
-from l3env.prefix import eviction_rule, segments
-from l3env.runner import run_policy
-from l3env.state import NOWHERE, Eviction, Status
+from l3env.policy import BasePolicy, FixedKnobs, Knobs
+from l3env.prefix import eviction_rule, idle_segments, score_segments, segments
+from l3env.rollout import Rollouts, present_idx
+from l3env.runner import drive, run_policy
+from l3env.state import NOWHERE, Eviction, Status, arrays, copy
 from l3env.workload import Workload
 
 
@@ -32,7 +34,7 @@ def interpreted(*modules):
 
 
 pool_kernels = interpreted(heap, prefix)
-RULES = [Eviction.LRU, Eviction.LFU, Eviction.TREE]
+RULES = [Eviction.LRU, Eviction.LFU, Eviction.TREE, Eviction.SCORE]
 BLOCK = 4
 
 
@@ -168,6 +170,21 @@ class BlockPool(RuleBasedStateMachine):
         self.cache.rule = eviction
         pool_kernels.change_eviction(self.prefix, 0, eviction)
 
+    @rule(data=st.data())
+    def score(self, data):
+        """A policy scores what is idle; it counts as soon as the rule is SCORE."""
+        rows = idle_segments(self.s, 0)
+        idle = [(pool, e) for pool, entries in enumerate(self.cache.pools) for e in entries.values() if not e.users]
+        idle.sort(key=lambda each: each[1].idle_since)
+        assert rows["pool"].tolist() == [pool for pool, _ in idle]
+        assert rows["depth"].tolist() == [entry.depth for _, entry in idle]
+        assert rows["tokens"].tolist() == [entry.tokens for _, entry in idle]
+        assert rows["uses"].tolist() == [entry.uses for _, entry in idle]
+        values = {key: data.draw(st.sampled_from([-1.0, -0.5, 0.25, 2.0])) for key in {e.key for _, e in idle}}
+        score_segments(self.s, 0, rows["segment"], np.array([values[entry.key] for _, entry in idle]))
+        pool_kernels.change_eviction(self.prefix, 0, Eviction.OFF)
+        self.cache.scores.update({key: min(value, 1.0) for key, value in values.items()})
+
     @invariant()
     def same_books(self):
         if not hasattr(self, "own"):
@@ -224,7 +241,7 @@ def test_more_ids_than_the_prompt_has_blocks_are_refused():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(WorkloadError, match="prefix cache 'fifo'; expected one of off, lru, lfu, tree"):
+    with pytest.raises(WorkloadError, match="prefix cache 'fifo'; expected one of off, lru, lfu, tree, score"):
         eviction_rule("fifo")
 
 
@@ -235,16 +252,100 @@ def test_two_forms_of_kv_in_the_same_memory_are_refused():
     engine.reset(0, Workload.build("no ids", 0.0, 10, 10))
 
 
-def test_requests_with_ids_cannot_be_added_to_a_running_cache():
-    engine = Engine(compiled("gpu-dgx-a100", "llama-2-7b"), 1, 3, prefix_cache=Eviction.LRU)
-    engine.reset(0, prompts([[1]], [5], 4))
-    with pytest.raises(WorkloadError, match="requests with prefix ids cannot be added where the prefix cache is on"):
-        engine.append(0, prompts([[1]], [5], 4))
-    engine.append(0, Workload.build("no ids", 0.0, 10, 10))
+# --- requests that are added
+
+
+def talks(count, seed=3):
+    """Conversations that come back: prompts of 3 to 10 ids of 8 tokens and a rest."""
+    rng = np.random.default_rng(seed)
+    talk = rng.integers(0, 6, count)  # six conversations on one system prompt
+    rows = [[0, 0, *([int(k) + 1] * (1 + i % 7))] for i, k in enumerate(talk)]
+    return prompts(
+        rows,
+        [8 * len(row) + 3 for row in rows],
+        8,
+        output=rng.integers(5, 60, count),
+        arrival=np.sort(rng.random(count)) * 2.0,
+    )
+
+
+@pytest.mark.parametrize("pair", [("gpu-dgx-a100", "llama-2-7b"), ("l3-dgx-a100", "llama-2-7b")])
+@pytest.mark.parametrize("eviction", RULES)
+@pytest.mark.parametrize("first", [1, 25])
+def test_added_requests_share_as_if_they_had_been_there(pair, eviction, first):
+    """A table served whole, and the same one of which all but the first rows are added before they are due, one batch
+    after the other: same hits, evictions and times, with evictions and preemptions under way."""
+    whole = talks(60)
+    tables = compiled(*pair)
+    tables = with_memory(tables, BLOCK, [90] * tables.arrays.pool_blocks.shape[1])
+    one, two = (Engine(tables, 1, len(whole), prefix_cache=eviction) for _ in range(2))
+    for engine in (one, two):
+        Knobs(headroom_frac=0.0, prefill_budget_tokens=48, hbm_share_frac=0.2).write(engine.knobs, 0)
+    one.reset(0, whole)
+    assert one.run(0) == Stop.DONE
+    two.reset(0, whole.head(first))
+    for start in range(first, 60, 7):
+        rows = np.arange(start, min(start + 7, 60))
+        two.run(0, Until.TIME, float(whole.arrival_s[start - 1]))
+        assert two.append(0, whole.select(rows)).tolist() == rows.tolist()
+        check_prefix(two.state, tables.arrays.lane_pool[0])
+    assert two.run(0) == Stop.DONE
+    check_prefix(two.state, tables.arrays.lane_pool[0])
+    for name in ("arrival_s", "first_token_s", "finish_s", "preemptions_count"):
+        np.testing.assert_array_equal(one.state.req[name], two.state.req[name])
+    np.testing.assert_array_equal(one.state.prefix.req["hit_tokens"], two.state.prefix.req["hit_tokens"])
+    for name in ("hits_count", "evictions_count", "segments_count", "ids_used"):
+        assert one.state.prefix.env[name][0] == two.state.prefix.env[name][0], name
+    assert one.state.prefix.env["hits_count"][0] > 50
+    assert one.state.prefix.env["evictions_count"][0] > 20
+
+
+def test_added_requests_open_the_cache_where_the_first_had_no_ids():
+    engine = Engine(compiled("gpu-dgx-a100", "llama-2-7b"), 1, 5, prefix_cache=Eviction.LRU)
+    engine.reset(0, Workload.build("no ids", 0.0, 10, 10))
     Knobs().write(engine.knobs, 0)
+    engine.run(0, Until.ITERATIONS, 2)
+    engine.append(0, prompts([[1, 2]], [9], 4, output=3))
+    engine.run(0)
+    engine.append(0, Workload.build("no ids", 0.0, 10, 10))
+    engine.append(0, prompts([[1, 2, 3], [1, 3]], [13, 9], 4))
     assert engine.run(0) == Stop.DONE
     check_prefix(engine.state, [0])
-    assert engine.state.env["finished_count"][0] == 2
+    assert engine.state.prefix.req["hit_tokens"][0].tolist() == [0, 0, 0, 8, 4]
+    assert engine.state.env["finished_count"][0] == 5
+
+
+def test_what_is_added_must_fit_its_prompt_and_the_machine():
+    """And nothing of it stays."""
+    engine = Engine(compiled("gpu-dgx-a100", "llama-2-7b"), 1, 5, prefix_cache=Eviction.LRU)
+    engine.reset(0, prompts([[1]], [5], 4))
+    before = [array.tobytes() for array in arrays(engine.state)]
+    with pytest.raises(WorkloadError, match="row 0, field prefix_ids: got 3 ids of 4 tokens"):
+        engine.append(0, prompts([[1, 2, 3]], [5], 4))
+    assert [array.tobytes() for array in arrays(engine.state)] == before
+    two_forms = Engine(compiled("l3-dgx-h200", "deepseek-v3"), 1, 2, prefix_cache=Eviction.LRU)
+    two_forms.reset(0, Workload.build("no ids", 0.0, 10, 10))
+    with pytest.raises(WorkloadError, match="KV may lie in two forms in the same memory is not modelled"):
+        two_forms.append(0, prompts([[1]], [4], 4))
+
+
+def test_requests_can_be_added_after_an_earlier_state_is_put_back():
+    """Which segments there are is read from the state, not from what the engine saw last."""
+    engine = Engine(compiled("gpu-dgx-a100", "llama-2-7b"), 1, 4, prefix_cache=Eviction.LRU)
+    Knobs().write(engine.knobs, 0)
+    engine.reset(0, prompts([[1, 2]], [9], 4))
+    engine.append(0, prompts([[1, 3]], [9], 4))
+    engine.run(0)
+    kept = copy(engine.state)
+    found = []
+    for ids in ([1, 9, 8], [1, 3, 4], [1, 9, 8]):
+        engine.state = copy(kept)
+        engine.append(0, prompts([ids], [13], 4))
+        engine.append(0, prompts([ids], [13], 4, arrival=[1e6]))
+        assert engine.run(0) == Stop.DONE
+        check_prefix(engine.state, [0])
+        found.append(engine.state.prefix.req["hit_tokens"][0].tolist())
+    assert found == [[0, 0, 4, 12], [0, 0, 8, 12], [0, 0, 4, 12]]
 
 
 # --- worked by hand
@@ -270,7 +371,12 @@ def test_a_prompt_that_is_all_cached_computes_its_last_token():
 @pytest.mark.parametrize(
     ("eviction", "kept"),
     # A = [1, 2] is used twice and least recent, B = [3] and C = [4, 5] once; D needs 2 blocks of the 5 that are full
-    [(Eviction.LRU, {3, 4, 5}), (Eviction.LFU, {1, 2, 4}), (Eviction.TREE, {1, 3, 4})],
+    [
+        (Eviction.LRU, {3, 4, 5}),
+        (Eviction.LFU, {1, 2, 4}),
+        (Eviction.TREE, {1, 3, 4}),
+        (Eviction.SCORE, {3, 4, 5}),  # nobody scores: as LRU
+    ],
 )
 def test_each_rule_gives_up_what_it_says(eviction, kept):
     rows = [[1, 2], [1, 2], [3], [4, 5], []]
@@ -345,3 +451,118 @@ def test_results_tell_hits_and_a_workload_without_ids_has_none():
         else:
             assert outcome.metrics["prefix_hit_frac"] == hits / 6
             assert outcome.metrics["prefix_hit_tokens_frac"] == tokens / 27
+
+
+# --- eviction by a policy's own scores
+
+
+class Hoard(BasePolicy):
+    """Keeps beginnings of prompts, whatever their age: the deeper a segment, the less it is worth."""
+
+    name, decision_interval_s = "hoard", 0.0
+
+    def __init__(self):
+        self.asked = 0
+
+    def decide(self, view):
+        return Knobs(headroom_frac=0.0)
+
+    def score_segments(self, segments):
+        self.asked += 1
+        return -segments["depth"] / 8.0
+
+
+def test_a_policy_of_ones_own_decides_what_is_evicted():
+    """Scores that fall with depth, given before every iteration, do what the rule TREE does."""
+    whole = talks(80).at_load(0.05)
+    tables = with_memory(compiled("gpu-dgx-a100", "llama-2-7b"), BLOCK, [60])
+    found, hoard, plain = {}, Hoard(), FixedKnobs("plain", Knobs(headroom_frac=0.0))
+    for name, policy in (("score", hoard), ("tree", plain), ("lru", plain)):
+        engine = Engine(tables, 1, len(whole), prefix_cache=eviction_rule(name))
+        engine.reset(0, whole)
+        drive(engine, 0, policy)
+        check_prefix(engine.state, [0])
+        env = engine.state.prefix.env[0]
+        found[name] = env["hits_count"], env["evictions_count"]
+    assert hoard.asked > 10
+    assert found["score"] == found["tree"] != found["lru"]
+    assert found["score"][1] > 20
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda rows: np.zeros(rows.size + 1), "one finite number per row"),
+        (lambda rows: np.full(rows.size, np.nan), "one finite number per row"),
+        (None, "'hoard' has no score_segments"),
+    ],
+)
+def test_scores_that_are_none_are_refused(scores, message):
+    policy = Hoard()
+    policy.score_segments = scores
+    tables = compiled("gpu-dgx-a100", "llama-2-7b")
+    workload = prompts([[1], [1]] * 8, [5, 5] * 8, 4, arrival=np.repeat([0.0, 100.0], 8))
+    with pytest.raises(PolicyError, match=message):
+        run_policy(tables, workload, policy, prefix_cache="score")
+    with pytest.raises(L3EnvError, match="asks a policy for scores"):
+        Episodes.build(trace="azure-conv-2023", prefix_cache="score")
+
+
+# --- copies
+
+
+@pytest.mark.parametrize("pair", [("gpu-dgx-a100", "llama-2-7b"), ("l3-dgx-a100", "llama-2-7b")])
+@pytest.mark.parametrize("eviction", RULES)
+def test_copies_of_the_present_go_on_as_the_original_and_leave_it_alone(pair, eviction):
+    """Trials with the true lengths hit, evict and finish as the live run does; before that, not a bit of the live
+    environment or of the scenario has changed, and a trial that ran elsewhere first makes no difference."""
+    whole = talks(60)
+    tables = compiled(*pair)
+    tables = with_memory(tables, BLOCK, [90] * tables.arrays.pool_blocks.shape[1])
+    live = Engine(tables, 1, len(whole), prefix_cache=eviction)
+    held = Knobs(headroom_frac=0.0, prefill_budget_tokens=48, hbm_share_frac=0.2)
+    held.write(live.knobs, 0)
+    live.reset(0, whole)
+    live.run(0, Until.TIME, 2.01)
+    live.await_work(0, 1)
+    assert live.state.env["arrived_count"][0] == 60
+    score_segments(live.state, 0, np.arange(5), np.linspace(-1, 1, 5))
+    before = [array.tobytes() for array in arrays(live.state)]
+    idx = present_idx(live, 0)
+    assert idx.size > 10
+    rollouts = Rollouts(tables, 2, 2)
+    rollouts.imagine(live, 0, idx, 0, live.state.truth[0, idx].astype(np.int64), None, Slo())
+    rollouts.imagine(live, 0, idx, 1, live.state.truth[0, idx].astype(np.int64) + 30, None, Slo())
+    kept = [array.tobytes() for array in arrays(rollouts._source.state)]
+    for scenarios in ((0, 1), (1, 0), (0, 0)):
+        for trial, scenario in enumerate(scenarios):
+            rollouts.start(trial, scenario)
+            held.write(rollouts.engine.knobs, trial)
+        rollouts.run_until(np.full(2, 1e9))
+    assert [array.tobytes() for array in arrays(live.state)] == before
+    assert [array.tobytes() for array in arrays(rollouts._source.state)] == kept
+    assert live.run(0) == Stop.DONE
+    prefix, copied = live.state.prefix, rollouts.engine.state.prefix
+    for trial in (0, 1):
+        check_prefix(rollouts.engine.state, tables.arrays.lane_pool[0], trial)
+        finish_s = rollouts.engine.state.req["finish_s"][trial, : idx.size]
+        np.testing.assert_array_equal(finish_s, live.state.req["finish_s"][0, idx])
+        assert copied.env[trial] == prefix.env[0]
+        np.testing.assert_array_equal(copied.slot[trial], prefix.slot[0])
+    assert prefix.env["evictions_count"][0] > 20
+
+
+def test_a_state_that_is_put_back_repeats_the_run_to_the_bit():
+    whole = talks(60)
+    tables = with_memory(compiled("l3-dgx-a100", "llama-2-7b"), BLOCK, [90, 90])
+    engine = Engine(tables, 1, len(whole), prefix_cache=Eviction.LFU)
+    Knobs(headroom_frac=0.0, prefill_budget_tokens=48, hbm_share_frac=0.2).write(engine.knobs, 0)
+    engine.reset(0, whole)
+    engine.run(0, Until.TIME, 1.0)
+    kept = copy(engine.state)
+    ends = []
+    for _ in range(2):
+        engine.state = copy(kept)
+        assert engine.run(0) == Stop.DONE
+        ends.append([array.tobytes() for array in arrays(engine.state)])
+    assert ends[0] == ends[1]

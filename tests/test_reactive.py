@@ -39,9 +39,12 @@ def plain() -> FixedKnobs:
 
 
 class Echo:
-    """Sends a fixed request whenever the one before has ended, after a pause: sessions, as a client."""
+    """Sends a fixed request whenever the one before has ended, after a pause: sessions, as a client.
 
-    prefix_block_tokens = 0
+    All prompts of a chain begin alike.
+    """
+
+    prefix_block_tokens = 64
 
     def __init__(self, chains: int, length: int, pause_s: float) -> None:
         rng = np.random.default_rng(1)
@@ -55,7 +58,11 @@ class Echo:
         return int(self.prompt.size)
 
     def one(self, tag: int, when_s: float) -> Submission:
-        return Submission(when_s, int(self.prompt.flat[tag]), int(self.output.flat[tag]), tag)
+        return Submission(when_s, int(self.prompt.flat[tag]), int(self.output.flat[tag]), tag, self.ids(tag))
+
+    def ids(self, tag: int) -> tuple[int, ...]:
+        chain = tag // self.prompt.shape[1]
+        return tuple(chain * 1000 + i for i in range(int(self.prompt.flat[tag]) // self.prefix_block_tokens))
 
     def open(self, replicas_count: int) -> list[list[Submission]]:
         length = self.prompt.shape[1]
@@ -90,14 +97,24 @@ class Echo:
         parent = np.arange(chains * length) - 1
         parent[::length] = -1
         pause = np.where(parent >= 0, self.pause_s, 0.0)
+        ids = [self.ids(tag) for tag in range(chains * length)]
         return Workload.build(
-            "chains", start, self.prompt.ravel(), self.output.ravel(), parent_idx=parent, think_s=pause
+            "chains",
+            start,
+            self.prompt.ravel(),
+            self.output.ravel(),
+            parent_idx=parent,
+            think_s=pause,
+            prefix_ids=[i for each in ids for i in each],
+            prefix_offsets=np.cumsum([0, *map(len, ids)]),
+            prefix_block_tokens=self.prefix_block_tokens,
         )
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.4, 30.0])
 @pytest.mark.parametrize("interval_s", [0.0, 0.7, math.inf])
-def test_a_client_of_chains_equals_dependent_requests(pause_s: float, interval_s: float) -> None:
+@pytest.mark.parametrize("prefix_cache", ["off", "lru"])
+def test_a_client_of_chains_equals_dependent_requests(pause_s: float, interval_s: float, prefix_cache: str) -> None:
     """The engine's own dependent requests, on one replica: every time the same but for rounding."""
     tables = l3env.compile_pair(*PAIR, tp=8)
     assert tables.replicas_count == 1
@@ -108,9 +125,10 @@ def test_a_client_of_chains_equals_dependent_requests(pause_s: float, interval_s
         policy.decision_interval_s = interval_s
         return policy
 
-    table = run_policy(tables, client.as_workload(), make())
-    reactive = run_reactive(tables, client, make)
-    for column in ("arrival_s", "ttft_s", "e2e_s"):
+    table = run_policy(tables, client.as_workload(), make(), prefix_cache=prefix_cache)
+    reactive = run_reactive(tables, client, make, prefix_cache=prefix_cache)
+    assert (reactive.metrics["prefix_hit_frac"] > 0.3) == (prefix_cache != "off")
+    for column in ("arrival_s", "ttft_s", "e2e_s", "prefix_hit_tokens"):
         ours = reactive.requests.sort_values(["prompt_tokens", "output_tokens"])[column].to_numpy()
         theirs = table.requests.sort_values(["prompt_tokens", "output_tokens"])[column].to_numpy()
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)

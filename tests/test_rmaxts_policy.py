@@ -13,11 +13,15 @@ from l3env import Knobs, View, Workload
 from l3env.engine import Engine, Slo
 from l3env.errors import PolicyError
 from l3env.kernels.run import Stop, Until
+from l3env.policy import FixedKnobs
 from l3env.rollout import Rollouts, present_idx
 from l3env.runner import run_policy
 from l3env.state import Order, SubBatching
 from l3env.tables import Tables
-from policies.rmaxts import Lengths, RMaxTS
+from l3env.tune import Cell, serve_each
+from policies.best_constant import BestConstant
+from policies.imagined import Known, Lengths
+from policies.rmaxts import SCENARIOS, RMaxTS, _Search, portfolio
 
 PAIR = ("l3-dgx-a100", "gpt-175b")
 SETTINGS = (
@@ -161,7 +165,7 @@ def test_lengths_follow_what_was_emitted() -> None:
     rng = np.random.default_rng(0)
     outputs = np.arange(1, 1001)
     earlier = Workload.build("earlier", np.arange(1000.0), np.full(1000, 100), outputs)
-    lengths = Lengths(earlier)
+    lengths = Lengths(earlier.prompt_tokens, earlier.output_tokens)
     for emitted in (0, 500, 990):
         drawn = lengths.draw(np.full(20000, 100), np.full(20000, emitted), rng)
         assert drawn.min() > emitted
@@ -171,13 +175,16 @@ def test_lengths_follow_what_was_emitted() -> None:
     assert (beyond > 2000).all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"intrinsic": False}, {"gamma": 1.0}, {"simulations": 32}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"intrinsic": False}, {"gamma": 1.0}, {"virtual_loss": False}, {"beyond": False}, {"clear_errors": 1.0}],
+)
 def test_runs_as_a_policy(tables: Tables, changes: dict[str, float]) -> None:
     trace = l3env.load_trace("profile:azure-conv-2023?n=60").at_load(0.4)
     policy = RMaxTS(**{"simulations": 64, **changes})
     outcome = run_policy(tables, trace, policy, training=trace, record=False)
     assert outcome.metrics["finished_count"] == 60
-    assert outcome.metrics["simulations_mean_count"] >= policy.simulations
+    assert outcome.metrics["simulations_mean_count"] <= policy.simulations + SCENARIOS + len(policy.actions)
     assert outcome.metrics["decision_ms"] > 0
     again = run_policy(tables, trace, RMaxTS(**{"simulations": 64, **changes}), training=trace, record=False)
     assert again.metrics["makespan_s"] == outcome.metrics["makespan_s"]
@@ -187,3 +194,142 @@ def test_needs_earlier_requests(tables: Tables) -> None:
     with pytest.raises(PolicyError, match="rmaxts needs earlier requests"):
         RMaxTS().prepare(tables, None)
     assert math.isfinite(RMaxTS.decision_interval_s)
+
+
+def halfway(tables: Tables) -> tuple[Engine, Workload]:
+    """A run in which some requests have finished, some run, some wait and some are to come."""
+    rng = np.random.default_rng(3)
+    workload = Workload.build(
+        "half", np.arange(200.0), rng.permutation(np.arange(20, 6020, 30)), rng.integers(1, 400, 200)
+    )
+    engine = Engine(tables, 1, 200)
+    engine.reset(0, workload)
+    SETTINGS[1].write(engine.knobs, 0)
+    engine.run(0, Until.TIME, 120.0)
+    return engine, workload
+
+
+def test_a_view_knows_the_lengths_of_finished_requests_alone(tables: Tables) -> None:
+    engine, workload = halfway(tables)
+    view = View(engine, 0)
+    finished = view.finished
+    assert 0 < finished.size < 120
+    assert finished.size == engine.state.env["finished_count"][0]
+    for name in ("arrival_s", "prompt_tokens", "output_tokens"):
+        np.testing.assert_array_equal(finished[name], getattr(workload, name)[finished["idx"]])
+    assert not set(finished["idx"]) & set(view.present["idx"])
+    assert finished.size + view.present.size == view.arrived_count
+
+
+def test_stretches_keep_order_gaps_and_lengths(tables: Tables) -> None:
+    engine, workload = halfway(tables)
+    view = View(engine, 0)
+    rng = np.random.default_rng(0)
+    earlier = Workload.build("earlier", np.arange(60.0) / 2, np.arange(60) + 7000, np.arange(60) + 1)
+    known = Known(view, earlier, replicas_count=2)
+    drawn = known.draw_lengths(rng)
+    assert (drawn > view.present["emitted_tokens"]).all()
+    pairs = {
+        (int(p), int(o)) for p, o in zip(view.finished["prompt_tokens"], view.finished["output_tokens"], strict=True)
+    }
+    pairs |= {(int(p), int(o)) for p, o in zip(view.present["prompt_tokens"], drawn, strict=True)}
+    arrived = {int(p): i for i, p in enumerate(workload.prompt_tokens)}
+    future = known.arrivals(50, True, drawn, rng)
+    assert future is not None
+    assert set(zip(future.prompt_tokens.tolist(), future.output_tokens.tolist(), strict=True)) <= pairs
+    order = np.array([arrived[int(p)] for p in future.prompt_tokens])
+    assert (np.diff(order) == 1).sum() >= 48  # once around the end at most
+    np.testing.assert_allclose(np.diff(future.arrival_s)[np.diff(order) == 1], 1.0)
+    assert future.arrival_s[0] > view.now_s
+    other = known.arrivals(20, False, drawn, rng)
+    assert other is not None
+    assert set((other.prompt_tokens - 7000) - (other.prompt_tokens[0] - 7000) % 2) <= set(
+        range(0, 60, 2)
+    )  # a replica's
+    np.testing.assert_array_equal(other.output_tokens, other.prompt_tokens - 6999)
+    gap_s = (50 * 1.0 + view.now_s) / (50 + view.arrived_count)  # earlier: one in two of two a second
+    steps = np.diff(other.arrival_s)
+    np.testing.assert_allclose(steps, gap_s, rtol=0.02)
+
+
+def test_on_track_is_who_has_kept_all_limits_so_far(tables: Tables) -> None:
+    engine, _ = halfway(tables)
+    view = View(engine, 0)
+    present = view.present
+    rollouts = Rollouts(tables, 1, 1)
+    view.imagine(rollouts, 0, present["emitted_tokens"] + 10)
+    rollouts.start(0, 0)
+    expected = 0
+    for row in present:
+        if row["emitted_tokens"] == 0 or row["prefill_left_tokens"] > 0 or row["pool"] < 0:
+            continue
+        mean_gap_s = (view.now_s - row["first_token_s"]) / max(row["emitted_tokens"] - 1, 1)
+        expected += row["first_token_s"] <= row["ttft_deadline_s"] and mean_gap_s <= row["tbt_slo_s"]
+    assert rollouts.on_track().tolist() == [expected]
+    assert expected > 0
+
+
+def test_a_node_is_tried_on_every_scenario_before_it_is_expanded(tables: Tables) -> None:
+    training = l3env.load_trace("profile:azure-conv-2023?n=120").at_load(0.6)
+    engine = busy(tables, SETTINGS[0])
+    policy = RMaxTS(600)
+    policy.prepare(tables, training)
+    policy.decide(View(engine, 0))
+    allowed = list(range(1, len(policy.actions)))
+    search = _Search(policy, View(engine, 0).now_s, allowed)
+    while search.count < policy.simulations:
+        search.batch()
+    assert len(search.children[0]) == len(allowed)
+    assert any(search.children[1:])
+    for node, children in enumerate(search.children):
+        assert len(search.advantages[node]) <= SCENARIOS
+        if node and children:
+            assert len(search.advantages[node]) == SCENARIOS
+        keys = [search.paths[child][-1] for child in children]
+        assert len(set(keys)) == len(keys)
+        assert (search.paths[node][-1] if node else 0) not in keys  # no change is no child
+    assert not search.nodes["tree_running"].any()
+
+
+def test_actions_complement_the_best_constant(tables: Tables) -> None:
+    training = l3env.load_trace("profile:azure-conv-2023?n=300").at_load(0.6)
+    constant = BestConstant()
+    constant.prepare(tables, training)
+    actions = portfolio(constant, tables, training)
+    assert actions[0] == constant.knobs
+    assert len(set(actions)) == len(actions) > 1
+    met = [serve_each(Cell(tables, training.at_load(load)), actions)[0] for load in (1.0, 1.5)]
+    parts = np.concatenate([np.stack([p.mean(axis=1) for p in np.array_split(m, 8, axis=1)]) for m in met]).T
+    reached = np.maximum.accumulate(parts, axis=0).sum(axis=1)
+    gains = np.diff(reached)
+    assert (gains > 0).all()
+    assert (np.diff(gains) <= 1e-12).all()  # each the greatest gain there was, so never more than the one before
+
+
+def test_requests_served_under_settings_are_those_of_a_run(tables: Tables) -> None:
+    trace = l3env.load_trace("profile:azure-conv-2023?n=150").at_load(0.6)
+    met_mask, _ = serve_each(Cell(tables, trace), SETTINGS)
+    for knobs, met in zip(SETTINGS, met_mask, strict=True):
+        outcome = run_policy(tables, trace, FixedKnobs("fixed", knobs))
+        np.testing.assert_array_equal(met, outcome.requests["slo_met"].astype(bool))
+
+
+def test_who_may_replace_the_default_has_held_up_in_this_run(tables: Tables) -> None:
+    """A finished run, all lengths known: its replay is the run, and what each action would have served is a run's."""
+    training = l3env.load_trace("profile:azure-conv-2023?n=300").at_load(0.6)
+    served = l3env.load_trace("profile:azure-conv-2023?n=120", seed=1).at_load(0.9)
+    policy = RMaxTS()
+    policy.prepare(tables, training)
+    engine = Engine(tables, 1, len(served))
+    engine.reset(0, served)
+    SETTINGS[0].write(engine.knobs, 0)
+    engine.run(0)
+    known = Known(View(engine, 0), training, 1)
+    replay = known.replay(np.empty(0, np.int64))
+    np.testing.assert_array_equal(replay.output_tokens, served.output_tokens)
+    np.testing.assert_allclose(replay.arrival_s, served.arrival_s - served.arrival_s[0])
+    runs = [run_policy(tables, replay, FixedKnobs("fixed", knobs), record=False) for knobs in policy.actions]
+    met = [outcome.metrics["slo_attainment_frac"] for outcome in runs]
+    assert policy._allowed(known) == [a for a in range(1, len(met)) if met[a] >= met[0]]
+    policy._chosen = 1
+    assert policy._allowed(known) == list(range(1, len(met)))

@@ -114,6 +114,21 @@ def test_keys_that_do_not_fit(trace: Path, tmp_path: Path) -> None:
         catalog.resolve("openr1?format=canonical", 0)
 
 
+def test_lengths_scale(trace: Path, tmp_path: Path) -> None:
+    """Row k has a prompt of k + 1 and twice the output; blocks that prefix ids name grow with the prompts."""
+    plain, scaled = resolved(str(trace)), resolved(f"{trace}?prompt_scale=1.5&output_scale=0.25")
+    np.testing.assert_array_equal(scaled.prompt_tokens, np.rint(1.5 * plain.prompt_tokens))
+    np.testing.assert_array_equal(scaled.output_tokens, np.maximum(np.rint(0.25 * plain.output_tokens), 1))
+    np.testing.assert_array_equal(scaled.arrival_s, plain.arrival_s)
+    shared = Workload.build(
+        "x", [0.0, 1.0], [20, 30], [1, 1], prefix_ids=[1, 2, 1, 3], prefix_offsets=[0, 2, 4], prefix_block_tokens=10
+    )
+    longer = apply(shared, {"prompt_scale": 1.5}, 0)
+    assert (longer.prefix_block_tokens, longer.prompt_tokens.tolist()) == (15, [30, 45])
+    with pytest.raises(TraceError, match=r"blocks of 10\.5 tokens"):
+        apply(shared, {"prompt_scale": 1.05}, 0)
+
+
 def test_a_new_clock_comes_before_its_window() -> None:
     workload = resolved("openr1?arrivals=poisson&rate=10&window=0:50")
     assert len(workload) == pytest.approx(500, abs=4 * np.sqrt(500))

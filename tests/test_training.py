@@ -17,14 +17,15 @@ from scipy.stats import norm
 from experiments.train import algorithms
 from experiments.train.config import ALGORITHMS, TrainConfig, hyperparams
 from experiments.train.export import actor_layers, load_weights
-from experiments.train.grpo import GRPO, group_advantages, kl_estimate
+from experiments.train.grpo import GRPO, group_advantages, kl_estimate, process_advantages
 from experiments.train.run import evaluate, train
 from experiments.train.windows import in_window
 from l3env.env import ServingEnv
 from l3env.errors import L3EnvError, PolicyError
 from l3env.observe import FEATURES, LEVELS
-from l3env.runner import run_policy
+from l3env.runner import compile_pair, run_policy
 from l3env.sb3 import make_vec_env
+from l3env.trace_registry import load_trace
 from policies.learned_ppo import Learned
 from policies.network import load_network
 
@@ -70,6 +71,21 @@ def save_and_wait(*args):
 run.save_checkpoint = save_and_wait
 run.train(TrainConfig.from_yaml(Path(sys.argv[1])), Path(sys.argv[2]))
 """
+
+
+@pytest.mark.parametrize("algo", ["maskable-ppo", "dqn"])
+def test_a_run_with_more_knobs_writes_a_network_that_sets_them(algo: str, tmp_path: Path) -> None:
+    names = ["prefill_budget_tokens", "pim_form", "multi_token"]
+    env = {"episode_requests": 20, "interval_s": 2.0, "action_knobs": names}
+    changed = {"systems": ("l3-dgx-h200",), "models": ("deepseek-v3",), "env": env, "total_steps": 128}
+    small = config(algo, **changed)
+    if algo == "dqn":
+        small = replace(small, hyperparams=small.hyperparams | {"discrete": ["pim_form", "multi_token"]})
+    path = train(small, tmp_path)
+    assert list(load_network(path).config["levels"]) == names
+    policy = Learned(path)
+    work = load_trace(TRACE).head(10)
+    assert run_policy(compile_pair("l3-dgx-h200", "deepseek-v3"), work, policy).metrics["finished_count"] == 10
 
 
 @pytest.mark.parametrize("algo", ["maskable-ppo", "grpo", "dqn"])
@@ -205,6 +221,35 @@ def test_group_advantages() -> None:
     """Two groups by hand: (1, 2, 3) has sd sqrt(2/3); equal returns have no advantage."""
     found = group_advantages(np.array([1.0, 2.0, 3.0, 5.0, 5.0, 5.0]), 3)
     np.testing.assert_allclose(found, [-np.sqrt(1.5), 0.0, np.sqrt(1.5), 0.0, 0.0, 0.0])
+
+
+def test_process_advantages() -> None:
+    """Two steps, a group of two, discount 1/2, by hand: to come (1/2, 1) and (1, 0), less their means 3/4 and 1/2."""
+    found = process_advantages(np.array([[0.0, 1.0], [1.0, 0.0]]), 2, 0.5)
+    sd = np.sqrt((2 * 0.25**2 + 2 * 0.5**2) / 4)
+    np.testing.assert_allclose(found, np.array([[-0.25, 0.25], [0.5, -0.5]]) / sd)
+    np.testing.assert_array_equal(process_advantages(np.ones((3, 4)), 2, 0.9), np.zeros((3, 4)))
+
+
+def test_process_advantages_of_a_first_step_rank_rollouts_as_outcomes_do() -> None:
+    """Without a discount all that a rollout earns is to come at its first step; groups do not mix."""
+    rewards = np.random.default_rng(0).random((20, 6))
+    process = process_advantages(rewards, 3, 1.0)
+    outcome = group_advantages(rewards.sum(axis=0), 3)
+    for group in (slice(0, 3), slice(3, 6)):
+        ratio = process[0, group] / outcome[group]
+        np.testing.assert_allclose(ratio, ratio[0])
+        assert ratio[0] > 0
+    rewards[:, 3:] *= 7.0  # scale of another group
+    np.testing.assert_allclose(process_advantages(rewards, 3, 1.0), process)
+
+
+def test_grpo_refuses_what_has_no_meaning() -> None:
+    env = make_vec_env(4, trace=TRACE, load=0.5, episode_requests=10)
+    with pytest.raises(L3EnvError, match="supervision = 'outcomes'; expected one of outcome, process"):
+        GRPO("MlpPolicy", env, group_size=2, supervision="outcomes", device="cpu")
+    with pytest.raises(L3EnvError, match=r"gamma = 0\.9 with outcome supervision"):
+        GRPO("MlpPolicy", env, group_size=2, gamma=0.9, device="cpu")
 
 
 def test_kl_estimate_is_unbiased_and_never_negative() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import gymnasium
 import numpy as np
@@ -216,3 +217,25 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
     done = np.zeros(1000, np.int64)
     l3env.threads.share_out(lambda first, last: done.__setitem__(slice(first, last), done[first:last] + 1), 1000)
     assert (done == 1).all()
+
+
+def test_only_loops_that_take_long_are_shared_out() -> None:
+    """A quick loop runs alone, a slow one in pieces from its second time on; every item is done once either way."""
+    done, calls = np.zeros(100, np.int64), []
+
+    def quick(first: int, last: int) -> None:
+        calls.append(last - first)
+        done[first:last] += 1
+
+    def slow(first: int, last: int) -> None:
+        quick(first, last)
+        time.sleep(2 * l3env.threads.WORTH_S)
+
+    with l3env.threads.at_most(2):
+        for work, pieces in ((quick, [100, 100]), (slow, [100, 25, 25, 25, 25])):
+            calls.clear()
+            sharer = l3env.threads.Sharer()
+            for _ in range(2):
+                sharer(work, 100)
+            assert calls == pieces
+    assert (done == 4).all()

@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
+
 from l3env.errors import TraceError
 from l3env.workload import Workload
 from traces.arrivals import KINDS, with_arrivals
@@ -52,6 +54,8 @@ def parse_arrivals(text: str) -> str:
 GENERAL: Mapping[str, Callable[[str], Any]] = {
     "window": parse_window,
     "n": parse_count,
+    "prompt_scale": parse_positive,
+    "output_scale": parse_positive,
     "load": parse_positive,
     "rate": parse_positive,
     "arrivals": parse_arrivals,
@@ -106,7 +110,8 @@ def _decode(text: str, key: str) -> str:
 
 
 def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:
-    """Window, another sample where ``seed`` >= 1 and the rows are fixed, first ``n``, arrivals, rate or load, ramp.
+    """Window, another sample where ``seed`` >= 1 and the rows are fixed, first ``n``, lengths, arrivals, rate or load,
+    ramp.
 
     A sample is drawn within the window, so a window that is held out stays unseen. Rows drawn with this seed already
     (``source["drawn_with_seed"]``) are not sampled again.
@@ -125,6 +130,8 @@ def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:
         workload = resample(workload, seed)
     if "n" in values:
         workload = workload.head(values["n"])
+    if "prompt_scale" in values or "output_scale" in values:
+        workload = scale_lengths(workload, values.get("prompt_scale", 1.0), values.get("output_scale", 1.0))
     if kind is not None:
         workload = with_arrivals(workload, kind, rate, values.get("cv"), seed)
     elif rate is not None:
@@ -147,3 +154,27 @@ def at_rate(workload: Workload, rate_per_s: float) -> Workload:
         )
     scaled = workload.at_load(rate_per_s / workload.rate_per_s)
     return replace(scaled, source={**workload.source, "rate_set_to_per_s": rate_per_s})
+
+
+def scale_lengths(workload: Workload, prompt_scale: float, output_scale: float) -> Workload:
+    """The same requests with longer or shorter prompts and outputs, rounded, at least 1 token.
+
+    Blocks that prefix ids name grow with the prompts. Raises TraceError where that gives no whole number of tokens.
+    """
+    block_tokens = workload.prefix_block_tokens * prompt_scale
+    if block_tokens != int(block_tokens):
+        raise TraceError(
+            f"{workload.name}: prompt_scale={prompt_scale:g} makes blocks of {block_tokens:g} tokens of its blocks of "
+            f"{workload.prefix_block_tokens}; expected a whole number"
+        )
+    prompt, output = (
+        np.maximum(np.rint(tokens * scale).astype(np.int64), 1)
+        for tokens, scale in ((workload.prompt_tokens, prompt_scale), (workload.output_tokens, output_scale))
+    )
+    return replace(
+        workload,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        prefix_block_tokens=int(block_tokens),
+        source={**workload.source, "lengths_scaled_by": [prompt_scale, output_scale]},
+    )

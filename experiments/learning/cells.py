@@ -21,7 +21,7 @@ import joblib
 from experiments.train.windows import in_window
 from l3env.engine import Slo
 from l3env.errors import L3EnvError
-from l3env.policy import Policy, make_policy
+from l3env.policy import Policy, make_policy, policy_factories, policy_names
 from l3env.runner import compile_pair, load_at_capacity, run_policy
 from l3env.tables import Tables
 from l3env.trace_registry import load_trace
@@ -29,7 +29,7 @@ from l3env.workload import Workload
 from policies.learned_ppo import Learned
 
 TRAINING_WINDOW, EVALUATION_WINDOW = "0%:60%", "60%:100%"
-SLOW = ("l3", "best-constant")  # started first, so that no core waits for them at the end
+SLOW = ("l3", "best-constant", "rmaxts")  # started first, so that no core waits for them at the end
 KEPT = (
     "slo_attainment_frac",
     "goodput_requests_per_s",
@@ -44,6 +44,7 @@ KEPT = (
     "tpot_p99_s",
     "makespan_s",
 )
+PLANNING = ("decision_ms", "decisions_count", "simulations_mean_count", "deviations_frac")  # where a policy has them
 
 Row = dict[str, Any]
 
@@ -71,7 +72,8 @@ class Job:
 
     Attributes:
         name: what rows call the policy.
-        refs: what to run: names, ``file.py:Class`` or networks (``.npz``); several (of several training seeds) take the
+        refs: what to run: names, names with arguments (``rmaxts?simulations=128&intrinsic=false``, values as JSON),
+            ``file.py:Class`` or networks (``.npz``); several (of several training seeds) take the
             workload seeds in turn.
     """
 
@@ -87,8 +89,20 @@ class Job:
 
 
 def policy_of(ref: str) -> Policy:
-    """A fresh policy: a network file, or as ``make_policy`` has it."""
-    return Learned(Path(ref)) if ref.endswith(".npz") else make_policy(ref)
+    """A fresh policy: a network file, a name with arguments, or as ``make_policy`` has it."""
+    if ref.endswith(".npz"):
+        return Learned(Path(ref))
+    name, _, arguments = ref.partition("?")
+    if not arguments:
+        return make_policy(ref)
+    factories: dict[str, Callable[..., Policy]] = dict(policy_factories())
+    if name not in factories:
+        raise L3EnvError(f"{ref}: unknown policy {name!r}; there are: {', '.join(policy_names())}")
+    pairs = (pair.partition("=")[::2] for pair in arguments.split("&"))
+    try:
+        return factories[name](**{key: json.loads(value) for key, value in pairs})
+    except (TypeError, json.JSONDecodeError) as error:
+        raise L3EnvError(f"{ref}: expected NAME?ARGUMENT=JSON&...: {error}") from None
 
 
 @functools.lru_cache(maxsize=8)
@@ -126,6 +140,7 @@ def run_job(job: Job) -> list[Row]:
         )
         row: Row = {"system": cell.system, "model": cell.model, "trace": cell.trace, "utilization": cell.utilization}
         row |= {"policy": job.name, "seed": seed} | {name: outcome.metrics[name] for name in KEPT}
+        row |= {name: outcome.metrics[name] for name in PLANNING if name in outcome.metrics}
         rows.append(row | {"wall_s": time.perf_counter() - start_s})
     return rows
 
@@ -140,7 +155,7 @@ def run_jobs(
     """Rows of all jobs in their order; those found in ``store`` are not run again, new ones go there as they come."""
     done = {} if store is None else read_store(store)
     wanted = [job for job in jobs if job.key not in done]
-    wanted.sort(key=lambda job: job.name not in SLOW)
+    wanted.sort(key=lambda job: not job.name.startswith(SLOW))
     finished = len(jobs) - len(wanted)
     for job, rows in _in_parallel(wanted, workers or joblib.cpu_count()):
         done[job.key] = rows

@@ -15,11 +15,11 @@ from policies.learned_ppo import FILE
 
 CONSTANTS = ("best-constant", "best-constant-global", "best-constant-in-order")
 LEARNED = "learned"
-NO_OPPONENT = ("random", "learned-ppo", "request-score", *CONSTANTS)  # besides oracles
+NO_OPPONENT = ("random", "rmaxts", "learned-ppo", "request-score", *CONSTANTS)  # besides oracles
 
 
 def heuristics() -> tuple[str, ...]:
-    """The shipped policies that nothing was tuned or trained for, without oracles."""
+    """The shipped policies that nothing was tuned or trained for: no oracles, and no planner."""
     return tuple(name for name in policy_names() if not name.startswith("oracle-") and name not in NO_OPPONENT)
 
 

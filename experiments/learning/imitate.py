@@ -6,7 +6,9 @@
 Each cell is an episode as training draws it (system, model, trace, load, window). A search finds its best fixed knobs
 and what each change of one knob costs. The network learns, from what it sees along the way, each knob's levels with
 targets proportional to exp(-loss / TAU): where a knob does not matter, the targets say so. First it sees rollouts of
-the best and of other settings, then its own (DAgger, Ross et al. 2011, arXiv 1011.0686).
+the best and of other settings, then its own (DAgger, Ross et al. 2011, arXiv 1011.0686). Where its own fall short, it
+also learns what each change of one knob would have given it there (after AggreVaTe, Ross and Bagnell 2014, arXiv
+1406.5979).
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,17 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from experiments.learning.grid import MODELS, SYSTEMS, TRACES
-from experiments.learning.teacher import Source, seen_by_network, seen_under_settings, tuned
+from experiments.learning.teacher import (
+    TAU,
+    Row,
+    Seen,
+    Source,
+    corrections,
+    seen_by_network,
+    seen_under_settings,
+    span_s,
+    tuned,
+)
 from experiments.train.algorithms import set_up_torch
 from experiments.train.export import interface
 from l3env.errors import L3EnvError
@@ -37,6 +50,7 @@ from l3env.observe import LEVELS
 from policies.network import Network
 
 HOLDOUT_FRAC = 0.1  # of cells: never learned from
+SIDE_BY_SIDE = 32  # episodes in one engine
 EPOCHS, LEAST_STEPS, BATCH, RATE = 20, 400, 2048, 2e-3
 
 err = Console(stderr=True)
@@ -84,12 +98,17 @@ def imitate(
     out: Path,
     cells_count: int,
     *,
-    rounds: int = 2,
+    rounds: int = 3,
     hidden: Sequence[int] = (128, 128),
     workers: int = -1,
+    fit_seed: int = 0,
+    longest_s: float = math.inf,
     command: str = "",
 ) -> dict[str, float]:
     """Writes ``policy.npz`` into ``out``; tuned cells are kept in ``tuned.jsonl`` and not tuned again.
+
+    With another ``fit_seed`` (of the network and its learning; the cells are the same) it is ``policy-SEED.npz``.
+    Cells whose arrivals span more than ``longest_s`` are tuned, but neither learned from nor held out.
 
     Returns:
         Goodput relative to the constant that was tuned on the very same requests, over the cells held out.
@@ -98,39 +117,89 @@ def imitate(
     set_up_torch()
     os.environ["L3ENV_THREADS"] = "1"  # a process a core
     rows = _tuned_cells(source, out / "tuned.jsonl", cells_count, workers)
+    rows = [row for row in rows if span_s(source, row) <= longest_s]
     held_out = max(int(HOLDOUT_FRAC * len(rows)), 1)
-    learned, tested = rows[held_out:], rows[:held_out]
-    sets = [
-        (row, *found)
-        for row, found in zip(learned, _each(seen_under_settings, source, learned, (), workers), strict=True)
-    ]
+    tested, learned = rows[:held_out], rows[held_out:]
+    data = Data()
+    for row, several in zip(learned, _side_by_side(seen_under_settings, source, learned, workers), strict=True):
+        for seen in several:
+            data.add(seen, row["targets"])
+    path = out / f"policy-{fit_seed}.npz" if fit_seed else out / "policy.npz"
+    about: dict[str, Any] = {"interval_s": source.interval_s, "predictor": None, "seed": fit_seed, "command": command}
     figures: dict[str, float] = {}
-    path = out / "policy.npz"
     for number in range(1, rounds + 1):
-        obs, masks = (np.concatenate([each[k] for each in sets]) for k in (1, 2))
-        wanted = np.concatenate([np.repeat([row["targets"]], len(seen), axis=0) for row, seen, _ in sets]).astype(
-            np.float32
-        )
-        layers = fit(obs, masks, wanted, hidden, source.seed)
-        about: dict[str, Any] = {
-            "interval_s": source.interval_s,
-            "predictor": None,
-            "seed": source.seed,
-            "command": command,
-        }
-        about |= {"training": asdict(source) | {"cells_count": cells_count, "rounds": number}}
-        Network(layers, interface("tanh", masked=True) | about).save(path)
-        results = list(_each(seen_by_network, source, tested, (str(path),), workers))
-        ratio = np.array(
-            [goodput / max(row["goodput_frac"], 1e-9) for row, (_, _, goodput) in zip(tested, results, strict=True)]
-        )
-        figures = {"round": number, "observations": len(obs), "held_out": len(tested), "mean": float(ratio.mean())}
+        layers = fit(*data.arrays(), hidden, fit_seed)
+        training = asdict(source) | {"cells_count": cells_count, "rounds": number}
+        Network(layers, interface("tanh", masked=True) | about | {"training": training}).save(path)
+        judged = _side_by_side(seen_by_network, source, tested, workers, str(path))
+        ratio = np.array([_ratio(row, seen) for row, seen in zip(tested, judged, strict=True)])
+        figures = {"round": number, "observations": len(data), "held_out": len(tested), "mean": float(ratio.mean())}
         figures |= {f"p{q}": float(np.percentile(ratio, q)) for q in (5, 25, 50)}
         err.print(f"over the tuned constant of held-out cells: {figures}", highlight=False)
         if number < rounds:
-            own = _each(seen_by_network, source, learned, (str(path),), workers)
-            sets += [(row, found[0], found[1]) for row, found in zip(learned, own, strict=True)]
+            _learn_from_own(source, data, learned, str(path), workers)
     return figures
+
+
+class Data:
+    """What to learn from: observations, masks, and the targets of each episode they are of."""
+
+    def __init__(self) -> None:
+        self._seen: list[Seen] = []
+        self._targets: list[list[float]] = []
+
+    def add(self, seen: Seen, targets: list[float]) -> None:
+        self._seen.append(seen)
+        self._targets.append(targets)
+
+    def __len__(self) -> int:
+        return sum(len(seen.obs) for seen in self._seen)
+
+    def arrays(self) -> tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.float32]]:
+        """(n, features), (n, levels), (n, levels)."""
+        counts = [len(seen.obs) for seen in self._seen]
+        wanted = np.repeat(np.array(self._targets, np.float32), counts, axis=0)
+        return (
+            np.concatenate([seen.obs for seen in self._seen]),
+            np.concatenate([seen.masks for seen in self._seen]),
+            wanted,
+        )
+
+
+def _ratio(row: Row, seen: Seen) -> float:
+    return seen.goodput_frac / max(row["goodput_frac"], 1e-9)
+
+
+def _learn_from_own(source: Source, data: Data, rows: list[Row], path: str, workers: int) -> None:
+    """What the network itself gets to see. Where it falls short, also which of its own choices to change.
+
+    Knobs work together: the best constant's levels, one by one, need not be good beside what the network does.
+    """
+    own = list(_side_by_side(seen_by_network, source, rows, workers, path))
+    short = [(row, seen) for row, seen in zip(rows, own, strict=True) if _ratio(row, seen) < 1 - TAU]
+    for row, seen in zip(rows, own, strict=True):
+        data.add(seen, row["targets"])
+    changes = joblib.Parallel(workers, return_as="generator")(
+        joblib.delayed(corrections)(source, row, seen.action) for row, seen in short
+    )
+    for (_, seen), targets in zip(short, changes, strict=True):
+        data.add(seen, targets)
+
+
+def _side_by_side(
+    function: Callable[..., list[Any]], source: Source, rows: list[Row], workers: int, *more: Any
+) -> list[Any]:
+    """What ``function(source, some rows, *more)`` gives for each row: rows of like length in one engine."""
+    order = sorted(range(len(rows)), key=lambda k: span_s(source, rows[k]), reverse=True)
+    parts = [order[k : k + SIDE_BY_SIDE] for k in range(0, len(order), SIDE_BY_SIDE)]
+    found: list[Any] = [None] * len(rows)
+    results = joblib.Parallel(workers, return_as="generator")(
+        joblib.delayed(function)(source, [rows[k] for k in part], *more) for part in parts
+    )
+    for part, several in zip(parts, results, strict=True):
+        for k, each in zip(part, several, strict=True):
+            found[k] = each
+    return found
 
 
 def _tuned_cells(source: Source, path: Path, count: int, workers: int) -> list[dict[str, Any]]:
@@ -157,20 +226,16 @@ def _tuned_cells(source: Source, path: Path, count: int, workers: int) -> list[d
     return [done[i] for i in range(count)]
 
 
-def _each(
-    function: Callable[..., Any], source: Source, rows: list[dict[str, Any]], more: tuple[Any, ...], workers: int
-) -> Iterable[Any]:
-    return joblib.Parallel(workers, return_as="generator")(joblib.delayed(function)(source, row, *more) for row in rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cells", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--hidden", nargs="+", type=int, default=[128, 128])
     parser.add_argument("--workers", type=int, default=-1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the cells")
+    parser.add_argument("--longest-s", type=float, default=math.inf, help="longest span of arrivals to learn from")
+    parser.add_argument("--fit-seed", type=int, default=0, help="of the network and its learning")
     for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
         parser.add_argument(f"--{name}", nargs="+", default=default)
     parser.add_argument("--window", default=Source.window)
@@ -188,7 +253,15 @@ def main() -> None:
     )
     command = shlex.join(["python", "-m", "experiments.learning.imitate", *sys.argv[1:]])
     figures = imitate(
-        source, given.out, given.cells, rounds=given.rounds, hidden=given.hidden, workers=given.workers, command=command
+        source,
+        given.out,
+        given.cells,
+        rounds=given.rounds,
+        hidden=given.hidden,
+        workers=given.workers,
+        fit_seed=given.fit_seed,
+        longest_s=given.longest_s,
+        command=command,
     )
     print(json.dumps(figures))
 

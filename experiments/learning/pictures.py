@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,6 +33,30 @@ def learning_curve(runs: Sequence[Path], path: Path) -> None:
         axes.fill_between(rows["steps"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="environment steps", ylabel="goodput on the validation window (share of requests)")
     axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def compared_curves(cells: Mapping[str, Mapping[str, Sequence[Path]]], path: Path) -> None:
+    """Validation goodput over environment steps, a panel a cell: each run of an algorithm thin, their mean thick.
+
+    Args:
+        cells: runs' folders by algorithm, by the panel's title. The mean is taken at the steps of the first run.
+    """
+    figure, row = plt.subplots(
+        1, len(cells), figsize=(5 * len(cells), 3.5), layout="constrained", squeeze=False, sharey=True
+    )
+    for axes, (title, algorithms) in zip(row[0], cells.items(), strict=True):
+        for i, (algo, runs) in enumerate(algorithms.items()):
+            tables = [pd.read_csv(run / "evaluations.csv") for run in runs]
+            steps = tables[0]["steps"]
+            curves = np.array([np.interp(steps, table["steps"], table["goodput_frac"]) for table in tables])
+            for table in tables:
+                axes.plot(table["steps"], table["goodput_frac"], color=f"C{i}", alpha=0.4, linewidth=0.8)
+            axes.plot(steps, curves.mean(axis=0), color=f"C{i}", linewidth=2, label=algo)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("environment steps")
+        axes.legend(frameon=False)
+    row[0, 0].set_ylabel("goodput on the validation window\n(share of requests)")
     _save(figure, path)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from experiments.learning.grid import MODELS, SYSTEMS, TRACES
 from experiments.train.windows import in_window
 from l3env.engine import Engine
 from l3env.episodes import Episode, Episodes
-from l3env.observe import LEVELS, ViewObserver, action_of, knobs_of
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.runner import drive
-from l3env.tune import ACTIONS, Cell, Grid, tune
+from l3env.kernels.run import Stop, Until
+from l3env.observe import LEVELS, Observer, action_of, knobs_of
+from l3env.policy import Knobs
+from l3env.tune import ACTIONS, Cell, Grid, probe, tune
 from policies.network import load_network
 
 TAU = 0.01  # a setting that loses 1 % of goodput gets 1/e of the best one's weight
@@ -27,18 +28,26 @@ GOOD_ENOUGH = 0.7
 KEPT_OBSERVATIONS = 64  # of a rollout
 RANDOM_COUNT, ROUNDS_COUNT = 48, 3  # of each search
 
-Act = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
+# (n, features), (n, levels) and which episodes these are -> (n, knobs)
+Act = Callable[[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]], NDArray[np.int64]]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where cells are drawn from; cell i is drawn with seed (seed, i)."""
+    """Where cells are drawn from; cell i is drawn with seed (seed, i).
+
+    Attributes:
+        loads: a cell's setting is the best on average at these multiples of its load, the first of them 1. More than
+            one decides between settings that are equally good until the load rises.
+    """
 
     systems: tuple[str, ...] = SYSTEMS
     models: tuple[str, ...] = MODELS
     traces: tuple[str, ...] = TRACES
     window: str = "0%:60%"
     utilization: tuple[float, float] = (0.5, 1.3)
+    loads: tuple[float, ...] = (1.0, 1.15)
     episode_requests: int = 500
     interval_s: float = 1.0
     seed: int = 0
@@ -61,18 +70,28 @@ def episode(source: Source, i: int) -> Episode:
     return _episodes(source).draw(np.random.default_rng([source.seed, i]))
 
 
-def tuned(source: Source, i: int) -> dict[str, Any]:
-    """The best constant of cell ``i``: its action and goodput, targets by knob, and other actions to see states of."""
+def span_s(source: Source, row: Row) -> float:
+    """How long a cell takes at least: cells of like length are best served side by side."""
+    return episode(source, row["i"]).workload.span_s
+
+
+def _cells(source: Source, i: int) -> list[Cell]:
+    """Cell ``i`` at each of the loads at which its setting should do well."""
     cell = episode(source, i)
     pair = _episodes(source).pairs[cell.pair_idx]
+    return [Cell(pair, cell.workload.at_load(load), cell.slo, one_replica=True) for load in source.loads]
+
+
+def tuned(source: Source, i: int) -> Row:
+    """The best constant of cell ``i``: its action and goodput, targets by knob, and other actions to see states of."""
     found = tune(
-        [Cell(pair, cell.workload, cell.slo, one_replica=True)],
+        _cells(source, i),
         grid=ACTIONS,
         random_count=RANDOM_COUNT,
         rounds_count=ROUNDS_COUNT,
         seed=i,
     )
-    fair = found.tried[found.tried["goodput_frac"] >= GOOD_ENOUGH * found.goodput_frac[0]]
+    fair = found.tried[found.tried["goodput_frac"] >= GOOD_ENOUGH * found.goodput_frac.mean()]
     others = fair.sample(min(OTHERS_COUNT, len(fair)), random_state=i)
     return {
         "i": i,
@@ -99,48 +118,69 @@ def targets(around: dict[str, NDArray[np.float64]], grid: Grid, tau: float = TAU
     return np.concatenate(heads)
 
 
-class Recorder(BasePolicy):
-    """Does what it is told and keeps what an agent would have seen."""
+@dataclass(frozen=True)
+class Seen:
+    """What an agent sees in an episode (some of it, evenly spread), and how it did.
 
-    name = "recorder"
+    Attributes:
+        obs, masks: (n, features) and (n, levels), n about KEPT_OBSERVATIONS.
+        goodput_frac: share of requests that met their SLO.
+        action: what it did most often.
+    """
 
-    def __init__(self, act: Act, every_s: float) -> None:
-        self.decision_interval_s = every_s
-        self._act = act
-        self._observer = ViewObserver()
-        self.seen: list[tuple[NDArray[np.float32], NDArray[np.bool_]]] = []
-
-    def decide(self, view: View) -> Knobs:
-        features, mask = self._observer.look(view)
-        self.seen.append((features, mask))
-        return knobs_of(self._act(features, mask))
-
-
-def rollout(source: Source, cell: Episode, act: Act) -> tuple[NDArray[np.float32], NDArray[np.bool_], float]:
-    """Some (observations, masks) of an episode, and its goodput."""
-    pair = _episodes(source).pairs[cell.pair_idx]
-    engine = Engine(pair, 1, len(cell.workload))
-    engine.reset(0, cell.workload, slo=cell.slo)
-    recorder = Recorder(act, source.interval_s)
-    drive(engine, 0, recorder)
-    chosen = np.unique(np.linspace(0, len(recorder.seen) - 1, KEPT_OBSERVATIONS).astype(int))
-    obs = np.array([recorder.seen[k][0] for k in chosen])
-    masks = np.array([recorder.seen[k][1] for k in chosen])
-    return obs, masks, float(engine.state.env["slo_met_count"][0]) / len(cell.workload)
+    obs: NDArray[np.float32]
+    masks: NDArray[np.bool_]
+    goodput_frac: float
+    action: tuple[int, ...]
 
 
-def seen_under_settings(source: Source, row: dict[str, Any]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """What is seen under the best and other settings of a cell."""
-    cell = episode(source, row["i"])
-    parts = []
-    for action in (row["action"], *row["others"]):
-        fixed = np.array(action)
-        parts.append(rollout(source, cell, lambda features, mask, fixed=fixed: fixed)[:2])  # type: ignore[misc]
-    return np.concatenate([obs for obs, _ in parts]), np.concatenate([masks for _, masks in parts])
+def rollouts(source: Source, cells: Sequence[Episode], act: Act) -> list[Seen]:
+    """Serves episodes side by side, a decision every ``interval_s``."""
+    episodes = _episodes(source)
+    engine = Engine(episodes.pairs, len(cells), max(len(cell.workload) for cell in cells))
+    observer = Observer(engine)
+    for e, cell in enumerate(cells):
+        episodes.open(engine, e, cell)
+    kept: list[list[tuple[Any, Any]]] = [[] for _ in cells]
+    done_most: list[Counter[tuple[int, ...]]] = [Counter() for _ in cells]
+    obs, masks = observer.look(), observer.masks()
+    env, number, stride = engine.state.env, 0, 1
+    while (alive := np.flatnonzero(env["stop"] != Stop.DONE)).size:
+        actions = np.zeros((len(cells), len(LEVELS)), np.int64)
+        actions[alive] = act(obs[alive], masks[alive], alive)
+        for e in alive.tolist():
+            done_most[e][tuple(actions[e].tolist())] += 1
+            if number % stride == 0:
+                kept[e].append((obs[e], masks[e]))
+        if number == 2 * KEPT_OBSERVATIONS * stride:
+            kept, stride = [rows[::2] for rows in kept], 2 * stride
+        number += 1
+        obs, masks = observer.step(actions, Until.TIME, env["clock_s"] + source.interval_s)
+    return [_seen(*each) for each in zip(cells, kept, done_most, env["slo_met_count"].tolist(), strict=True)]
 
 
-def seen_by_network(
-    source: Source, row: dict[str, Any], path: str
-) -> tuple[NDArray[np.float32], NDArray[np.bool_], float]:
-    """What the network sees on a cell, and its goodput there."""
-    return rollout(source, episode(source, row["i"]), load_network(Path(path)).act)
+def _seen(cell: Episode, kept: list[tuple[Any, Any]], done: Counter[tuple[int, ...]], met_count: int) -> Seen:
+    chosen = np.unique(np.linspace(0, len(kept) - 1, KEPT_OBSERVATIONS).astype(int))
+    obs, masks = (np.array([kept[k][i] for k in chosen]) for i in (0, 1))
+    return Seen(obs, masks, met_count / len(cell.workload), done.most_common(1)[0][0])
+
+
+def seen_under_settings(source: Source, rows: Sequence[Row]) -> list[list[Seen]]:
+    """Of each cell: what is seen under its best and other settings."""
+    fixed = [(row, action) for row in rows for action in (row["action"], *row["others"])]
+    actions = np.array([action for _, action in fixed])
+    cells = {row["i"]: episode(source, row["i"]) for row in rows}
+    found = iter(rollouts(source, [cells[row["i"]] for row, _ in fixed], lambda obs, masks, which: actions[which]))
+    return [[next(found) for _ in range(1 + len(row["others"]))] for row in rows]
+
+
+def seen_by_network(source: Source, rows: Sequence[Row], path: str) -> list[Seen]:
+    """What the network sees on cells, and its goodput there."""
+    network = load_network(Path(path))
+    return rollouts(source, [episode(source, row["i"]) for row in rows], lambda obs, masks, _: network.act(obs, masks))
+
+
+def corrections(source: Source, row: Row, action: Sequence[int]) -> list[float]:
+    """Targets of each knob where the others are those of ``action``: what a network that does this should change."""
+    found = probe(_cells(source, row["i"]), knobs_of(np.array(action)), grid=ACTIONS)
+    return targets(found.around, found.grid).tolist()

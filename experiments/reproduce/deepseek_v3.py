@@ -7,17 +7,17 @@ their reproduction of the deployment, TRT TensorRT-LLM's figures of R1's experts
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
-from experiments.deepseek import placement, study
+from experiments.deepseek import deep_gemm, placement, study
+from experiments.reproduce import deepseek_prefill
 from experiments.reproduce.common import Row, row
 from l3env import load
 from l3env.costs import experts, gpu
 from l3env.specs import ModelSpec, SystemSpec
-from l3env.tables import Tables, compile_tables, fc_grid_tokens
+from l3env.tables import Tables, compile_tables
 from l3env.units import GB, TERA
 from policies.placement import Place, Steps
 
@@ -26,7 +26,6 @@ OI_CONTEXT_TOKENS = 4989
 OI_NODE_TOKENS_PER_S = 14_800
 OI_USER_TOKENS_PER_S = 21.0  # 20 to 22
 NODE_GPUS = 8
-PREFILL_TOKENS = 16_384
 HBM = Place(1.0)
 AVERAGE = "the published figure is a day's mean over changing load, the model's is at saturation without gaps"
 
@@ -35,8 +34,8 @@ def rows(progress: Callable[[int, int, str], None], *, quick: bool = False) -> l
     """All comparisons; ``quick`` leaves the table of places out."""
     model = load("model/deepseek-v3")
     progress(0, 2, "figures")
-    found = shapes(model) + attention(model) + all_to_all(model) + decode(model) + prefill(model)
-    found += guessing(model) + balance()
+    found = shapes(model) + attention(model) + products() + all_to_all(model) + decode(model)
+    found += deepseek_prefill.rows(model) + guessing(model) + balance()
     progress(1, 2, "places")
     found += [] if quick else places()
     progress(2, 2, "done")
@@ -76,6 +75,26 @@ def attention(model: ModelSpec) -> list[Row]:
         moved = batch * context * model.kv_bytes_per_token
         ours = flop / time_s / 1e12 if tp == 1 else moved / time_s / TERA
         out.append(line("FlashMLA on an H800", what, paper, ours, f"{batch} requests of {context} tokens"))
+    return out
+
+
+def products() -> list[Row]:
+    """DeepGEMM's FP8 products on an H800: those of prefill one by one, the shapes of decode together."""
+    listed = [(product, 1 / ratio) for product, ratio in deep_gemm.ratios(load("gpu/h800"))]
+    out = []
+    for product, faster in listed:
+        if product.rows >= deep_gemm.FITTED_ROWS:
+            rate = product.flop / product.seconds / TERA
+            shape = f"{product.groups} x {product.rows:,} x {product.n:,} x {product.k:,}"
+            note = "the rate at which outputs are written is fitted to these ten"
+            out.append(line(f"DeepGEMM on an H800, {product.layout}, {shape}", "TFLOP/s", rate, faster * rate, note))
+    for layout, shapes in (("dense, 64 and 128 rows", "dense"), ("masked", "masked")):
+        rates = [
+            faster for product, faster in listed if product.layout == shapes and product.rows < deep_gemm.FITTED_ROWS
+        ]
+        note = f"{min(rates):.2f} to {max(rates):.2f} in {len(rates)} shapes"
+        case = f"DeepGEMM on an H800, {layout}"
+        out.append(line(case, "throughput over measured, geometric mean", 1.0, statistics.geometric_mean(rates), note))
     return out
 
 
@@ -141,32 +160,6 @@ def waiting_node_tokens_per_s(tables: Tables, requests: int) -> float:
     steps = Steps(tables)
     excess = math.sqrt(2 * math.log(tables.replicas_count)) / math.sqrt(requests)
     return steps.tokens_per_s(HBM, requests, OI_CONTEXT_TOKENS * (1 + excess)) * NODE_GPUS / tables.tp
-
-
-def prefill(model: ModelSpec) -> list[Row]:
-    """The prefill unit of 4 nodes: prompts as long as the mean KV of decode, 16 K tokens a batch and GPU."""
-    system = load("system/h800-ep32-prefill")
-    out = []
-    cases: list[tuple[str, float, float | None, str]] = [
-        ("OI prefill, EP 32, without cache hits", 32_200.0, None, AVERAGE),
-        ("LMSYS prefill, 4 nodes", 50_300.0, None, "their prompts: 4 K tokens"),
-        ("LMSYS prefill, perfect balance", 59_300.0, 0.0, "their prompts: 4 K tokens"),
-    ]
-    for case, paper, imbalance_frac, note in cases:
-        chosen = system if imbalance_frac is None else load(f"system/{system.name}", experts__imbalance_frac=0.0)
-        rate = prefill_tokens_per_s(compile_tables(chosen, model), OI_CONTEXT_TOKENS)
-        out.append(line(case, "input tokens/s a node", paper, rate * NODE_GPUS, note))
-    return out
-
-
-def prefill_tokens_per_s(tables: Tables, prompt_tokens: int) -> float:
-    """Of one GPU, whole prompts batched."""
-    c, arrays, grid = tables.arrays.coef[0], tables.arrays, fc_grid_tokens()
-    prompts = PREFILL_TOKENS / prompt_tokens
-    pairs = prompt_tokens * (prompt_tokens + 1) / 2
-    front_s = prompts * (c["prefill_pair_s"] * pairs + c["prefill_new_s"] * prompt_tokens) + c["prefill_fixed_s"]
-    back_s = np.interp(PREFILL_TOKENS, grid, arrays.fc_s[0]) + np.interp(prompts, grid, arrays.head_s[0])
-    return float(PREFILL_TOKENS / max(front_s + back_s, np.interp(PREFILL_TOKENS, grid, arrays.comm_s[0])))
 
 
 def guessing(model: ModelSpec) -> list[Row]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 
 from l3env.errors import L3EnvError
-from l3env.observe import FEATURES, LEVELS
+from l3env.observe import FEATURES, LEVELS, Levels
 from l3env.sb3 import settings_of
 from policies.network import Network
 
@@ -25,24 +25,33 @@ def actor_layers(model: Any) -> list[th.nn.Linear]:
     return [module for module in modules if isinstance(module, th.nn.Linear)]
 
 
-def export(model: Any, config: dict[str, Any], *, masked: bool, discrete: list[str] | None = None) -> Network:
+def export(
+    model: Any,
+    config: dict[str, Any],
+    *,
+    masked: bool,
+    discrete: list[str] | None = None,
+    levels: Levels = LEVELS,
+) -> Network:
     """The actor as NumPy arrays with all that running it needs; ``config`` is added as it is."""
     layers = [
         (linear.weight.detach().cpu().numpy().astype(np.float32), linear.bias.detach().cpu().numpy().astype(np.float32))
         for linear in actor_layers(model)
     ]
     activation = ACTIVATIONS[model.policy.activation_fn]
-    return Network(layers, interface(activation, masked, discrete) | config)
+    return Network(layers, interface(activation, masked, discrete, levels) | config)
 
 
-def interface(activation: str, masked: bool, discrete: list[str] | None = None) -> dict[str, Any]:
+def interface(
+    activation: str, masked: bool, discrete: list[str] | None = None, levels: Levels = LEVELS
+) -> dict[str, Any]:
     """What goes in and out of a network, as the file says it."""
     return {
         "features": [name for name, _ in FEATURES],
-        "levels": {name: [float(level) for level in levels] for name, levels in LEVELS.items()},
+        "levels": {name: [float(value) for value in values] for name, values in levels.items()},
         "activation": activation,
         "masked": masked,
-        "settings": None if discrete is None else settings_of(discrete).tolist(),
+        "settings": None if discrete is None else settings_of(discrete, levels).tolist(),
     }
 
 

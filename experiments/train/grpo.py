@@ -1,8 +1,13 @@
 """GRPO as a Stable-Baselines3 algorithm: groups of rollouts of the same requests instead of a value network.
 
-Shao et al., DeepSeekMath (arXiv 2402.03300), section 4.1, with outcome supervision: all steps of rollout i have the
-advantage (r_i - mean(r)) / sd(r) within its group; PPO's clipped ratio; the KL divergence to a reference policy by the
-estimator ref/pi - log(ref/pi) - 1 of its equation 4. A group is one workload window: equal seeds, so equal arrivals.
+Shao et al., DeepSeekMath (arXiv 2402.03300), section 4.1: PPO's clipped ratio, and the KL divergence to a reference
+policy by the estimator ref/pi - log(ref/pi) - 1 of its equation 4. A group is one workload window: equal seeds, so
+equal arrivals. Two forms of advantage (``supervision``):
+
+* "outcome" (its 4.1.2): all steps of rollout i have (r_i - mean(r)) / sd(r) within its group.
+* "process" (its 4.1.3): a step has the sum of the normalised rewards that follow it. There the mean is over all rewards
+  of the group; here, where all of a group serve the same requests on the same clock, it is over what its rollouts earn
+  from the same step on, and later rewards may be discounted (``gamma``).
 """
 
 from __future__ import annotations
@@ -20,6 +25,8 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import FloatSchedule
 
 from l3env.errors import L3EnvError
+
+SUPERVISIONS = ("outcome", "process")
 
 
 class ActorPolicy(MaskableActorCriticPolicy):
@@ -51,6 +58,8 @@ class GRPO(OnPolicyAlgorithm):
     Args:
         group_size: rollouts of the same requests; divides the number of environments.
         n_steps: a rollout that has not ended by then is judged by what it has earned.
+        supervision: "outcome" or "process", see above.
+        gamma: discount of later rewards, a step; with "process" alone.
         kl_coef: weight of the divergence from the reference policy, which is the initial one, or that of the last
             multiple of ``reference_every`` collections.
     """
@@ -65,6 +74,8 @@ class GRPO(OnPolicyAlgorithm):
         *,
         group_size: int = 8,
         n_steps: int = 512,
+        supervision: str = "outcome",
+        gamma: float = 1.0,
         batch_size: int = 4096,
         n_epochs: int = 4,
         clip_range: float = 0.2,
@@ -75,6 +86,11 @@ class GRPO(OnPolicyAlgorithm):
         _init_setup_model: bool = True,
         **kwargs: Any,
     ) -> None:
+        if supervision not in SUPERVISIONS:
+            raise L3EnvError(f"GRPO: supervision = {supervision!r}; expected one of {', '.join(SUPERVISIONS)}")
+        if supervision == "outcome" and gamma != 1.0:
+            raise L3EnvError(f"GRPO: gamma = {gamma} with outcome supervision; expected 1, or process supervision")
+        self.supervision = supervision
         self.group_size, self.batch_size, self.n_epochs = group_size, batch_size, n_epochs
         self.clip_range, self.kl_coef, self.reference_every = clip_range, kl_coef, reference_every
         self.collections_count = 0
@@ -83,7 +99,7 @@ class GRPO(OnPolicyAlgorithm):
             env,
             learning_rate,
             n_steps=n_steps,
-            gamma=1.0,
+            gamma=gamma,
             gae_lambda=1.0,
             ent_coef=ent_coef,
             vf_coef=0.0,
@@ -126,7 +142,7 @@ class GRPO(OnPolicyAlgorithm):
         env.seed_each(np.repeat(seeds, self.group_size).tolist())
         obs = env.reset()
         alive = np.ones(self.n_envs, bool)
-        returns = np.zeros(self.n_envs)
+        earned: list[NDArray[np.float64]] = []
         kept: list[tuple[NDArray[Any], ...]] = []
         while alive.any() and len(kept) < n_rollout_steps:
             masks = get_action_masks(env)
@@ -140,22 +156,28 @@ class GRPO(OnPolicyAlgorithm):
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
-            returns[alive] += rewards[alive]
+            earned.append(np.where(alive, rewards, 0.0))
             self._update_info_buffer(infos, dones & alive)
             alive &= ~dones
         self._last_obs, self._last_episode_starts = obs, np.ones(self.n_envs, bool)
-        self.steps = self._flatten(kept, group_advantages(returns, self.group_size))
-        self.logger.record("rollout/return_mean", float(returns.mean()))
+        rewards = np.stack(earned)
+        self.steps = self._flatten(kept, self._advantages(rewards))
+        self.logger.record("rollout/return_mean", float(rewards.sum(axis=0).mean()))
         self.logger.record("rollout/steps_used_frac", len(self.steps.obs) / (len(kept) * self.n_envs))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
+    def _advantages(self, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(T, E) rewards, 0 after a rollout's end -> (T, E) advantages."""
+        if self.supervision == "process":
+            return process_advantages(rewards, self.group_size, self.gamma)
+        return np.broadcast_to(group_advantages(rewards.sum(axis=0), self.group_size), rewards.shape)
+
     def _flatten(self, kept: list[tuple[NDArray[Any], ...]], advantages: NDArray[np.float64]) -> Steps:
         """The steps of rollouts that had not ended, (T, E) -> (M,)."""
         obs, actions, masks, log_prob, alive = (np.stack(column) for column in zip(*kept, strict=True))
-        spread = np.broadcast_to(advantages.astype(np.float32), alive.shape)
-        columns = (obs, actions, masks, log_prob, spread)
+        columns = (obs, actions, masks, log_prob, advantages.astype(np.float32))
         return Steps(*(th.as_tensor(column[alive], device=self.device) for column in columns))
 
     def train(self) -> None:
@@ -208,6 +230,20 @@ def group_advantages(returns: NDArray[np.float64], group_size: int) -> NDArray[n
     return np.divide(
         groups - groups.mean(axis=1, keepdims=True), sd, out=np.zeros_like(groups), where=sd > 1e-12
     ).reshape(-1)
+
+
+def process_advantages(rewards: NDArray[np.float64], group_size: int, gamma: float) -> NDArray[np.float64]:
+    """(T, E) rewards -> what each rollout earns from a step on, over the mean of its group from the same step on, in
+    standard deviations of that difference over all steps and rollouts of the group; 0 where there is none."""
+    to_come = np.zeros_like(rewards)
+    later = np.zeros(rewards.shape[1])
+    for t in range(len(rewards) - 1, -1, -1):
+        later = rewards[t] + gamma * later
+        to_come[t] = later
+    groups = to_come.reshape(len(rewards), -1, group_size)
+    lead = groups - groups.mean(axis=2, keepdims=True)
+    sd = np.sqrt((lead**2).mean(axis=(0, 2), keepdims=True))
+    return np.divide(lead, sd, out=np.zeros_like(lead), where=sd > 1e-12).reshape(rewards.shape)
 
 
 def kl_estimate(log_prob: th.Tensor, reference_log_prob: th.Tensor) -> th.Tensor:

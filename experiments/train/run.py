@@ -24,6 +24,7 @@ from experiments.train import algorithms
 from experiments.train.config import TrainConfig
 from experiments.train.export import export
 from l3env.errors import L3EnvError
+from l3env.observe import levels_of
 from l3env.runner import write_text
 from l3env.sb3 import ServingVecEnv, make_vec_env
 
@@ -216,9 +217,9 @@ class Keeper(BaseCallback):
             "training": json.loads(json.dumps(config.__dict__)),
         }
         masked = config.algo in algorithms.MASKED
-        export(self.model, about, masked=masked, discrete=config.hyperparams.get("discrete")).save(
-            self.out / "best_model.npz"
-        )
+        discrete, levels = config.hyperparams.get("discrete"), levels_of(config.env.get("action_knobs"))
+        network = export(self.model, about, masked=masked, discrete=discrete, levels=levels)
+        network.save(self.out / "best_model.npz")
 
     def _checkpoint(self) -> None:
         self.memory.saved_steps = self.num_timesteps

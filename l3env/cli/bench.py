@@ -37,7 +37,7 @@ def bench(
     err.print(table)
 
 
-def _training_speed() -> Callable[[], tuple[float, float]] | None:
+def _training_speed() -> Callable[[str, int], tuple[float, float]] | None:
     """How training is measured; None, and a note, where its extra is not installed."""
     try:
         from experiments.train.speed import training_speed

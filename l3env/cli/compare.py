@@ -39,7 +39,10 @@ def compare(
         str | None, typer.Option(help="Trace of earlier requests to learn from, by default the first fifth.")
     ] = None,
     prefix_cache: Annotated[
-        str, typer.Option(help="Share KV of equal prompt beginnings (traces with prefix ids): off, lru, lfu or tree.")
+        str,
+        typer.Option(
+            help="Share KV of equal prompt beginnings (traces with prefix ids): off, lru, lfu, tree or score."
+        ),
     ] = "off",
     config: Annotated[Path | None, typer.Option(help="A config.json of an earlier run: repeats it.")] = None,
     as_json: Json = False,

@@ -113,6 +113,9 @@ def train(
     episode_requests: Annotated[int, typer.Option(help="Requests of an episode.")] = 500,
     interval_s: Annotated[float, typer.Option(help="Simulated seconds between decisions.")] = 1.0,
     reward: Annotated[str, typer.Option(help="A reward by name.")] = "goodput",
+    action_knobs: Annotated[
+        str | None, typer.Option(help="Knobs that an action sets; commas. By default seven.")
+    ] = None,
     checkpoint_steps: int = 100_000,
     eval_steps: int = 100_000,
     eval_episodes: int = 32,
@@ -126,6 +129,7 @@ def train(
     known = training.config.hyperparams(algo, hyperparams)
     if envs is not None:
         known["num_envs"] = envs
+    chosen = {} if action_knobs is None else {"action_knobs": list(_names(action_knobs, "--action-knobs"))}
     wanted = training.config.TrainConfig(
         algo=algo,
         systems=_names(system, "--system"),
@@ -134,7 +138,7 @@ def train(
         utilization=tuple(numbers(utilization, "--utilization")),
         train_window=train_window,
         validation_window=validation_window,
-        env={"episode_requests": episode_requests, "interval_s": interval_s, "reward": reward},
+        env={"episode_requests": episode_requests, "interval_s": interval_s, "reward": reward} | chosen,
         total_steps=steps,
         checkpoint_steps=checkpoint_steps,
         eval_steps=eval_steps,

@@ -11,23 +11,27 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from l3env.costs.gpu import (
+    FP8_SCALE_BYTES,
     Array,
     all_reduce_s,
+    attention_elementwise_bytes,
     attention_shapes,
     dense_layer_s,
-    elementwise_layer_s,
+    elementwise_s,
+    ffn_elementwise_bytes,
     ffn_shapes,
     head_s,
     linears_s,
     matmul_compute_s,
-    memory_s,
-    overlap_s,
+    product_s,
     speedup,
+    streaming_s,
 )
 from l3env.specs import ExpertParallelSpec, GpuSpec, LinkSpec, ModelSpec, MoeSpec, SystemSpec
 from l3env.units import FP8_BYTES, FP16_BYTES
 
-FP8_SCALE_BYTES = 4 / 128  # per element: a 32-bit scale for 128 of them (arXiv 2412.19437, section 3.3.2)
+DISPATCHED_BYTES = FP8_BYTES + FP8_SCALE_BYTES  # per element; combined in 16 bit (arXiv 2412.19437, section 3.4)
+DISPATCH_FRAC = DISPATCHED_BYTES / (DISPATCHED_BYTES + FP16_BYTES)  # of an all-to-all's time
 
 
 def hit_count(slots: float, chosen: float, all_slots: float, tokens: ArrayLike) -> Array:
@@ -60,10 +64,44 @@ def routed_s(model: ModelSpec, gpu: GpuSpec, experts: ExpertParallelSpec | None,
     rows = np.divide(pairs, hit, out=np.zeros_like(pairs), where=hit > 0)
     total = np.zeros_like(tokens)
     for k, n in ffn_shapes(model, ffn_size):
-        compute = matmul_compute_s(gpu, rows, k, n * hit) / speedup(model, gpu)
-        moved = hit * k * n * model.bytes_per_parameter + pairs * (k + n) * FP16_BYTES
-        total = total + gpu.linear_launch_s + overlap_s(gpu, compute, memory_s(gpu, moved))
+        compute = matmul_compute_s(gpu, rows, k, n * hit)
+        total = total + product_s(model, gpu, compute, hit * k * n * model.bytes_per_parameter, pairs * k, pairs * n)
     return np.where(tokens > 0, total, 0.0)
+
+
+def expert_products_s(
+    model: ModelSpec, gpu: GpuSpec, experts: ExpertParallelSpec | None, tp: int, tokens: Array
+) -> Array:
+    """Router, shared and routed experts of one layer on the slowest GPU.
+
+    With expert parallelism the ``tp`` GPUs of a replica split its tokens between them outside attention (sequence
+    parallel: arXiv 2412.19437, section 3.4).
+    """
+    assert model.moe is not None
+    moe, own = model.moe, tokens if experts is None else tokens / tp
+    shared_size = moe.shared_count * moe.expert_ffn_size / (tp if experts is None else 1)
+    shapes = [(float(model.hidden_size), float(moe.experts_count))]
+    if shared_size > 0 and not (experts and experts.shared_is_routed):
+        shapes += ffn_shapes(model, shared_size)
+    return linears_s(model, gpu, own, shapes) + routed_s(model, gpu, experts, tp, tokens)
+
+
+def expert_elementwise_bytes(model: ModelSpec, gpu: GpuSpec, experts: ExpertParallelSpec | None, tp: int) -> float:
+    """Bytes per token of the small operations around a layer's experts on one GPU.
+
+    Those of an FFN; the sum of the shared expert's output and the routed ones'; and where tokens come once per GPU (not
+    through low-latency kernels, which deliver them by expert and sum them on the way back), every row copied to its
+    expert's rows and the results summed: read and written once each.
+    """
+    assert model.moe is not None
+    moe = model.moe
+    moved = ffn_elementwise_bytes(model, gpu, (moe.chosen_count + moe.shared_count) * moe.expert_ffn_size / tp)
+    moved += 3 * model.hidden_size * FP16_BYTES if moe.shared_count else 0.0
+    if experts is None or experts.by_node:
+        rows = moe.chosen_count / (1 if experts is None else tp)
+        row_bytes = FP8_BYTES + FP8_SCALE_BYTES if speedup(model, gpu) > 1 else FP16_BYTES
+        moved += 2 * rows * model.hidden_size * (row_bytes + FP16_BYTES)
+    return moved
 
 
 def moe_layer_s(
@@ -71,19 +109,14 @@ def moe_layer_s(
 ) -> Array:
     """Computing of one layer with experts outside attention; the all-to-all apart. 0 for 0 tokens.
 
-    With expert parallelism the ``tp`` GPUs of a replica split its tokens between them outside attention (sequence
-    parallel: arXiv 2412.19437, section 3.4) and join them in one all-reduce a layer.
+    With expert parallelism one all-reduce a layer joins the tokens that the GPUs of a replica split.
     """
-    assert model.moe is not None
-    moe, count = model.moe, np.asarray(tokens, dtype=float)
-    own = count if experts is None else count / tp
-    shared_size = moe.shared_count * moe.expert_ffn_size / (tp if experts is None else 1)
-    shapes = [(float(model.hidden_size), float(moe.experts_count))]
-    if shared_size > 0 and not (experts and experts.shared_is_routed):
-        shapes += ffn_shapes(model, shared_size)
-    inner_size = (moe.chosen_count + moe.shared_count) * moe.expert_ffn_size / tp
-    layer = linears_s(model, gpu, count, attention_shapes(model, tp)) + linears_s(model, gpu, own, shapes)
-    layer = layer + elementwise_layer_s(model, gpu, tp, count, inner_size) + routed_s(model, gpu, experts, tp, count)
+    count = np.asarray(tokens, dtype=float)
+    layer = linears_s(model, gpu, count, attention_shapes(model, tp)) + expert_products_s(
+        model, gpu, experts, tp, count
+    )
+    token_bytes = attention_elementwise_bytes(model, gpu, tp) + expert_elementwise_bytes(model, gpu, experts, tp)
+    layer = layer + elementwise_s(gpu, count, token_bytes)
     reduces = 2 if experts is None else 1
     layer = layer + reduces * all_reduce_s(link, tp, count * model.hidden_size * FP16_BYTES)
     return np.where(count > 0, layer, 0.0)
@@ -112,7 +145,7 @@ def all_to_all_s(system: SystemSpec, model: ModelSpec, tp: int, tokens: ArrayLik
     experts = system.experts
     if model.moe is None or experts is None:
         return np.zeros_like(count)
-    token_bytes = model.hidden_size * (FP8_BYTES + FP8_SCALE_BYTES + FP16_BYTES)
+    token_bytes = model.hidden_size * (DISPATCHED_BYTES + FP16_BYTES)
     network, local = token_copies(model.moe, experts, system.host_gpus_count)
     sent = count / tp * (1 + experts.imbalance_frac) * token_bytes
     rates = [each.bytes_per_s * each.utilisation_frac for each in (experts.network, system.gpu_link)]
@@ -140,6 +173,40 @@ def fc_and_all_to_all_s(system: SystemSpec, model: ModelSpec, tp: int, tokens: A
     if parts == 1:
         return work + sending, np.zeros_like(work)
     return parts * work, parts * sending
+
+
+def phase_s(system: SystemSpec, model: ModelSpec, tp: int, tokens: ArrayLike) -> Array:
+    """The experts' part of the work of ``fc_and_all_to_all_s`` where two micro-batches take turns at attention and
+    experts (``beside_s``); 0 elsewhere."""
+    count = np.asarray(tokens, dtype=float)
+    experts = system.experts
+    if model.moe is None or experts is None or not experts.overlap_by_phase:
+        return np.zeros_like(count)
+    half = count / experts.micro_batches_count
+    layer = expert_products_s(model, system.gpu, experts, tp, half)
+    layer = layer + streaming_s(system.gpu, half * expert_elementwise_bytes(model, system.gpu, experts, tp))
+    return np.where(count > 0, experts.micro_batches_count * model.moe_layers_count * layer, 0.0)
+
+
+def beside_s(work_s: float, experts_s: float, comm_s: float, dispatch_frac: float, comm_sm_frac: float) -> float:
+    """GPU time of a batch in two micro-batches that hide each other's all-to-all, all layers.
+
+    While the all-to-all runs it takes a share of the multiprocessors, so work beside it takes that share of its time
+    longer. Finely interleaved (``dispatch_frac`` 0; decode in five stages) the longer of both counts. Taking turns, one
+    dispatches beside the other's attention, computes its experts beside the other's dispatch, combines beside the
+    other's experts, and attends again beside the other's combine: the longer counts in each of these four phases
+    (DeepSeek's open-infra overview of day 6, prefill).
+
+    Args:
+        work_s: attention and all else; ``experts_s`` of it are the experts' phases.
+    """
+    if dispatch_frac == 0:
+        return max(work_s + comm_sm_frac * comm_s, comm_s)
+    total_s = 0.0
+    for part_s in (experts_s, work_s - experts_s):
+        for sent_s in (dispatch_frac * comm_s, (1 - dispatch_frac) * comm_s):
+            total_s += max(part_s + comm_sm_frac * sent_s, sent_s) / 2
+    return total_s
 
 
 def draft_s(system: SystemSpec, model: ModelSpec, tp: int, tokens: ArrayLike) -> Array:

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from l3env.specs import AttentionForm, GpuSpec, LinkSpec, ModelSpec
-from l3env.units import FP16_BYTES
+from l3env.units import FP8_BYTES, FP16_BYTES
 
 Array = NDArray[np.float64]
+FP8_SCALE_BYTES = 4 / 128  # per element: a 32-bit scale for 128 of them (arXiv 2412.19437, section 3.3.2)
 
 
 TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
@@ -110,9 +111,26 @@ def linear_flop_and_bytes(model: ModelSpec, tokens: Array, k: float, n: float) -
 
 def linear_s(model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float, n: float) -> Array:
     """One linear operation of one GPU."""
-    _, moved = linear_flop_and_bytes(model, tokens, k, n)
-    compute = matmul_compute_s(gpu, tokens, k, n) / speedup(model, gpu)
-    return gpu.linear_launch_s + overlap_s(gpu, compute, memory_s(gpu, moved))
+    compute = matmul_compute_s(gpu, tokens, k, n)
+    return product_s(model, gpu, compute, k * n * model.bytes_per_parameter, tokens * k, tokens * n)
+
+
+def product_s(
+    model: ModelSpec, gpu: GpuSpec, compute_16_s: Array, weight_bytes: float | Array, inputs: Array, outputs: Array
+) -> Array:
+    """A matrix product of one GPU, launched: computing (``compute_16_s`` as in 16 bit) beside reading its operands.
+
+    Outputs are written beside them too, but for FP8 products with a scale for 128 elements, where a tile's sums are
+    scaled and stored after its last step: a tile is as long as both (``fp8_output_bytes_per_s``, fitted to DeepGEMM's
+    table by ``experiments/deepseek/deep_gemm.py``).
+    """
+    faster = speedup(model, gpu)
+    if faster > 1 and gpu.fp8_output_bytes_per_s > 0:
+        read_s = memory_s(gpu, weight_bytes + inputs * (FP8_BYTES + FP8_SCALE_BYTES))
+        written_s = outputs * FP16_BYTES / gpu.fp8_output_bytes_per_s
+        return gpu.linear_launch_s + overlap_s(gpu, compute_16_s / faster, read_s) + written_s
+    moved_s = memory_s(gpu, weight_bytes + (inputs + outputs) * FP16_BYTES)
+    return gpu.linear_launch_s + overlap_s(gpu, compute_16_s / faster, moved_s)
 
 
 def linears_s(model: ModelSpec, gpu: GpuSpec, tokens: ArrayLike, shapes: Sequence[tuple[float, float]]) -> Array:
@@ -129,31 +147,53 @@ def linear_layer_s(model: ModelSpec, gpu: GpuSpec, tp: int, tokens: ArrayLike) -
     return linears_s(model, gpu, tokens, linear_shapes(model, tp))
 
 
-def elementwise_bytes(model: ModelSpec, tp: int, inner_size: float | None = None) -> float:
-    """Bytes per token of a layer's small operations on one GPU, each a kernel of its own that streams.
+def attention_elementwise_bytes(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
+    """Bytes per token of the small operations around a layer's attention on one GPU, each a kernel that streams.
 
-    Two residual additions with norm (two inputs, two outputs of the hidden size), RoPE with the KV write (Q, K, V in
-    and out), the activation (the up projection in, the down projection's input out). ``inner_size`` is the sum of the
-    FFN's inner sizes that a token passes on this GPU, by default the dense FFN's share.
+    A residual addition with norm (two inputs, two outputs of the hidden size), RoPE with the KV write (Q, K, V in and
+    out), and with FP8 products the quantisation of their inputs.
     """
-    inner = model.ffn_size / tp if inner_size is None else inner_size
     stored = model.stored_form
-    norms = 2 * 4 * model.hidden_size
     rotated = model.naive_form.query_elements / tp + max(stored.kv_heads_count / tp, 1) * stored.stored_size
-    activation = (3 if model.gated_ffn else 2) * inner
-    return (norms + 2 * rotated + activation) * FP16_BYTES
+    inputs = sum(k for k, _ in attention_shapes(model, tp))
+    return (4 * model.hidden_size + 2 * rotated) * FP16_BYTES + inputs * quantised_bytes(model, gpu)
 
 
-def elementwise_layer_s(
-    model: ModelSpec, gpu: GpuSpec, tp: int, tokens: ArrayLike, inner_size: float | None = None
-) -> Array:
-    """Norms, residuals, RoPE, KV write and activation of one layer on one GPU; free in a plain roofline."""
+def ffn_elementwise_bytes(model: ModelSpec, gpu: GpuSpec, inner_size: float) -> float:
+    """The same of its FFN: residual and norm, the activation (the up projection in, the down projection's input out),
+    quantisation. ``inner_size`` is the sum of the inner sizes that a token passes on this GPU."""
+    activation = (3 if model.gated_ffn else 2) * inner_size
+    inputs = model.hidden_size + inner_size
+    return (4 * model.hidden_size + activation) * FP16_BYTES + inputs * quantised_bytes(model, gpu)
+
+
+def quantised_bytes(model: ModelSpec, gpu: GpuSpec) -> float:
+    """Bytes moved per element of an FP8 product's input: read in 16 bit, written in FP8 with its scale, a kernel of its
+    own (arXiv 2412.19437, section 3.5.2); 0 for 16-bit products."""
+    return FP16_BYTES + FP8_BYTES + FP8_SCALE_BYTES if speedup(model, gpu) > 1 else 0.0
+
+
+def streaming_s(gpu: GpuSpec, moved_bytes: ArrayLike) -> Array:
+    """Small operations that move so many bytes, launches apart; free in a plain roofline."""
+    moved = np.asarray(moved_bytes, dtype=float)
+    if gpu.elementwise_utilisation_frac == 0:
+        return np.zeros_like(moved)
+    return moved / (gpu.hbm_bytes_per_s * gpu.elementwise_utilisation_frac)
+
+
+def elementwise_layer_s(model: ModelSpec, gpu: GpuSpec, tp: int, tokens: ArrayLike) -> Array:
+    """The small operations of one dense layer on one GPU."""
+    token_bytes = attention_elementwise_bytes(model, gpu, tp) + ffn_elementwise_bytes(model, gpu, model.ffn_size / tp)
+    return elementwise_s(gpu, tokens, token_bytes)
+
+
+def elementwise_s(gpu: GpuSpec, tokens: ArrayLike, token_bytes: float) -> Array:
+    """A layer's small operations on one GPU that move so many bytes a token, launched."""
     count = np.asarray(tokens, dtype=float)
     launch = np.full_like(count, gpu.elementwise_launch_s)
     if gpu.elementwise_utilisation_frac == 0:
         return launch
-    rate = gpu.hbm_bytes_per_s * gpu.elementwise_utilisation_frac
-    return overlap_s(gpu, launch, count * elementwise_bytes(model, tp, inner_size) / rate)
+    return overlap_s(gpu, launch, streaming_s(gpu, count * token_bytes))
 
 
 def dense_layer_s(model: ModelSpec, gpu: GpuSpec, link: LinkSpec, tp: int, tokens: ArrayLike) -> Array:
@@ -201,13 +241,25 @@ def pair_s(
 def prefill_pair_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
     """Compute time per pair of prefill attention, on plain keys and values; c new tokens on a history of f have
     c f + c (c + 1) / 2 pairs."""
-    return pair_s(model, gpu, tp, gpu.prefill_utilisation_frac)
+    wider = gpu.prefill_latent_utilisation_frac if model.mla is not None else 0.0
+    return pair_s(model, gpu, tp, wider or gpu.prefill_utilisation_frac)
 
 
 def kv_read_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0) -> float:
     """Time to read one token's stored KV of all layers from HBM, KV heads divided over ``tp`` GPUs."""
     shard = model.kv_bytes_per_token * max(1 / tp, 1 / model.stored_form.kv_heads_count)
     return shard / (gpu.hbm_bytes_per_s * (utilisation_frac or gpu.memory_utilisation_frac))
+
+
+def history_token_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
+    """Time per token of a chunk's history, all layers: with latent attention its keys and values are projected from the
+    latent again, since prefill computes on plain ones. A large product; its launch is left out."""
+    if model.mla is None:
+        return 0.0
+    many = np.array([16_384.0])
+    size = model.heads_count / tp * (model.mla.nope_size + model.mla.value_size)
+    each_s = (linear_s(model, gpu, many, model.mla.kv_rank, size) - gpu.linear_launch_s) / many
+    return float(model.layers_count * each_s[0])
 
 
 def query_move_s(model: ModelSpec, gpu: GpuSpec, tp: int, form: AttentionForm | None = None) -> float:

@@ -11,7 +11,7 @@ from l3env.kernels.prefix import moving_tokens, publish
 from l3env.kernels.price import (
     back_batch_s,
     causal_pairs,
-    comm_batch_s,
+    gpu_batch_s,
     hbm_attention_s,
     lane_attention_s,
     one_batch_s,
@@ -106,9 +106,9 @@ def execute(t, s, e, decode, mode):
         hbm_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0, queries)
         hbm_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1, queries)
         gpu_0_s = prefill_0_s + hbm_0_s + back_batch_s(t, table, tokens_0 + rows_1, ends_0 + rows_1, guessed_1)
-        gpu_0_s = max(gpu_0_s, comm_batch_s(t, table, tokens_0 + rows_1))
+        gpu_0_s = gpu_batch_s(t, table, gpu_0_s, tokens_0 + rows_1)
         gpu_1_s = prefill_1_s + hbm_1_s + back_batch_s(t, table, tokens_1 + rows_0, ends_1 + rows_0, guessed_0)
-        gpu_1_s = max(gpu_1_s, comm_batch_s(t, table, tokens_1 + rows_0))
+        gpu_1_s = gpu_batch_s(t, table, gpu_1_s, tokens_1 + rows_0)
         pim_0_s, read_0_s, move_0_s = pim_side_s(t, table, slowest_0_s + spread_0_s, moved_0, pushed_1)
         pim_1_s, read_1_s, move_1_s = pim_side_s(t, table, slowest_1_s + spread_1_s, moved_1, pushed_0)
         slowest_s = slowest_0_s + slowest_1_s

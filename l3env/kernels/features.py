@@ -12,9 +12,9 @@ from l3env.jit import helper, inner, kernel
 from l3env.kernels.drafts import classes_count, drafting_now
 from l3env.kernels.memory import growth_blocks
 from l3env.kernels.price import (
-    comm_batch_s,
     draft_batch_s,
     fc_batch_s,
+    gpu_batch_s,
     hbm_attention_s,
     head_batch_s,
     lane_attention_s,
@@ -219,13 +219,13 @@ def write_prices(t, s, e, mark, row, i):
     fc_s = fc_head_s(t, table, rows_0 + rows_1, rows_0 + rows_1) + (queries - 1) * guess_s(t, table, n_0 + n_1)
     pim_s = pim_side_s(t, table, slowest_both_s, moved_0 + moved_1, 0)[0]
     front_s = max(hbm_s, pim_s)
-    one_s = max(front_s + fc_s, comm_batch_s(t, table, rows_0 + rows_1))
+    one_s = gpu_batch_s(t, table, front_s + fc_s, rows_0 + rows_1)
     gpu_0_s, gpu_1_s, pim_0_s, pim_1_s, two_s = hbm_s + fc_s, 0.0, pim_s, 0.0, one_s
     if lanes > 1:
         gpu_0_s = hbm_attention_s(t, table, hbm_kv_0, hbm_n_0, queries) + fc_head_s(t, table, rows_1, rows_1)
         gpu_1_s = hbm_attention_s(t, table, hbm_kv_1, hbm_n_1, queries) + fc_head_s(t, table, rows_0, rows_0)
-        gpu_0_s = max(gpu_0_s + (queries - 1) * guess_s(t, table, n_1), comm_batch_s(t, table, rows_1))
-        gpu_1_s = max(gpu_1_s + (queries - 1) * guess_s(t, table, n_0), comm_batch_s(t, table, rows_0))
+        gpu_0_s = gpu_batch_s(t, table, gpu_0_s + (queries - 1) * guess_s(t, table, n_1), rows_1)
+        gpu_1_s = gpu_batch_s(t, table, gpu_1_s + (queries - 1) * guess_s(t, table, n_0), rows_0)
         pim_0_s = pim_side_s(t, table, slowest_0_s, moved_0, 0)[0]
         pim_1_s = pim_side_s(t, table, slowest_1_s, moved_1, 0)[0]
         two_s = max(gpu_0_s, pim_0_s) + max(gpu_1_s, pim_1_s)

@@ -19,11 +19,11 @@ from l3env.kernels.memory import (
     preempt,
     resume,
 )
-from l3env.kernels.prefix import ask_pools, blocks_of, offered_blocks, offered_tokens
+from l3env.kernels.prefix import ask_pools, blocks_of, change_eviction, offered_blocks, offered_tokens
 from l3env.kernels.run import Stop, ready, skip_idle
 from l3env.kernels.schedule import decoding_count, lighter_sub
 from l3env.kernels.spread import room, stored_lanes
-from l3env.state import NOWHERE, SUB_BATCHES, Status, SubBatching, Victim
+from l3env.state import NOWHERE, SUB_BATCHES, Eviction, Status, SubBatching, Victim
 
 AUTO = -1  # sub-batch or place left to the engine
 ANY_PIM = -2  # any PIM pool, KV as the model stores it
@@ -150,6 +150,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved, multi_token
     for i in range(env["prefill_count"]):
         req[e, s.lists[e, i]["prefill"]]["chunk_tokens"] = 0
     set_drafting(s.lane_class, t, env, multi_token)
+    change_eviction(s.prefix, e, np.int64(Eviction.OFF))
     grown = not decode_wanted
     for i in range(ops.shape[0]):
         if ops[i, 0] >= Op.ADMIT and not grown:

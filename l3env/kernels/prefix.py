@@ -105,6 +105,8 @@ def eviction_key(rule, segments, slot):
         return slot["uses"] * MAJOR + recency
     if rule == Eviction.TREE:
         return recency - segments[slot["segment"]]["depth"] * MAJOR
+    if rule == Eviction.SCORE:
+        return recency + segments[slot["segment"]]["score"] * MAJOR
     return recency
 
 
@@ -273,14 +275,19 @@ def evict_to_fit(prefix, pools, e, pool, capacity):
 
 @helper
 def change_eviction(prefix, e, rule):
-    """Another rule from now on, unless it is OFF: idle slots are ordered anew."""
+    """Another rule from now on, unless it is OFF; idle slots are ordered anew, as they are after new scores."""
     if len(prefix) == 0:
         return
     env, segments, slots, idle = prefix.env[e], prefix.segment[e], prefix.slot[e], prefix.idle[e]
     lengths = prefix.idle_len[e]
-    if rule == Eviction.OFF or env["eviction"] == Eviction.OFF or rule == env["eviction"]:
+    if env["eviction"] == Eviction.OFF:
+        return
+    if rule == Eviction.OFF:
+        rule = env["eviction"]
+    if rule == env["eviction"] and not (env["scored"] and rule == Eviction.SCORE):
         return
     env["eviction"] = rule
+    env["scored"] = 0
     for pool in range(idle.shape[0]):
         length = lengths[pool]
         for place in range(length):  # a heap of the first ``place``, then one more

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import inner, rare
-from l3env.tables import COMM, DENSE_TOKENS, DRAFT, FC, HEAD, STRIDE_TOKENS, TABLE_TOKENS
+from l3env.tables import COMM, DENSE_TOKENS, DRAFT, EXPERTS, FC, HEAD, STRIDE_TOKENS, TABLE_TOKENS
 
 
 @inner
@@ -32,7 +32,7 @@ def prefill_work_s(t, table, chunk, history):
     """Attention of one prefilling request's chunk: the larger of computing and reading; launches are apart.
 
     A history costs what its kernel takes: ratios of their own for pairs with the history and within the chunk, and a
-    whole tile's pairs for a chunk of less than a tile.
+    whole tile's pairs for a chunk of less than a tile. A latent's keys and values are projected from it first.
     """
     coef = t.coef[table]
     within = coef["prefill_chunk_ratio"] if history > 0 else 1.0
@@ -41,7 +41,8 @@ def prefill_work_s(t, table, chunk, history):
     pairs += within * (chunk * (chunk + 1.0) / 2)
     compute_s = coef["prefill_pair_s"] * pairs + within * coef["prefill_new_s"] * chunk
     memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
-    return max(compute_s, memory_s)
+    plain_s = coef["prefill_history_token_s"] * float(history) if chunk > 0 else 0.0
+    return max(compute_s, memory_s) + plain_s
 
 
 @inner
@@ -76,12 +77,28 @@ def rare_lookup_s(row, slope_s, tokens):
     return lookup_s(row, slope_s, tokens)
 
 
+@rare
+def sent_beside_s(t, table, work_s, tokens):
+    """``costs.experts.beside_s`` of a batch's all-to-all."""
+    coef = t.coef[table]
+    comm_s = lookup_s(t.rows_s[table, COMM], coef["comm_slope_s"], tokens)
+    share = coef["comm_sm_frac"]
+    if coef["dispatch_frac"] == 0:
+        return max(work_s + share * comm_s, comm_s)
+    experts_s = lookup_s(t.rows_s[table, EXPERTS], coef["experts_slope_s"], tokens)
+    other_s, dispatch_s = work_s - experts_s, coef["dispatch_frac"] * comm_s
+    combine_s = comm_s - dispatch_s
+    total_s = max(experts_s + share * dispatch_s, dispatch_s) + max(experts_s + share * combine_s, combine_s)
+    total_s += max(other_s + share * dispatch_s, dispatch_s) + max(other_s + share * combine_s, combine_s)
+    return total_s / 2
+
+
 @inner
-def comm_batch_s(t, table, tokens):
-    """All-to-all of a batch that computing hides; 0 where there is none."""
+def gpu_batch_s(t, table, work_s, tokens):
+    """GPU time of a batch: its work, beside the all-to-all where computing hides one."""
     if t.coef[table]["sends"] == 0:
-        return 0.0
-    return rare_lookup_s(t.rows_s[table, COMM], t.coef[table]["comm_slope_s"], np.int64(tokens))
+        return work_s
+    return sent_beside_s(t, table, work_s, np.int64(tokens))
 
 
 @inner
@@ -151,16 +168,15 @@ def pim_side_s(t, table, slowest_s, requests, kv_pushed):
 
 @inner
 def one_batch_s(t, table, front_s, slowest_s, requests, kv_pushed, tokens, rows, guessed=0):
-    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head; no shorter than
+    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head; all of it beside
     the all-to-all.
 
     Returns (T, GPU busy computing or sending, PIM busy, t_d, t_comm).
     """
     pim_s, attention_s, moving_s = pim_side_s(t, table, slowest_s, requests, kv_pushed)
     back_s = back_batch_s(t, table, tokens, rows, guessed)
-    comm_s = comm_batch_s(t, table, tokens)
-    total_s = max(max(front_s, pim_s) + back_s, comm_s)
-    return total_s, max(front_s + back_s, comm_s), pim_s, attention_s, moving_s
+    total_s = gpu_batch_s(t, table, max(front_s, pim_s) + back_s, tokens)
+    return total_s, gpu_batch_s(t, table, front_s + back_s, tokens), pim_s, attention_s, moving_s
 
 
 @inner

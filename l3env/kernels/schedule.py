@@ -13,7 +13,7 @@ from l3env.kernels.memory import admit, lane_load, make_room_to_grow, move
 from l3env.kernels.prefix import ask_pools, blocks_of, offered_blocks, offered_tokens
 from l3env.kernels.price import (
     back_batch_s,
-    comm_batch_s,
+    gpu_batch_s,
     hbm_attention_s,
     lane_attention_s,
     pim_side_s,
@@ -279,7 +279,7 @@ def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
     hbm_n = s.lane[e, sub, 0]["count"]
     back_s = back_batch_s(t, table, prefill_tokens + rows, rows, drafting * others)
     hbm_s = hbm_attention_s(t, table, s.lane[e, sub, 0]["kv"] + queries * hbm_n, hbm_n, queries)
-    return max(prefill_s + back_s + hbm_s, comm_batch_s(t, table, prefill_tokens + rows))
+    return gpu_batch_s(t, table, prefill_s + back_s + hbm_s, prefill_tokens + rows)
 
 
 @helper

@@ -7,6 +7,7 @@ import numpy as np
 from l3env.jit import helper, kernel
 from l3env.kernels.drafts import copy_classes
 from l3env.kernels.heap import push
+from l3env.kernels.memory import emitted_now
 from l3env.kernels.run import Stop
 from l3env.state import ARRIVAL_HEAP, FINISH_HEAP, NOWHERE, ORDERS_COUNT, SUB_BATCHES, SloForm, Status
 
@@ -135,3 +136,25 @@ def clear(d, m, i):
     req["first_token_s"], req["last_token_s"], req["finish_s"] = np.nan, 0.0, np.nan
     req["preemptions_count"], req["slo_met"], req["missed_deadline"] = 0, 0, 0
     req["slo_rank"], req["long_gaps_count"], req["long_steps_before"] = 0, 0, 0
+
+
+@kernel
+def count_on_track(s, out):
+    """(E,) requests that have begun to decode and kept every limit so far, those that hold memory; into ``out``.
+
+    Mean form: a first token in time, and a mean gap since then that is within the limit.
+    """
+    for e in range(out.shape[0]):
+        now_s = s.env[e]["clock_s"]
+        out[e] = 0
+        for i in range(s.env[e]["running_count"]):
+            r = np.int64(s.lists[e, i]["running"])
+            req = s.req[e, r]
+            if req["status"] != Status.DECODE and req["status"] != Status.PAUSED:
+                continue
+            if s.env[e]["slo_form"] == SloForm.TOKEN_DEADLINES:
+                out[e] += not req["missed_deadline"]
+                continue
+            in_time = req["first_token_s"] <= req["arrival_s"] + req["ttft_slo_s"]
+            gaps = max(emitted_now(s, e, r) - 1, 1)
+            out[e] += in_time and now_s - req["first_token_s"] <= gaps * req["tbt_slo_s"]

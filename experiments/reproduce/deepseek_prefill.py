@@ -1,0 +1,159 @@
+"""Prefill of DeepSeek-V3 against what was published: at saturation, and as a day's mean of what was served.
+
+OI is DeepSeek's open-infra overview (day 6, February 2025); its profile (github.com/deepseek-ai/profile-data) is of the
+same month. LMSYS is the reproduction on 96 H100 (blog of 5 May 2025), which also gives the profile's throughput.
+RTP-LLM is Alibaba's on H800 (its "DeepSeek Reproduce Tech Report").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from experiments.gpu_profile import plain
+from experiments.reproduce.common import Row, row
+from l3env import load
+from l3env.costs.experts import DISPATCH_FRAC, beside_s
+from l3env.kernels import price
+from l3env.specs import ModelSpec
+from l3env.tables import Tables, compile_tables, fc_grid_tokens
+
+FIGURE = "deepseek-v3"
+SYSTEM = "system/h800-ep32-prefill"
+NODE_GPUS = 8
+BATCH_TOKENS = 16_384
+PROMPT_TOKENS = 4096
+
+# DeepEP's normal kernels at EP 32 in its README of February 2025: GB/s with what stays in the host counted, which a
+# quarter does, of a link of 50
+DISPATCH_GB_PER_S, COMBINE_GB_PER_S = 44.0, 47.0
+FEBRUARY_UTILISATION_FRAC = 0.75 / 50 / (DISPATCH_FRAC / DISPATCH_GB_PER_S + (1 - DISPATCH_FRAC) / COMBINE_GB_PER_S)
+
+# OI: 608 G input tokens, 56.3 % of them cached, 168 G output tokens, 4,989 KV tokens per output token on average. Of
+# equal requests the last is prompt + output / 2
+INPUT_TOKENS, OUTPUT_TOKENS, HIT_FRAC, KV_TOKENS = 608e9, 168e9, 0.563, 4989.0
+SERVED_PROMPT_TOKENS = KV_TOKENS / (1 + OUTPUT_TOKENS / INPUT_TOKENS / 2)
+
+Batch = list[tuple[int, int]]  # (new tokens, history) of each prompt
+
+
+def batch_s(tables: Tables, batch: Batch, attention_ratio: float = 1.0) -> float:
+    """An iteration of one GPU that prefills a batch, while all others of its group do the like.
+
+    Args:
+        attention_ratio: attention of the GPU that all wait for, over this one's.
+    """
+    arrays, coef, grid = tables.arrays, tables.arrays.coef[0], fc_grid_tokens()
+    attend, launch = plain(price.prefill_work_s), plain(price.prefill_launch_s)
+    tokens = sum(new for new, _ in batch)
+    work_s = attention_ratio * sum(attend(arrays, 0, new, history) for new, history in batch)
+    work_s += launch(arrays, 0, len(batch), sum(history > 0 for _, history in batch))
+    work_s += np.interp(tokens, grid, arrays.fc_s[0]) + np.interp(len(batch), grid, arrays.head_s[0])
+    experts_s, comm_s = (float(np.interp(tokens, grid, each[0])) for each in (arrays.experts_s, arrays.comm_s))
+    return float(beside_s(float(work_s), experts_s, comm_s, coef["dispatch_frac"], coef["comm_sm_frac"]))
+
+
+def node_tokens_per_s(tables: Tables, batch: Batch, attention_ratio: float = 1.0) -> float:
+    """New tokens of a node per second."""
+    return float(NODE_GPUS / tables.tp * sum(new for new, _ in batch) / batch_s(tables, batch, attention_ratio))
+
+
+def whole(prompt_tokens: float, batch_tokens: int = BATCH_TOKENS, hit_frac: float = 0.0) -> Batch:
+    """About so many new tokens in equal prompts, a share of each cached."""
+    history = round(hit_frac * prompt_tokens)
+    new = round(prompt_tokens) - history
+    return [(new, history)] * round(batch_tokens / new)
+
+
+def unequal_ratio(
+    tables: Tables, prompt_tokens: float, hit_frac: float, *, ranks: int = 32, batches: int = 200
+) -> float:
+    """Attention of the slowest of the ranks over the mean where each takes prompts as they come, of exponential length,
+    up to its batch; the one that is cut goes on in the next batch, on its history."""
+    rng = np.random.default_rng(0)
+    attend = plain(price.prefill_work_s)
+    times_s = np.zeros((ranks, batches))
+    for rank in range(ranks):
+        left, history = 0, 0
+        for batch in range(batches):
+            room = BATCH_TOKENS
+            while room > 0:
+                if left == 0:
+                    length = max(round(rng.exponential(prompt_tokens)), 2)
+                    history = min(round(hit_frac * length), length - 1)
+                    left = length - history
+                new = min(left, room)
+                times_s[rank, batch] += attend(tables.arrays, 0, new, history)
+                left, room, history = left - new, room - new, history + new
+    return float((times_s.max(axis=0) / times_s.mean(axis=0)).mean())
+
+
+def compiled(model: ModelSpec, **overrides: Any) -> Tables:
+    """The prefill unit with some values replaced."""
+    return compile_tables(load(SYSTEM, **overrides), model)
+
+
+def rows(model: ModelSpec) -> list[Row]:
+    """All comparisons of prefill."""
+    february = {"experts__network__utilisation_frac": FEBRUARY_UTILISATION_FRAC}
+    lmsys = {"gpu": "gpu/h100", "gpu_link": "link/nvlink4"}
+    even = {"experts__imbalance_frac": 0.0}
+    prompts, half = whole(PROMPT_TOKENS), whole(PROMPT_TOKENS, BATCH_TOKENS // 2)
+    then, now = "all-to-all as DeepEP measured it in February 2025", "all-to-all as DeepEP measures it since"
+    measured = {"gpu__elementwise_utilisation_frac": load("gpu/h200").elementwise_utilisation_frac}
+    kernels = "small kernels at the share of the bandwidth that they reach on an H200"
+    own = "imbalance of our router study; theirs is not published"
+    profile = "DeepSeek's profile, balanced, 4 K prompts, 16 K tokens a GPU"
+    balanced, unbalanced = "LMSYS prefill, 4 nodes of H100, perfect balance", "LMSYS prefill, 4 nodes of H100"
+    saturated: list[tuple[str, float, dict[str, Any], Batch, str]] = [
+        (profile, 62_700, even | february, prompts, then),
+        (profile, 62_700, even | february | measured, prompts, f"{then}; {kernels}"),
+        (profile, 62_700, even, prompts, now),
+        (balanced, 59_300, even | lmsys, prompts, now),
+        (balanced, 59_300, even | lmsys | measured, prompts, f"{now}; {kernels}"),
+        (unbalanced, 50_300, lmsys, prompts, f"{now}; {own}"),
+        ("RTP-LLM prefill, 4 nodes, 2 x 4 K tokens a GPU", 42_600, {}, half, f"{now}; theirs runs over Ethernet"),
+    ]
+    out = [
+        row(FIGURE, case, "input tokens/s a node", paper, node_tokens_per_s(compiled(model, **changed), batch), note)
+        for case, paper, changed, batch, note in saturated
+    ]
+    return out + served(model, compiled(model, **february), then)
+
+
+def served(model: ModelSpec, tables: Tables, note: str) -> list[Row]:
+    """The mix of OI's day on a saturated unit, against the mean over the day."""
+    mix = whole(SERVED_PROMPT_TOKENS, hit_frac=HIT_FRAC)
+    new_per_s = node_tokens_per_s(tables, mix)
+    ratio = unequal_ratio(tables, SERVED_PROMPT_TOKENS, HIT_FRAC)
+    unequal_per_s = node_tokens_per_s(tables, mix, ratio)
+    kernel = compiled(
+        model,
+        experts__network__utilisation_frac=FEBRUARY_UTILISATION_FRAC,
+        gpu__prefill_chunk_ratio=1.0,
+        gpu__prefill_history_ratio=1.0,
+    )
+    day = f"the published figure is a day's mean over the nodes in use, the model's is saturated; {note}"
+    case = f"OI prefill, prompts of {SERVED_PROMPT_TOKENS:,.0f} tokens, {HIT_FRAC:.1%} cached"
+    return [
+        row(FIGURE, case, "input tokens/s a node, cached left out", 32_200, new_per_s, day),
+        row(FIGURE, case, "input tokens/s a node, cached counted", 73_700, new_per_s / (1 - HIT_FRAC), day),
+        row(
+            FIGURE,
+            f"{case}, GPUs unequal",
+            "input tokens/s a node, cached left out",
+            32_200,
+            unequal_per_s,
+            f"no balancing: attention waits for the longest of 32 ranks, {ratio:.2f} of the mean, with prompts of "
+            f"exponential length; {day}",
+        ),
+        row(
+            FIGURE,
+            f"{case}, one attention kernel for new tokens and history",
+            "input tokens/s a node, cached left out",
+            32_200,
+            node_tokens_per_s(kernel, mix),
+            f"without what torch's kernels lose on a history; {day}",
+        ),
+    ]
