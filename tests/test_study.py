@@ -238,7 +238,8 @@ def test_names_are_checked_before_anything_runs(tmp_path: Path, change: tuple[st
 
 
 def test_an_interrupted_sweep_says_so_and_goes_on(tmp_path: Path) -> None:
-    path = study_file(tmp_path, TEXT.replace("n=60", "n=2000"))
+    """Of 1,600 cells a few are done when it is told to stop: however busy the machine, it is not through by then."""
+    path = study_file(tmp_path, TEXT.replace("n=60", "n=2000").replace("seeds: 2", "seeds: 200"))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "l3env.cli", "sweep", str(path), "-j", "2", "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -250,7 +251,7 @@ def test_an_interrupted_sweep_says_so_and_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "interrupted; what was finished is kept" in shown
     assert "Traceback" not in shown
-    assert 3 <= len(list(out.glob("cells/*.parquet"))) < 16
+    assert 3 <= len(list(out.glob("cells/*.parquet"))) < 1600
 
 
 # capacity
