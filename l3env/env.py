@@ -43,8 +43,8 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         slo_form: what the limit on the time between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines".
         predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
         prefix_cache: "off", or the rule by which cached prompt segments are given up: "lru", "lfu", "tree".
-        action_knobs: the knobs that an action sets, by default those of ``observe.LEVELS``; also "pim_form" and
-            "multi_token" of ``observe.MORE_LEVELS``. The others keep the defaults of ``Knobs``.
+        action_knobs: the knobs that an action sets, by default those of ``observe.LEVELS``; also those of
+            ``observe.MORE_LEVELS``. The others keep the defaults of ``Knobs``.
         seed: of the trace, where it is generated.
         render_mode: "human" (a live panel in the terminal) or "rgb_array" (``render`` returns (H, W, 3) pixels).
     """

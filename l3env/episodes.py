@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from l3env.engine import Engine, Slo
 from l3env.errors import L3EnvError
@@ -203,11 +204,15 @@ class Episodes:
 
     def open(self, engine: Engine, e: int, episode: Episode) -> None:
         """Puts an episode into environment ``e`` and goes to its first moment with a request."""
-        predicted = None
-        if self.predictor is not None:
-            predicted = predictions(self._predictor(episode.pair_idx, episode.trace_idx), episode.workload)
+        predicted = self.predicted(episode)
         engine.reset(e, episode.workload, table_idx=episode.pair_idx, slo=episode.slo, predicted_tokens=predicted)
         engine.await_work(e, e + 1)
+
+    def predicted(self, episode: Episode) -> NDArray[np.int64] | None:
+        """(N,) predicted output lengths of an episode's requests; None without a predictor."""
+        if self.predictor is None:
+            return None
+        return predictions(self._predictor(episode.pair_idx, episode.trace_idx), episode.workload)
 
     def _predictor(self, pair_idx: int, trace_idx: int) -> Policy:
         assert self.predictor is not None

@@ -40,9 +40,13 @@ LEVELS: dict[str, tuple[Any, ...]] = {
 }
 """The action: one level of each knob."""
 
-MORE_LEVELS: dict[str, tuple[Any, ...]] = {"pim_form": tuple(PimForm), "multi_token": (False, True)}
-"""Knobs that an action may set besides (``action_knobs`` of the environments). They do something where a model stores a
-latent and the system has PIM, and where a model guesses tokens."""
+MORE_LEVELS: dict[str, tuple[Any, ...]] = {
+    "pim_form": tuple(PimForm),
+    "multi_token": (False, True),
+    "prefill_in_order": (False, True),
+}
+"""Knobs that an action may set besides (``action_knobs`` of the environments). The first does something where a model
+stores a latent and the system has PIM, the second where a model guesses tokens."""
 
 FEATURES: tuple[tuple[str, str], ...] = (
     # the queue

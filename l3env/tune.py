@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from l3env.engine import Engine, Slo
 from l3env.errors import L3EnvError
-from l3env.observe import LEVELS
+from l3env.observe import LEVELS, Levels
 from l3env.policy import Knobs
 from l3env.runner import replica_shares
 from l3env.state import Budget, Order, SubBatching, Victim, row_bytes
@@ -35,18 +35,19 @@ def _known(values: Sequence[Any], never: Any) -> tuple[Any, ...]:
     return tuple(value for value in values if value != never)
 
 
-ACTIONS: Grid = LEVELS | {
-    "admit_max_count": _known(LEVELS["admit_max_count"], 0),  # for ever nobody
-    "order": _known(LEVELS["order"], Order.SHORTEST_PREDICTED_HOPELESS_LAST),  # needs a predictor
-}
-"""The settings that an agent's actions can reach."""
+def grid_of(levels: Levels) -> Grid:
+    """The settings that an agent's actions can reach, but for the one that admits nobody for ever."""
+    return {name: _known(values, 0) if name == "admit_max_count" else values for name, values in levels.items()}
+
+
+ACTIONS: Grid = grid_of(LEVELS)
 
 GRID: Grid = {
     **ACTIONS,
     "prefill_first": (False, True),
     "victim": _known(tuple(Victim), Victim.MOST_PREDICTED_LEFT),
 }
-"""All settings that need no length predictor: those of every built-in heuristic with fixed knobs are among them."""
+"""All settings: those of every built-in heuristic with fixed knobs are among them."""
 
 STARTS = (
     Knobs(),
@@ -65,12 +66,14 @@ class Cell:
 
     Attributes:
         one_replica: the requests are those of one replica, as an environment's episode; else all replicas share them.
+        predicted_tokens: (N,) predicted output lengths; without them, no setting that needs them is tried.
     """
 
     tables: Tables
     workload: Workload
     slo: Slo = field(default_factory=Slo)
     one_replica: bool = False
+    predicted_tokens: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def serve_each(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], N
     replicas = 1 if cell.one_replica else cell.tables.replicas_count
     shares = [rows for rows in replica_shares(cell.workload, replicas) if rows.size]
     parts = [cell.workload.select(rows) for rows in shares]
+    predicted = [None if cell.predicted_tokens is None else cell.predicted_tokens[rows] for rows in shares]
     capacity = max(len(part) for part in parts)
     jobs = [(s, i) for s in range(len(knobs)) for i in range(len(parts))]
     batch = int(
@@ -216,7 +220,7 @@ def serve_each(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], N
         some = jobs[first : first + batch]
         for e in range(batch):
             s, i = some[e % len(some)]  # the last batch may be short: its first jobs again
-            engine.reset(e, parts[i], slo=cell.slo)
+            engine.reset(e, parts[i], slo=cell.slo, predicted_tokens=predicted[i])
             knobs[s].write(engine.knobs, e)
         engine.run_to_end()
         for e, (s, i) in enumerate(some):
@@ -231,7 +235,10 @@ def int_or_float(value: Any) -> float:
 
 
 def _useful(grid: Grid, cells: Sequence[Cell]) -> Grid:
-    """Without a PIM side, or without HBM for KV beside it, some knobs do nothing: one level is enough."""
+    """Without a PIM side, or without HBM for KV beside it, some knobs do nothing: one level is enough.
+
+    Without predicted lengths, orders by them are left out.
+    """
     one_level: set[str] = set()
     if not any(cell.tables.has_pim for cell in cells):
         one_level.add("sub_batching")
@@ -241,6 +248,8 @@ def _useful(grid: Grid, cells: Sequence[Cell]) -> Grid:
     if not any(cell.tables.has_pim for cell in cells):
         numbers = [level for level in grid["prefill_budget_tokens"] if level > 0 or level == Budget.UNLIMITED]
         useful["prefill_budget_tokens"] = tuple(numbers)
+    if any(cell.predicted_tokens is None for cell in cells):
+        useful["order"] = _known(useful["order"], Order.SHORTEST_PREDICTED_HOPELESS_LAST)
     return useful
 
 

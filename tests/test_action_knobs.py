@@ -156,7 +156,7 @@ def test_discrete_actions_of_stable_baselines3() -> None:
     envs = sb3.make_vec_env(2, seed=0, action_knobs=ALL, discrete=["pim_form", "multi_token"], **V3)
     assert envs.action_space.n == 4
     assert envs.settings[:, :7].tolist() == [action_of(Knobs()).tolist()] * 4
-    assert envs.settings[:, 7:].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert envs.settings[:, 7:].tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]
     envs.reset()
     assert envs.action_masks().all()
     envs.step(np.array([3, 0]))

@@ -22,10 +22,11 @@ from experiments.learning.iqm import interquartile_mean, interval, summarise
 from experiments.train.export import interface
 from l3env.errors import L3EnvError
 from l3env.observe import FEATURES, LEVELS, knobs_of
-from l3env.policy import Knobs, make_policy
+from l3env.policy import make_policy
 from l3env.runner import compile_pair, load_at_capacity, run_policy
+from l3env.state import Order
 from l3env.trace_registry import load_trace
-from l3env.tune import probe
+from l3env.tune import ACTIONS, probe
 from policies.learned_ppo import Learned
 from policies.network import Network
 
@@ -219,7 +220,7 @@ SOURCE = teacher.Source(
 def test_targets_are_soft_where_a_knob_does_not_matter() -> None:
     """exp(-loss / tau), normalised: losses 0, tau ln 2, 10 tau give 1 : 1/2 : e^-10; levels not tried get nothing."""
     tau = 0.02
-    grid = {name: levels[:1] for name, levels in teacher.ACTIONS.items()}
+    grid = {name: levels[:1] for name, levels in ACTIONS.items()}
     grid["headroom_frac"] = LEVELS["headroom_frac"][:3]
     around = {name: np.array([0.7]) for name in grid} | {
         "headroom_frac": np.array([0.9, 0.9 - tau * np.log(2), 0.9 - 10 * tau])
@@ -227,7 +228,7 @@ def test_targets_are_soft_where_a_knob_does_not_matter() -> None:
     heads = dict(
         zip(
             LEVELS,
-            np.split(teacher.targets(around, grid, tau), np.cumsum([len(v) for v in LEVELS.values()])[:-1]),
+            np.split(teacher.targets(around, grid, tau=tau), np.cumsum([len(v) for v in LEVELS.values()])[:-1]),
             strict=True,
         )
     )
@@ -272,7 +273,7 @@ def test_corrections_point_away_from_a_bad_level() -> None:
     """Around the best constant with one knob spoilt, that knob's target is not what it is."""
     row = next(row for i in range(8) if (row := teacher.tuned(SOURCE, i))["goodput_frac"] > 0.5)
     spoilt = [0, *row["action"][1:]]  # admits nobody
-    found = probe(teacher._cells(SOURCE, row["i"]), knobs_of(np.array(row["action"])), grid=teacher.ACTIONS)
+    found = probe(teacher._cells(SOURCE, row["i"]), knobs_of(np.array(row["action"])), grid=ACTIONS)
     assert found.goodput_frac[0] == row["goodput_frac"]
     with pytest.raises(L3EnvError, match="not in the grid"):
         teacher.corrections(SOURCE, row, spoilt)
@@ -314,9 +315,22 @@ def test_imitation_writes_a_policy_and_does_not_tune_twice(tmp_path: Path, monke
         imitate(replace(SOURCE, seed=9), tmp_path, 6, workers=1)
 
 
-def test_typed_levels_round_trip() -> None:
-    row = {name: float(levels[-1]) for name, levels in teacher.ACTIONS.items()}
-    assert Knobs(**teacher._typed(row)) == Knobs(**{name: levels[-1] for name, levels in teacher.ACTIONS.items()})
+def test_imitation_with_more_knobs_and_a_predictor(tmp_path: Path) -> None:
+    """The network sets ``prefill_in_order`` and may order by predicted lengths, in rollouts as in the runner."""
+    more = replace(SOURCE, action_knobs=(*LEVELS, "prefill_in_order"), predictor="srtf-predicted")
+    rows = [teacher.tuned(more, i) for i in range(3)]
+    for row in rows:
+        assert len(row["action"]) == len(LEVELS) + 1
+        assert len(row["targets"]) == LEVELS_COUNT + 2
+        order = np.split(np.array(row["targets"]), np.cumsum([len(v) for v in more.levels.values()]))[4]
+        assert order[Order.SHORTEST_PREDICTED_HOPELESS_LAST] > 0  # it was tried
+        assert teacher.seen_under_settings(more, [row])[0][0].goodput_frac == row["goodput_frac"]
+    imitate(more, tmp_path, 4, rounds=1, hidden=(8,), workers=1)
+    policy = Learned(tmp_path / "policy.npz")
+    tables = compile_pair("gpu-dgx-a100", "qwen-72b")
+    outcome = run_policy(tables, load_trace(TRACE), policy, training=load_trace(TRACE))
+    assert policy.predictor() is not None
+    assert 0 <= outcome.metrics["slo_attainment_frac"] <= 1
 
 
 def test_the_shipped_policy_runs_on_machines_of_every_kind() -> None:

@@ -46,7 +46,7 @@ from experiments.learning.teacher import (
 from experiments.train.algorithms import set_up_torch
 from experiments.train.export import interface
 from l3env.errors import L3EnvError
-from l3env.observe import LEVELS
+from l3env.observe import LEVELS, Levels
 from policies.network import Network
 
 HOLDOUT_FRAC = 0.1  # of cells: never learned from
@@ -60,7 +60,12 @@ err = Console(stderr=True)
 
 
 def fit(
-    obs: NDArray[np.float32], masks: NDArray[np.bool_], wanted: NDArray[np.float32], hidden: Sequence[int], seed: int
+    obs: NDArray[np.float32],
+    masks: NDArray[np.bool_],
+    wanted: NDArray[np.float32],
+    hidden: Sequence[int],
+    seed: int,
+    levels: Levels = LEVELS,
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Layers of a tanh network whose masked softmax over each knob's levels is near the targets (cross-entropy).
 
@@ -72,7 +77,7 @@ def fit(
     sizes = [obs.shape[1], *hidden]
     blocks = [block for a, b in itertools.pairwise(sizes) for block in (th.nn.Linear(a, b), th.nn.Tanh())]
     net = th.nn.Sequential(*blocks, th.nn.Linear(sizes[-1], wanted.shape[1]))
-    heads = [len(levels) for levels in LEVELS.values()]
+    heads = [len(values) for values in levels.values()]
     batches = -(-len(x) // BATCH)
     epochs = max(EPOCHS, -(-LEAST_STEPS // batches))
     steps = epochs * batches
@@ -125,12 +130,15 @@ def imitate(
         for seen in several:
             data.add(seen, row["targets"])
     path = out / f"policy-{fit_seed}.npz" if fit_seed else out / "policy.npz"
-    about: dict[str, Any] = {"interval_s": source.interval_s, "predictor": None, "seed": fit_seed, "command": command}
+    about: dict[str, Any] = {"interval_s": source.interval_s, "predictor": source.predictor}
+    about |= {"seed": fit_seed, "command": command}
     figures: dict[str, float] = {}
     for number in range(1, rounds + 1):
-        layers = fit(*data.arrays(), hidden, fit_seed)
+        layers = fit(*data.arrays(), hidden, fit_seed, source.levels)
         training = asdict(source) | {"cells_count": cells_count, "rounds": number}
-        Network(layers, interface("tanh", masked=True) | about | {"training": training}).save(path)
+        Network(layers, interface("tanh", masked=True, levels=source.levels) | about | {"training": training}).save(
+            path
+        )
         judged = _side_by_side(seen_by_network, source, tested, workers, str(path))
         ratio = np.array([_ratio(row, seen) for row, seen in zip(tested, judged, strict=True)])
         figures = {"round": number, "observations": len(data), "held_out": len(tested), "mean": float(ratio.mean())}
@@ -234,6 +242,8 @@ def main() -> None:
     parser.add_argument("--hidden", nargs="+", type=int, default=[128, 128])
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--seed", type=int, default=0, help="of the cells")
+    parser.add_argument("--action-knobs", nargs="+", default=Source.action_knobs)
+    parser.add_argument("--predictor", default=None, help="a policy whose length predictor the network uses")
     parser.add_argument("--longest-s", type=float, default=math.inf, help="longest span of arrivals to learn from")
     parser.add_argument("--fit-seed", type=int, default=0, help="of the network and its learning")
     for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
@@ -249,6 +259,8 @@ def main() -> None:
         window=given.window,
         utilization=tuple(given.utilization),
         episode_requests=given.episode_requests,
+        action_knobs=tuple(given.action_knobs),
+        predictor=given.predictor,
         seed=given.seed,
     )
     command = shlex.join(["python", "-m", "experiments.learning.imitate", *sys.argv[1:]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from experiments.train.windows import in_window
 from l3env.engine import Engine
 from l3env.episodes import Episode, Episodes
 from l3env.kernels.run import Stop, Until
-from l3env.observe import LEVELS, Observer, action_of, knobs_of
-from l3env.policy import Knobs
-from l3env.tune import ACTIONS, Cell, Grid, probe, tune
+from l3env.observe import LEVELS, Levels, Observer, action_of, knobs_of, levels_of
+from l3env.tune import Cell, Grid, grid_of, probe, tune
 from policies.network import load_network
 
 TAU = 0.01  # a setting that loses 1 % of goodput gets 1/e of the best one's weight
@@ -50,7 +49,14 @@ class Source:
     loads: tuple[float, ...] = (1.0, 1.15)
     episode_requests: int = 500
     interval_s: float = 1.0
+    action_knobs: tuple[str, ...] = tuple(LEVELS)
+    predictor: str | None = None
     seed: int = 0
+
+    @property
+    def levels(self) -> Levels:
+        """The knobs that the network sets, and their levels."""
+        return levels_of(self.action_knobs)
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,6 +68,7 @@ def _episodes(source: Source) -> Episodes:
         utilization=source.utilization,
         episode_requests=source.episode_requests,
         interval_s=source.interval_s,
+        predictor=source.predictor,
     )
 
 
@@ -79,14 +86,15 @@ def _cells(source: Source, i: int) -> list[Cell]:
     """Cell ``i`` at each of the loads at which its setting should do well."""
     cell = episode(source, i)
     pair = _episodes(source).pairs[cell.pair_idx]
-    return [Cell(pair, cell.workload.at_load(load), cell.slo, one_replica=True) for load in source.loads]
+    predicted = _episodes(source).predicted(cell)
+    return [Cell(pair, cell.workload.at_load(load), cell.slo, True, predicted) for load in source.loads]
 
 
 def tuned(source: Source, i: int) -> Row:
     """The best constant of cell ``i``: its action and goodput, targets by knob, and other actions to see states of."""
     found = tune(
         _cells(source, i),
-        grid=ACTIONS,
+        grid=grid_of(source.levels),
         random_count=RANDOM_COUNT,
         rounds_count=ROUNDS_COUNT,
         seed=i,
@@ -96,21 +104,23 @@ def tuned(source: Source, i: int) -> Row:
     return {
         "i": i,
         "goodput_frac": float(found.goodput_frac[0]),
-        "action": action_of(found.knobs).tolist(),
-        "others": [action_of(Knobs(**_typed(row))).tolist() for row in others[list(ACTIONS)].to_dict("records")],
-        "targets": targets(found.around, found.grid).tolist(),
+        "action": action_of(found.knobs, source.levels).tolist(),
+        "others": [_action(row, source.levels) for row in others[list(source.levels)].to_dict("records")],
+        "targets": targets(found.around, found.grid, source.levels).tolist(),
     }
 
 
-def _typed(row: dict[str, Any]) -> dict[str, Any]:
-    """Numbers of a table's row as the levels they are."""
-    return {name: next(level for level in ACTIONS[name] if level == value) for name, value in row.items()}
+def _action(row: Mapping[Hashable, float], levels: Levels) -> list[int]:
+    """A table's row of numbers as the places of the levels they are."""
+    return [list(values).index(row[name]) for name, values in levels.items()]
 
 
-def targets(around: dict[str, NDArray[np.float64]], grid: Grid, tau: float = TAU) -> NDArray[np.float64]:
+def targets(
+    around: dict[str, NDArray[np.float64]], grid: Grid, levels_by_knob: Levels = LEVELS, tau: float = TAU
+) -> NDArray[np.float64]:
     """(levels,) a distribution over each knob's levels; the values in ``around`` are of the levels in ``grid``."""
     heads = []
-    for name, levels in LEVELS.items():
+    for name, levels in levels_by_knob.items():
         head = np.zeros(len(levels))
         values = around[name]
         head[[levels.index(level) for level in grid[name]]] = np.exp((values - values.max()) / tau)
@@ -138,7 +148,7 @@ def rollouts(source: Source, cells: Sequence[Episode], act: Act) -> list[Seen]:
     """Serves episodes side by side, a decision every ``interval_s``."""
     episodes = _episodes(source)
     engine = Engine(episodes.pairs, len(cells), max(len(cell.workload) for cell in cells))
-    observer = Observer(engine)
+    observer = Observer(engine, has_predictor=source.predictor is not None, levels=source.levels)
     for e, cell in enumerate(cells):
         episodes.open(engine, e, cell)
     kept: list[list[tuple[Any, Any]]] = [[] for _ in cells]
@@ -146,7 +156,7 @@ def rollouts(source: Source, cells: Sequence[Episode], act: Act) -> list[Seen]:
     obs, masks = observer.look(), observer.masks()
     env, number, stride = engine.state.env, 0, 1
     while (alive := np.flatnonzero(env["stop"] != Stop.DONE)).size:
-        actions = np.zeros((len(cells), len(LEVELS)), np.int64)
+        actions = np.zeros((len(cells), len(source.levels)), np.int64)
         actions[alive] = act(obs[alive], masks[alive], alive)
         for e in alive.tolist():
             done_most[e][tuple(actions[e].tolist())] += 1
@@ -182,5 +192,6 @@ def seen_by_network(source: Source, rows: Sequence[Row], path: str) -> list[Seen
 
 def corrections(source: Source, row: Row, action: Sequence[int]) -> list[float]:
     """Targets of each knob where the others are those of ``action``: what a network that does this should change."""
-    found = probe(_cells(source, row["i"]), knobs_of(np.array(action)), grid=ACTIONS)
-    return targets(found.around, found.grid).tolist()
+    levels = source.levels
+    found = probe(_cells(source, row["i"]), knobs_of(np.array(action), levels), grid=grid_of(levels))
+    return targets(found.around, found.grid, levels).tolist()

@@ -18,6 +18,7 @@ ACTION = (  # knobs that actions may set, by the numbers that ``columns`` names 
     "sub_batching",
     "pim_form",
     "multi_token",
+    "prefill_in_order",
 )
 
 
@@ -40,8 +41,10 @@ def set_knob(k, e, which, value):
         k[e]["sub_batching"] = np.int64(value)
     elif which == 7:
         k[e]["pim_form"] = np.int64(value)
-    else:
+    elif which == 8:
         k[e]["multi_token"] = np.int64(value)
+    else:
+        k[e]["prefill_in_order"] = np.int64(value)
 
 
 @kernel
