@@ -83,7 +83,7 @@ def load(
         raise TraceError(f"{path}: scale {scale}; expected a finite number > 0")
     if prompt not in PROMPT_CHOICES:
         raise TraceError(f"{path}: prompt {prompt!r}; expected one of {', '.join(PROMPT_CHOICES)}")
-    name, clients = _read_clients(path, subset)
+    name, clients = read_clients(path, subset)
     rates_only = all(client.dataset is None for client in clients)
     if rates_only and lengths is None:
         raise TraceError(
@@ -119,7 +119,7 @@ def load(
     )
 
 
-def _read_clients(path: Path, subset: str | None) -> tuple[str, list[Client]]:
+def read_clients(path: Path, subset: str | None) -> tuple[str, list[Client]]:
     """The name of the set and its clients by number."""
     names = member_names(path)
     sets = sorted({_set_of(name, path) for name in names if MEMBER.search(name)})
@@ -200,7 +200,7 @@ def _draw_client(
         else:
             key = int(window * WINDOW_S) // LENGTHS_WINDOW_S * LENGTHS_WINDOW_S
             if key not in samplers:
-                samplers[key] = _distributions(client, key)
+                samplers[key] = distributions(client, key)
             tokens = _draw_lengths(samplers[key], times_s.size, prompt, rng)
         keep_mask = (times_s >= bounds_s[0]) & (times_s < bounds_s[1])
         parts.append((times_s[keep_mask], tokens[0][keep_mask], tokens[1][keep_mask]))
@@ -223,7 +223,7 @@ def _window_times(client: Client, window: int, scale: float, rng: np.random.Gene
     return times_s
 
 
-def _distributions(client: Client, key: int) -> Mapping[str, Distribution]:
+def distributions(client: Client, key: int) -> Mapping[str, Distribution]:
     """The client's distributions in the six-hour window that starts at ``key`` s; empty ones left out."""
     file = client.file.replace("trace.csv", "dataset.json")
     try:

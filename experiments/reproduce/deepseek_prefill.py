@@ -1,4 +1,4 @@
-"""Prefill of DeepSeek-V3 against what was published: at saturation, and as a day's mean of what was served.
+"""Prefill of DeepSeek-V3 at saturation against what was published; ``deepseek_day`` goes on to the day's mean.
 
 OI is DeepSeek's open-infra overview (day 6, February 2025); its profile (github.com/deepseek-ai/profile-data) is of the
 same month. LMSYS is the reproduction on 96 H100 (blog of 5 May 2025), which also gives the profile's throughput.
@@ -38,25 +38,21 @@ SERVED_PROMPT_TOKENS = KV_TOKENS / (1 + OUTPUT_TOKENS / INPUT_TOKENS / 2)
 Batch = list[tuple[int, int]]  # (new tokens, history) of each prompt
 
 
-def batch_s(tables: Tables, batch: Batch, attention_ratio: float = 1.0) -> float:
-    """An iteration of one GPU that prefills a batch, while all others of its group do the like.
-
-    Args:
-        attention_ratio: attention of the GPU that all wait for, over this one's.
-    """
+def batch_s(tables: Tables, batch: Batch) -> float:
+    """An iteration of one GPU that prefills a batch, while all others of its group do the like."""
     arrays, coef, grid = tables.arrays, tables.arrays.coef[0], fc_grid_tokens()
     attend, launch = plain(price.prefill_work_s), plain(price.prefill_launch_s)
     tokens = sum(new for new, _ in batch)
-    work_s = attention_ratio * sum(attend(arrays, 0, new, history) for new, history in batch)
+    work_s = sum(attend(arrays, 0, new, history) for new, history in batch)
     work_s += launch(arrays, 0, len(batch), sum(history > 0 for _, history in batch))
     work_s += np.interp(tokens, grid, arrays.fc_s[0]) + np.interp(len(batch), grid, arrays.head_s[0])
     experts_s, comm_s = (float(np.interp(tokens, grid, each[0])) for each in (arrays.experts_s, arrays.comm_s))
     return float(beside_s(float(work_s), experts_s, comm_s, coef["dispatch_frac"], coef["comm_sm_frac"]))
 
 
-def node_tokens_per_s(tables: Tables, batch: Batch, attention_ratio: float = 1.0) -> float:
+def node_tokens_per_s(tables: Tables, batch: Batch) -> float:
     """New tokens of a node per second."""
-    return float(NODE_GPUS / tables.tp * sum(new for new, _ in batch) / batch_s(tables, batch, attention_ratio))
+    return float(NODE_GPUS / tables.tp * sum(new for new, _ in batch) / batch_s(tables, batch))
 
 
 def whole(prompt_tokens: float, batch_tokens: int = BATCH_TOKENS, hit_frac: float = 0.0) -> Batch:
@@ -64,29 +60,6 @@ def whole(prompt_tokens: float, batch_tokens: int = BATCH_TOKENS, hit_frac: floa
     history = round(hit_frac * prompt_tokens)
     new = round(prompt_tokens) - history
     return [(new, history)] * round(batch_tokens / new)
-
-
-def unequal_ratio(
-    tables: Tables, prompt_tokens: float, hit_frac: float, *, ranks: int = 32, batches: int = 200
-) -> float:
-    """Attention of the slowest of the ranks over the mean where each takes prompts as they come, of exponential length,
-    up to its batch; the one that is cut goes on in the next batch, on its history."""
-    rng = np.random.default_rng(0)
-    attend = plain(price.prefill_work_s)
-    times_s = np.zeros((ranks, batches))
-    for rank in range(ranks):
-        left, history = 0, 0
-        for batch in range(batches):
-            room = BATCH_TOKENS
-            while room > 0:
-                if left == 0:
-                    length = max(round(rng.exponential(prompt_tokens)), 2)
-                    history = min(round(hit_frac * length), length - 1)
-                    left = length - history
-                new = min(left, room)
-                times_s[rank, batch] += attend(tables.arrays, 0, new, history)
-                left, room, history = left - new, room - new, history + new
-    return float((times_s.max(axis=0) / times_s.mean(axis=0)).mean())
 
 
 def compiled(model: ModelSpec, **overrides: Any) -> Tables:
@@ -113,6 +86,8 @@ def rows(model: ModelSpec) -> list[Row]:
         (balanced, 59_300, even | lmsys, prompts, now),
         (balanced, 59_300, even | lmsys | measured, prompts, f"{now}; {kernels}"),
         (unbalanced, 50_300, lmsys, prompts, f"{now}; {own}"),
+        (f"{unbalanced}, prompts of 2 K", 54_543, lmsys, whole(2048), f"{now}; {own}"),
+        (f"{unbalanced}, prompts of 1 K", 57_674, lmsys, whole(1024), f"{now}; {own}"),
         ("RTP-LLM prefill, 4 nodes, 2 x 4 K tokens a GPU", 42_600, {}, half, f"{now}; theirs runs over Ethernet"),
     ]
     out = [
@@ -123,31 +98,20 @@ def rows(model: ModelSpec) -> list[Row]:
 
 
 def served(model: ModelSpec, tables: Tables, note: str) -> list[Row]:
-    """The mix of OI's day on a saturated unit, against the mean over the day."""
+    """The mix of OI's day as equal prompts on a saturated unit, against the mean over the day."""
     mix = whole(SERVED_PROMPT_TOKENS, hit_frac=HIT_FRAC)
     new_per_s = node_tokens_per_s(tables, mix)
-    ratio = unequal_ratio(tables, SERVED_PROMPT_TOKENS, HIT_FRAC)
-    unequal_per_s = node_tokens_per_s(tables, mix, ratio)
     kernel = compiled(
         model,
         experts__network__utilisation_frac=FEBRUARY_UTILISATION_FRAC,
         gpu__prefill_chunk_ratio=1.0,
         gpu__prefill_history_ratio=1.0,
     )
-    day = f"the published figure is a day's mean over the nodes in use, the model's is saturated; {note}"
+    day = f"the published figure is a day's mean over the nodes in use, the model's is saturated (see OI's day); {note}"
     case = f"OI prefill, prompts of {SERVED_PROMPT_TOKENS:,.0f} tokens, {HIT_FRAC:.1%} cached"
     return [
         row(FIGURE, case, "input tokens/s a node, cached left out", 32_200, new_per_s, day),
         row(FIGURE, case, "input tokens/s a node, cached counted", 73_700, new_per_s / (1 - HIT_FRAC), day),
-        row(
-            FIGURE,
-            f"{case}, GPUs unequal",
-            "input tokens/s a node, cached left out",
-            32_200,
-            unequal_per_s,
-            f"no balancing: attention waits for the longest of 32 ranks, {ratio:.2f} of the mean, with prompts of "
-            f"exponential length; {day}",
-        ),
         row(
             FIGURE,
             f"{case}, one attention kernel for new tokens and history",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.deepseek import deep_gemm, placement, study
-from experiments.reproduce import deepseek_prefill
+from experiments.reproduce import deepseek_day, deepseek_prefill
 from experiments.reproduce.common import Row, row
 from l3env import load
 from l3env.costs import experts, gpu
@@ -35,7 +35,7 @@ def rows(progress: Callable[[int, int, str], None], *, quick: bool = False) -> l
     model = load("model/deepseek-v3")
     progress(0, 2, "figures")
     found = shapes(model) + attention(model) + products() + all_to_all(model) + decode(model)
-    found += deepseek_prefill.rows(model) + guessing(model) + balance()
+    found += deepseek_prefill.rows(model) + deepseek_day.rows(model) + guessing(model) + balance()
     progress(1, 2, "places")
     found += [] if quick else places()
     progress(2, 2, "done")
