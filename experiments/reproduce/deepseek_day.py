@@ -140,7 +140,14 @@ def load() -> list[Row]:
     nodes = "published of prefill and decode; ours the same load, nodes for each hour's fullest window"
     return [
         row(FIGURE, case, "mean load over capacity", None, mine["served_frac"][HOURS], note),
-        row(FIGURE, case, "nodes, mean over most", MEAN_NODES / MOST_NODES, mine["capacity_frac"][HOURS], nodes),
+        row(
+            FIGURE,
+            "OI's day, nodes over the day",
+            "mean over most",
+            MEAN_NODES / MOST_NODES,
+            mine["capacity_frac"][HOURS],
+            nodes,
+        ),
     ]
 
 
