@@ -73,6 +73,9 @@ class Victim(IntEnum):
     LOWEST_SCORE = 3
 
 
+HBM_FIRST = 2.0  # as a share of KV in HBM, which no policy's knobs reach: PIM only where HBM is full
+
+
 class Score(IntEnum):
     """Weights of a scorer, by their place in a row of ``State.scorer``; see ``kernels.scorer``. All zero: no scorer.
 
@@ -114,16 +117,11 @@ class Score(IntEnum):
     # a decoding request's score, for when memory runs over
     KEEP = 28
     KEEP_LEAD = 29
-    # HBM's share of the KV: PLACE + PLACE_BALANCE x ((PIM time - GPU time) / both, lately) + PLACE_LONG x (log of a
-    # mean prompt's decode attention in a PIM lane, in nominal TBT SLOs), then from 0 to 1
-    PLACE = 30
-    PLACE_BALANCE = 31
-    PLACE_LONG = 32
     # log of the share of memory to keep free of new requests, and x log of the mean output over 256 tokens
-    HEADROOM = 33
-    HEADROOM_LONG = 34
-    EVICT = 35  # log of the free share of memory below which a candidate's arrival costs a lost request its place
-    FLOOR = 36  # set by the scorer: lower scores are held back
+    HEADROOM = 30
+    HEADROOM_LONG = 31
+    EVICT = 32  # log of the free share of memory below which a candidate's arrival costs a lost request its place
+    FLOOR = 33  # set by the scorer: lower scores are held back
 
 
 class SloForm(IntEnum):

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.learning import evolve
 from l3env import FixedKnobs, Knobs, View, run_policy
-from l3env.engine import Engine, Until
+from l3env.engine import Engine, Slo, Until
 from l3env.errors import PlanError, PolicyError
 from l3env.runner import compile_pair
 from l3env.state import Order, Score, Status
@@ -155,6 +155,19 @@ def test_all_requests_are_served(pair: tuple[str, str]) -> None:
     workload = mixed(80, rate_per_s=50.0)
     outcome = run_policy(compile_pair(*pair), workload, RequestScore())
     assert outcome.metrics["finished_count"] == 80
+
+
+def test_pim_memory_is_for_what_hbm_cannot_hold() -> None:
+    """Of three requests of two fifths of the HBM each, the third has to go to PIM, and no other does."""
+    tables = compile_pair("l3-dgx-a100", "qwen-72b")
+    prompt = int(tables.arrays.pool_blocks[0, 0]) * tables.block_tokens * 2 // 5
+    engine = Engine(tables, 1, 3)
+    engine.reset(0, Workload.build("three", np.zeros(3), [prompt] * 3, [50] * 3), slo=Slo(ttft_s=1e9, tbt_s=1e9))
+    KNOBS.write(engine.knobs, 0)
+    engine.score_with(0, weights_of(evolve.START | {"HEADROOM": -20.0}))
+    while not (engine.state.req["status"][0] == Status.DECODE).all():
+        engine.run(0, Until.ITERATIONS, 1)
+    assert sorted(engine.state.req["lane"][0] == 0) == [False, True, True]
 
 
 def test_more_meet_their_slo_than_in_order_of_arrival() -> None:

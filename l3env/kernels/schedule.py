@@ -114,7 +114,10 @@ def find_pim_lane(t, s, k, e, r, sub):
 
 @helper
 def find_lane(t, s, k, e, r, sub):
-    """Where a waiting request would live now, or -1: PIM where there is one, HBM up to its share of the KV."""
+    """Where a waiting request would live now, or -1: PIM where there is one, HBM up to its share of the KV.
+
+    With a share of 1 PIM takes only what could never fit in HBM; with ``HBM_FIRST``, whatever finds no room there.
+    """
     table = s.env[e]["table_idx"]
     ask_pools(s.prefix, e, r)
     hbm_fits = has_room(t, s, k, e, r, 0)
@@ -130,7 +133,7 @@ def find_lane(t, s, k, e, r, sub):
     if hbm_fits and s.pool[e, 0]["used"] <= share * total:
         return 0
     lane = NOWHERE
-    if share < 1.0 or not could_ever_fit(t, s, e, r, 0):
+    if share != 1.0 or not could_ever_fit(t, s, e, r, 0):
         lane = find_pim_lane(t, s, k, e, r, sub)
     if lane == NOWHERE and hbm_fits:
         return 0

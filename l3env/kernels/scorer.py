@@ -13,6 +13,7 @@ they are looked at does not matter; an optimizer finds them (``experiments.learn
 * The iteration is as long as the decoding requests that may still meet their SLO can bear, and no longer than the
   candidates' deadlines allow. From that follow the prompt tokens; where all are ahead of their SLO by enough, decoding
   waits.
+* KV lies in HBM as long as there is room.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from l3env.kernels.heap import push, remove
 from l3env.kernels.memory import emitted_now, preempt
 from l3env.kernels.price import (
     hbm_attention_s,
-    lane_attention_s,
     one_batch_s,
     pim_side_s,
     prefill_launch_s,
@@ -33,7 +33,7 @@ from l3env.kernels.price import (
 )
 from l3env.kernels.queue import build_order, waiting_key
 from l3env.kernels.schedule import decoding_count, gpu_side_s, moved_requests, slowest_lane_s
-from l3env.state import NOWHERE, SLACK_HEAP, SUB_BATCHES, Order, Score, Status, SubBatching, Victim
+from l3env.state import HBM_FIRST, NOWHERE, SLACK_HEAP, SUB_BATCHES, Order, Score, Status, SubBatching, Victim
 
 LONGEST_TOKENS = 16384  # prompt tokens an iteration, at most
 ABOVE_LOST = 1e-12  # a score
@@ -73,29 +73,23 @@ def time_left_s(s, e, r):
 
 
 @inner
-def log_stretch(s, e, r):
-    """log of how many times longer than alone the rest of its prompt may take; -inf where it is too late."""
-    left_s = time_left_s(s, e, r)
-    return np.log(min(left_s / work_s(s, e, r), FAR)) if left_s > 0 else -np.inf
+def score_of(w, s, e, r, pressure, free_tokens, left_s):
+    """From 0 to 1; 0 for one that is lost: too late, or in need of more than the machine gives.
 
-
-@inner
-def is_lost(w, s, e, r, pressure):
-    """Does a candidate need more than the machine gives?"""
-    needed = w[Score.LOST] + w[Score.LOST_PRESSURE] * pressure
-    return log_stretch(s, e, r) < needed + w[Score.LOST_WORK] * np.log(work_s(s, e, r) / s.env[e]["tbt_slo_s"])
-
-
-@inner
-def score_of(w, s, e, r, pressure, free_tokens):
-    """From 0 to 1."""
+    The stretch is how many times longer than alone the rest of its prompt may take.
+    """
+    if left_s <= 0:
+        return 0.0
     req = s.req[e, r]
-    log_work = np.log(work_s(s, e, r) / s.env[e]["tbt_slo_s"])
-    stretch = log_stretch(s, e, r)
+    alone_s = work_s(s, e, r)
+    stretch = min(left_s / alone_s, FAR)
+    log_work, log_stretch = np.log(alone_s / s.env[e]["tbt_slo_s"]), np.log(stretch)
+    if log_stretch < w[Score.LOST] + w[Score.LOST_PRESSURE] * pressure + w[Score.LOST_WORK] * log_work:
+        return 0.0
     target = float(req["target_tokens"])
     total = (w[Score.WORK] + w[Score.WORK_PRESSURE] * pressure) * log_work
-    total += (w[Score.STRETCH] + w[Score.STRETCH_PRESSURE] * pressure) * stretch
-    total += w[Score.URGENCY] * np.exp(-stretch)
+    total += (w[Score.STRETCH] + w[Score.STRETCH_PRESSURE] * pressure) * log_stretch
+    total += w[Score.URGENCY] / stretch
     if req["status"] == Status.PREFILL:
         total += w[Score.BEGUN] + w[Score.PROGRESS] * req["prefilled_tokens"] / target
     else:
@@ -105,7 +99,7 @@ def score_of(w, s, e, r, pressure, free_tokens):
     if req["predicted_tokens"] > 0:
         left = max(req["predicted_tokens"] - req["emitted_tokens"], 1)
         total += w[Score.PREDICTED] * np.log(left / 256.0)
-    return 0.5 + 0.5 * around_zero(total)
+    return max(0.5 + 0.5 * around_zero(total), ABOVE_LOST)
 
 
 @helper
@@ -173,11 +167,11 @@ def score_candidates(w, s, e, pressure, free_tokens):
             r = np.int64(s.heap[e, SLACK_HEAP, i]["item"])
         else:
             r = np.int64(s.lists[e, i - waiting]["prefill"])
-        score = 0.0
-        if not is_lost(w, s, e, r, pressure):
-            score = score_of(w, s, e, r, pressure, free_tokens)
+        left_s = time_left_s(s, e, r)
+        score = score_of(w, s, e, r, pressure, free_tokens, left_s)
+        if score > 0.0:
             count += 1
-            first_s = min(first_s, time_left_s(s, e, r))
+            first_s = min(first_s, left_s)
             if score > best:
                 best, history = score, np.int64(s.req[e, r]["prefilled_tokens"])
         if i < waiting:
@@ -233,20 +227,9 @@ def tokens_within(t, s, k, e, goal_s, history, decode):
 
 
 @helper
-def place(w, t, s, k, e):
-    """Where new requests go, and how much memory they must leave free."""
-    env = s.env[e]
-    table = env["table_idx"]
-    if t.coef[table]["has_pim"]:
-        pim_s = env["last_pim_0_s"] + env["last_pim_1_s"]
-        gpu_s = env["last_gpu_0_s"] + env["last_gpu_1_s"]
-        balance = (pim_s - gpu_s) / (pim_s + gpu_s) if pim_s + gpu_s > 0 else 0.0
-        long_s = lane_attention_s(t, table, max(env["prompt_mean_tokens"], 1.0), 1.0)
-        total = (
-            w[Score.PLACE] + w[Score.PLACE_BALANCE] * balance + w[Score.PLACE_LONG] * np.log(long_s / env["tbt_slo_s"])
-        )
-        k[e]["hbm_share_frac"] = 0.5 + 0.5 * around_zero(total)
-    length = np.log(max(env["output_mean_tokens"], 1.0) / 256.0)
+def keep_free(w, s, k, e):
+    """How much memory new requests must leave free."""
+    length = np.log(max(s.env[e]["output_mean_tokens"], 1.0) / 256.0)
     k[e]["headroom_frac"] = min(np.exp(w[Score.HEADROOM] + w[Score.HEADROOM_LONG] * length), 0.5)
 
 
@@ -261,7 +244,8 @@ def decide(w, t, s, k, e):
     free_tokens, free_frac = free_tokens_of(t, s, e)
     candidates, first_s, history = score_candidates(w, s, e, pressure, free_tokens)
 
-    place(w, t, s, k, e)
+    keep_free(w, s, k, e)
+    k[e]["hbm_share_frac"] = HBM_FIRST
     if lost != NOWHERE and candidates > 0 and free_frac < np.exp(w[Score.EVICT]):
         preempt(t, s, e, lost)
     k[e]["order"], k[e]["victim"] = Order.BY_SCORE, Victim.LOWEST_SCORE
