@@ -26,8 +26,19 @@ from experiments.learning.grid import MODELS, SYSTEMS, TRACES, UTILIZATIONS, gri
 from experiments.learning.iqm import CELL, GOODPUT, interquartile_mean
 from l3env.runner import write_text
 
-HEURISTICS = ("edf", "sjf-prompt", "sarathi", "l3-model", "fill-capacity", "fcfs", "hybrid-greedy")
-CONSTANT = "best-constant"
+HEURISTICS = (
+    "edf",
+    "sjf-prompt",
+    "srtf-predicted",
+    "sarathi",
+    "l3-model",
+    "fill-capacity",
+    "fcfs",
+    "hybrid-greedy",
+    "adaptive-placement",
+)
+CONSTANTS = ("best-constant", "best-constant-in-order")  # the second is where the planner starts from
+HEURISTIC = "best heuristic"
 PLANNER = "rmaxts"
 BUDGETS = (32, 128, 512, 2048)
 STUDIED: Mapping[str, str] = {
@@ -55,58 +66,52 @@ def jobs_of(cells: Sequence[Cell], policies: Mapping[str, str]) -> list[Job]:
     return [Job(cell, name, (ref,), 1) for name, ref in policies.items() for cell in slow_first]
 
 
-def ratios(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def goodputs(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """(C, P) goodput by cell and policy, with the best heuristic's as ``best heuristic`` and its name."""
     goodput = pd.DataFrame(rows).pivot(index=CELL, columns="policy", values=GOODPUT)
     known = [name for name in HEURISTICS if name in goodput]
-    goodput["best heuristic"] = goodput[known].max(axis=1)
+    goodput[HEURISTIC] = goodput[known].max(axis=1)
     goodput["best heuristic is"] = goodput[known].idxmax(axis=1)
     return goodput
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """As Markdown: for each form of the planner its goodput over the opponents', its cost, and then every cell."""
-    goodput = ratios(rows)
+    goodput = goodputs(rows)
     frame = pd.DataFrame(rows)
     planners = [name for name in dict.fromkeys(frame["policy"]) if name.startswith(PLANNER)]
-    constant, heuristic = goodput[CONSTANT], goodput["best heuristic"]
-    lines = [
-        f"{len(goodput)} cells. Goodput: best constant {constant.mean():.3f}, best heuristic {heuristic.mean():.3f}.",
-        "",
-        "| | goodput | over best constant: mean | IQM | least | cells below 0.98 | over best heuristic: mean | IQM "
-        "| least | ms a decision | simulations | decisions | other than the constant |",
-        "|---|" + "---:|" * 12,
-    ]
+    opponents = [name for name in (*CONSTANTS, HEURISTIC) if name in goodput]
+    means = ", ".join(f"{name} {goodput[name].mean():.3f}" for name in opponents)
+    heads = ["", "goodput", *(f"over {name}: mean, IQM, least, cells below 0.98" for name in opponents)]
+    heads += ["ms a decision", "simulations", "decisions", "other than the constant"]
+    lines = [f"{len(goodput)} cells. Goodput: {means}.", "", *_head(heads, 1)]
     for name in planners:
         ours, own = goodput[name], frame[frame["policy"] == name]
-        over, beside = (ours / constant).fillna(1.0), (ours / heuristic).fillna(1.0)
-        figures = [ours.mean(), over.mean(), interquartile_mean(over), over.min()]
-        costs = [f"{own[each].mean():.0f}" for each in ("decision_ms", "simulations_mean_count", "decisions_count")]
-        shown = [f"{each:.3f}" for each in figures] + [str(int((over < 0.98).sum()))]
-        shown += [f"{each:.3f}" for each in (beside.mean(), interquartile_mean(beside), beside.min())]
-        lines.append(f"| {name} | {' | '.join([*shown, *costs])} | {own['deviations_frac'].mean():.0%} |")
+        shown = [name, f"{ours.mean():.3f}"]
+        for opponent in opponents:
+            over = (ours / goodput[opponent]).fillna(1.0)
+            figures = [over.mean(), interquartile_mean(over), over.min()]
+            shown.append(f"{', '.join(f'{each:.3f}' for each in figures)}, {int((over < 0.98).sum())}")
+        shown += [f"{own[each].mean():.0f}" for each in ("decision_ms", "simulations_mean_count", "decisions_count")]
+        lines.append(_line([*shown, f"{own['deviations_frac'].mean():.0%}"]))
     if PLANNER in planners:
-        lines += ["", *_cells(goodput)]
+        heads = [*CELL, "goodput", *opponents, *(f"over {name}" for name in opponents), "best heuristic is"]
+        lines += ["", *_head(heads, len(CELL))]
+        for cell, row in goodput.iterrows():
+            theirs = [row[name] for name in opponents]
+            numbers = [row[PLANNER], *theirs, *(row[PLANNER] / each for each in theirs)]
+            place = [str(each) for each in (cell if isinstance(cell, tuple) else (cell,))]
+            lines.append(_line([*place, *(f"{each:.3f}" for each in numbers), row["best heuristic is"]]))
     return "\n".join(lines) + "\n"
 
 
-def _cells(goodput: pd.DataFrame) -> list[str]:
-    heads = [
-        *CELL,
-        "goodput",
-        "best constant",
-        "best heuristic",
-        "over constant",
-        "over heuristic",
-        "best heuristic is",
-    ]
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * 4}{' ---: |' * 5} --- |"]
-    for cell, row in goodput.iterrows():
-        ours, constant, heuristic = row[PLANNER], row[CONSTANT], row["best heuristic"]
-        numbers = [ours, constant, heuristic, ours / constant, ours / heuristic]
-        place = " | ".join(str(each) for each in (cell if isinstance(cell, tuple) else (cell,)))
-        lines.append(f"| {place} | {' | '.join(f'{each:.3f}' for each in numbers)} | {row['best heuristic is']} |")
-    return lines
+def _line(values: Sequence[str]) -> str:
+    return f"| {' | '.join(values)} |"
+
+
+def _head(heads: Sequence[str], texts: int) -> list[str]:
+    """The first lines of a table whose first columns are text."""
+    return [_line(heads), f"|{' --- |' * texts}{' ---: |' * (len(heads) - texts)}"]
 
 
 def main() -> None:
@@ -135,7 +140,7 @@ def main() -> None:
     def progress(done: int, total: int, what: str) -> None:
         err.print(f"{done} of {total} jobs, {time.monotonic() - start_s:.0f} s: {what}", highlight=False)
 
-    jobs = jobs_of(cells, {**planners, CONSTANT: CONSTANT, **{name: name for name in HEURISTICS}})
+    jobs = jobs_of(cells, {**planners, **{name: name for name in (*CONSTANTS, *HEURISTICS)}})
     rows = run_jobs(jobs, given.out / "rows.jsonl", workers=given.workers, progress=progress)
     given.out.mkdir(parents=True, exist_ok=True)
     write_text(given.out / "planner.md", table(rows))

@@ -34,14 +34,14 @@ class BestConstant(FixedKnobs):
 
     def __init__(self, name: str = "best-constant", grid: Grid = GRID) -> None:
         super().__init__(name, Knobs())
-        self._grid = grid
+        self.grid = grid
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         if training is None:
             raise PolicyError("best-constant needs earlier requests to search on; give run_policy(training=...)")
         key = self.name + key_of(system, training, self.slo)
         if key not in _found:
-            _found[key] = tune([Cell(system, training, self.slo)], grid=self._grid)
+            _found[key] = tune([Cell(system, training, self.slo)], grid=self.grid)
         self._tuned = _found[key]
         self.knobs = self._tuned.knobs
 

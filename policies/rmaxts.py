@@ -30,13 +30,14 @@ from l3env.policy import BasePolicy, Knobs, View
 from l3env.rollout import Rollouts
 from l3env.state import KNOB_DTYPE
 from l3env.tables import Tables
-from l3env.tune import GRID, Cell, serve_each
+from l3env.tune import Cell, serve_each
 from l3env.workload import Workload
-from policies.best_constant import BestConstant, key_of
+from policies.best_constant import BestConstant, BestConstantInOrder, key_of
 from policies.imagined import Known
 
 INTERVAL_REQUESTS = 64  # that come between decisions, about
-AHEAD_REQUESTS = 128  # imagined ones
+AHEAD_REQUESTS = 128  # imagined ones, at least
+AHEAD_STAYS = 2  # and as many as come while a request runs, so many times
 LEVELS = 2  # actions in a sequence, an interval each, the last to the end
 ACTIONS = 12  # settings the tree chooses from, the best constant one included
 LOADS = (1.0, 1.5)  # of the earlier requests, for which actions are chosen
@@ -60,7 +61,7 @@ class RMaxTS(BasePolicy):
         simulations: trials a decision, at most; those of the default, one a scenario, always run.
         budget_ms: instead, wall-clock time a decision.
         interval_requests: that come between decisions, about.
-        ahead_requests: that come in a scenario.
+        ahead_requests: that come in a scenario, at least; more where many run (``_ahead``).
         clear_errors: standard errors by which an action must be better than the default.
         gamma: discount of the tree's statistics; 1 is UCB1.
         intrinsic: reward coarse states not seen before.
@@ -94,7 +95,7 @@ class RMaxTS(BasePolicy):
     def prepare(self, system: Tables, training: Workload | None) -> None:
         if training is None:
             raise PolicyError("rmaxts needs earlier requests to learn lengths and the best constant setting from")
-        constant = BestConstant()
+        constant = BestConstantInOrder()
         constant.slo = self.slo
         constant.prepare(system, training)
         self.actions = portfolio(constant, system, training)
@@ -163,13 +164,18 @@ class RMaxTS(BasePolicy):
         self._trials += len(self.actions)
         return [a for a in range(1, len(self.actions)) if served[a] >= served[0]]
 
+    def _ahead(self, view: View) -> int:
+        """Requests to imagine: by Little's law, as many come while one runs as are running."""
+        return max(self.ahead_requests, AHEAD_STAYS * view.running_count)
+
     def _imagine(self, view: View, known: Known) -> None:
         """Of the scenarios, the more go on like this run of late the more of it has been seen."""
-        like_run = round(SCENARIOS * known.recent_count / (known.recent_count + self.ahead_requests))
+        ahead = self._ahead(view)
+        like_run = round(SCENARIOS * known.recent_count / (known.recent_count + ahead))
         self._ends_s = np.full(SCENARIOS, view.now_s + LEVELS * self.decision_interval_s)
         for scenario in range(SCENARIOS):
             lengths = known.draw_lengths(self._rng)
-            future = known.arrivals(self.ahead_requests, scenario < like_run, lengths, self._rng)
+            future = known.arrivals(ahead, scenario < like_run, lengths, self._rng)
             view.imagine(self._rollouts, scenario, lengths, future, self.slo)
             if future is not None:
                 end_s = view.now_s + (1 + AFTER) * (float(future.arrival_s[-1]) - view.now_s)
@@ -316,7 +322,7 @@ def portfolio(constant: BestConstant, system: Tables, training: Workload) -> lis
     key = key_of(system, training, constant.slo)
     if key not in _portfolios:
         tried = [
-            Knobs(**{str(name): type(GRID[str(name)][0])(row[name]) for name in GRID})
+            Knobs(**{str(name): type(levels[0])(row[name]) for name, levels in constant.grid.items()})
             for row in constant.tried.to_dict("records")
         ]
         tried = [constant.knobs, *(knobs for knobs in tried if knobs != constant.knobs)]
