@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner, kernel
+from l3env.kernels.batch import set_knob
 from l3env.kernels.features import squash
 from l3env.kernels.heap import first_items, push, remove
 from l3env.kernels.memory import emitted_now, kv_now
@@ -102,3 +103,18 @@ def set_scores(s, first, last, seen, scores):
                 remove(s.heap[e, Order.BY_SCORE], s.heap_len[e], Order.BY_SCORE, r)
                 key = waiting_key(s.req, e, r, Order.BY_SCORE)
                 push(s.heap[e, Order.BY_SCORE], s.heap_len[e], Order.BY_SCORE, r, key)
+
+
+@kernel
+def set_beside(k, first, last, columns, levels, counts, actions):
+    """Sets the knobs behind the scores in environments first..last - 1.
+
+    Args:
+        columns: (knobs,) which of ``batch.ACTION``; levels: (knobs, most) their values; counts: (knobs,) how many.
+        actions: (E, 2 K + knobs) from -1, a knob's first level, to 1, its last.
+    """
+    scores = actions.shape[1] - columns.shape[0]
+    for e in range(first, last):
+        for i in range(columns.shape[0]):
+            place = np.int64((actions[e, scores + i] + 1.0) * 0.5 * counts[i])
+            set_knob(k, e, columns[i], levels[i, min(place, counts[i] - 1)])
