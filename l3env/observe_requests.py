@@ -1,11 +1,11 @@
 """What an agent of ``l3env/ServingRequests-v0`` sees and does: rows of single requests, and a score for each.
 
-Visible are the first K waiting requests in order of arrival and K running ones, the newest first (those who filled a
-gap in the engine's list may come earlier). The action is a score from -1 to 1 for each row. Waiting requests are
-admitted from the highest score down, and held back below 0 while anything runs; where memory runs over, the running
-request with the lowest score is preempted. A score stays until it is given anew; a request never scored has 0. Ties go
-to the earlier request. The other settings are fixed knobs, or follow the scores in the action: one entry a knob, from
--1 (its first level) to 1 (its last).
+Visible are the first K waiting requests, in order of arrival or of deadline (``SHOWN_FIRST``), and K running ones, the
+newest first (those who filled a gap in the engine's list may come earlier). The action is a score from -1 to 1 for each
+row. Waiting requests are admitted from the highest score down, and held back below 0 while anything runs; where memory
+runs over, the running request with the lowest score is preempted. A score stays until it is given anew; a request never
+scored has 0. Ties go to the earlier request. The other settings are fixed knobs, or follow the scores in the action:
+one entry a knob, from -1 (its first level) to 1 (its last).
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from l3env.policy import Knobs
 from l3env.state import Order, Victim
 
 DEFAULT_VISIBLE = 16
+
+SHOWN_FIRST = {"arrival": Order.FCFS, "deadline": Order.EARLIEST_DEADLINE_HOPELESS_LAST}
+"""Which waiting requests an agent sees where more wait than K. By deadline, those who cannot meet theirs come last."""
 
 REQUEST_FEATURES: tuple[tuple[str, str], ...] = (
     ("present", "1; rows without a request are all zeros"),
@@ -69,6 +72,13 @@ def fixed_knobs(settings: Mapping[str, Any] | None) -> Knobs:
     return Knobs(**given, order=Order.BY_SCORE, victim=Victim.LOWEST_SCORE)
 
 
+def order_shown(show: str) -> Order:
+    """By its name in SHOWN_FIRST. Raises PlanError for another."""
+    if show not in SHOWN_FIRST:
+        raise PlanError(f"show = {show!r}; expected one of {', '.join(SHOWN_FIRST)}")
+    return SHOWN_FIRST[show]
+
+
 def levels_beside(action_knobs: ActionKnobs) -> Levels:
     """Levels of the knobs that an action sets behind its scores; by name, or the levels themselves.
 
@@ -92,9 +102,17 @@ class RequestObserver(Observer):
     """As ``Observer``, with rows of requests behind the features and scores (then ``levels``) for actions."""
 
     def __init__(
-        self, engine: Engine, *, has_predictor: bool, visible: int, knobs: Knobs, levels: Levels | None = None
+        self,
+        engine: Engine,
+        *,
+        has_predictor: bool,
+        visible: int,
+        knobs: Knobs,
+        levels: Levels | None = None,
+        show: Order = Order.FCFS,
     ) -> None:
         super().__init__(engine, has_predictor=has_predictor)
+        self._show = int(show)
         beside = levels or {}
         self._beside = np.array([ACTION.index(name) for name in beside], np.int64)
         self._counts = np.array([len(values) for values in beside.values()], np.int64)
@@ -127,7 +145,7 @@ class RequestObserver(Observer):
     def _write(self, first: int, last: int, state: NDArray[np.float32], rows: NDArray[np.float32]) -> None:
         tables, arrays = self.engine.tables, self.engine.state
         write_features(tables, arrays, self.marks, self.machine, first, last, state)
-        write_requests(tables, arrays, self.marks, first, last, self.seen, self._frontier, rows)
+        write_requests(tables, arrays, self.marks, self._show, first, last, self.seen, self._frontier, rows)
 
     def masks(self) -> NDArray[np.bool_]:
         """(E, 2 K + knobs) fresh: which rows hold a request; knobs can always be set."""

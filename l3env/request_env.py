@@ -16,6 +16,7 @@ from l3env.observe_requests import (
     RequestObserver,
     fixed_knobs,
     levels_beside,
+    order_shown,
     request_spaces,
 )
 from l3env.vector_env import ServingVectorEnv
@@ -29,6 +30,7 @@ class ServingRequestsEnv(ServingEnv):
 
     Args:
         visible: K, waiting and running requests shown, each.
+        show: which waiting ones come first, by "arrival" or by "deadline" (those who cannot meet theirs last).
         knobs: the settings beside the scores, by their names in ``Knobs``.
         action_knobs: settings that each action chooses anew: names, with the levels of ``observe.LEVELS`` and
             ``MORE_LEVELS``, or names with levels. The range from -1 to 1 is divided evenly among a knob's levels.
@@ -39,12 +41,14 @@ class ServingRequestsEnv(ServingEnv):
         self,
         *args: Any,
         visible: int = DEFAULT_VISIBLE,
+        show: str = "arrival",
         knobs: Mapping[str, Any] | None = None,
         action_knobs: ActionKnobs = None,
         **kwargs: Any,
     ) -> None:
         chosen = levels_beside(action_knobs)
-        self._shown: dict[str, Any] = {"visible": visible, "knobs": fixed_knobs(knobs), "levels": chosen}
+        shown = {"visible": visible, "show": order_shown(show), "knobs": fixed_knobs(knobs), "levels": chosen}
+        self._shown: dict[str, Any] = shown
         super().__init__(*args, **kwargs)
         self.levels = chosen
         self.observation_space, self.action_space = request_spaces(visible, len(chosen))  # type: ignore[assignment]
@@ -61,12 +65,14 @@ class ServingRequestsVectorEnv(ServingVectorEnv):
         num_envs: int = 1,
         *,
         visible: int = DEFAULT_VISIBLE,
+        show: str = "arrival",
         knobs: Mapping[str, Any] | None = None,
         action_knobs: ActionKnobs = None,
         **kwargs: Any,
     ) -> None:
         chosen = levels_beside(action_knobs)
-        self._shown: dict[str, Any] = {"visible": visible, "knobs": fixed_knobs(knobs), "levels": chosen}
+        shown = {"visible": visible, "show": order_shown(show), "knobs": fixed_knobs(knobs), "levels": chosen}
+        self._shown: dict[str, Any] = shown
         super().__init__(num_envs, **kwargs)
         self.levels = chosen
         self.single_observation_space, self.single_action_space = request_spaces(visible, len(chosen))

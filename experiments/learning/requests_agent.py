@@ -4,7 +4,7 @@
     python -m experiments.learning.requests_agent evaluate --out runs/requests-agent-grid --seeds 3
 
 One set of weights for all machines, traces and loads. A score is a weighted sum of what a row says of its request
-(``ROW``), with weights that shift with the pressure, squashed into [-1, 1]: the same weights for every row, so the
+(``ROW``), with weights that shift with the pressure, squashed into [0, 1]: the same weights for every row, so the
 order of rows does not matter. The knobs (``KNOBS_BESIDE``) are weighted sums of what the global state says (``BUDGET``,
 ``SHARE``). CMA-ES finds the weights on the training windows, on tasks as those of ``evolve``; all candidates serve the
 same requests in one batched environment. Evaluation serves whole evaluation windows, every replica's share, and keeps
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import pickle
 import shlex
@@ -39,7 +40,7 @@ from experiments.learning.cells import (
     run_jobs,
     tables_of,
 )
-from experiments.learning.evolve import SPREAD, UTILIZATIONS, Task, losses_of, tasks_of
+from experiments.learning.evolve import UTILIZATIONS, Task, losses_of, tasks_of
 from experiments.learning.grid import MODELS, SYSTEMS, TRACES, grid_cells
 from experiments.learning.iqm import interquartile_mean, interval
 from experiments.train.windows import in_window
@@ -53,18 +54,19 @@ from l3env.state import SubBatching
 FILE = Path(__file__).parents[1] / "data" / "requests-agent.json"
 
 ROW = ("one", "prefilling", "decoding", "late", "slack", "work", "kv", "emitted")
-"""What a row says: 1; whether its prompt is under way, or done; whether it misses its TTFT; its slack, -1 to 1;
+"""What a row says: 1; whether its prompt is under way, or done; 4 if it misses its TTFT; its slack, -1 to 1;
 logarithms of what is left of its prefill over the TTFT SLO, and of its KV over what is free; what it emitted."""
 
 BUDGET = ("one", "fits", "pressure", "ahead", "late", "idle")
-"""What log2 of the prefill budget follows from: 1; log2 of the tokens with which an iteration lasts as long as the mean
-TBT SLO; the pressure; how far the decoding requests are ahead; how many of them are late; whether none decodes."""
+"""What log2 of the prefill budget over USUAL_TOKENS follows from: 1; the same of the tokens with which an iteration
+lasts as long as the mean TBT SLO; the pressure; how far the decoding requests are ahead, how many of them were late,
+whether there are none."""
 
 SHARE = ("one", "balance", "prompt", "held")
 """What HBM's share of the KV follows from: 1; how much busier the PIM side was than the GPU; log of the mean prompt;
 how much of the HBM pool is held."""
 
-BUDGETS = tuple(round(2.0 ** (k / 2)) for k in range(10, 26))  # tokens, half an octave apart
+BUDGETS = tuple(round(2.0 ** (k / 2)) for k in range(12, 26))  # tokens, half an octave apart
 SHARES = tuple(k / 16 for k in range(17))
 KNOBS_BESIDE = {"prefill_budget_tokens": BUDGETS, "hbm_share_frac": SHARES}
 FIXED = {"prefill_in_order": True, "sub_batching": SubBatching.ADAPTIVE}
@@ -72,8 +74,8 @@ FIXED = {"prefill_in_order": True, "sub_batching": SubBatching.ADAPTIVE}
 HEADS = {"score": ROW, "pressed": ROW, "budget": BUDGET, "share": SHARE}
 GENES = tuple(f"{head}.{name}" for head, names in HEADS.items() for name in names)
 SCORES = tuple(name for name in GENES if name.startswith(("score", "pressed")))
-START = {"score.one": 3.0, "score.late": -3.0, "score.work": -1.0, "budget.one": 8.5, "share.one": 0.0}
-"""Shortest work first, late ones last, some 360 tokens an iteration, half of the KV in HBM."""
+START = {"score.late": -2.5, "score.work": -1.0}
+"""Shortest work first, late ones last; USUAL_TOKENS an iteration, half of the KV in HBM."""
 
 VARIANTS = {
     "all": GENES,
@@ -82,7 +84,8 @@ VARIANTS = {
 }
 """What is searched: everything; scores and fixed knobs; the knobs, under the scores of START."""
 
-VISIBLE = 512
+VISIBLE = 128
+SPREAD = 0.1  # standard deviation of the first generation
 INTERVAL_S = 1.0  # scores and knobs are given anew at every arrival, finish and preemption, at the latest after this
 STRETCH_REQUESTS = {"azure": 1000, "mooncake": 300, "openr1": 30, "splice": 600}  # of a task, by how a trace begins
 
@@ -104,7 +107,8 @@ STATE = (
 )
 STATE_COLUMNS = [[name for name, _ in FEATURES].index(name) for name in STATE]
 COLUMNS = [name for name, _ in REQUEST_FEATURES]
-LOG_BUDGETS = np.log2(BUDGETS)
+USUAL_TOKENS = 362  # where the search begins
+LOG_BUDGETS = np.log2(np.array(BUDGETS) / USUAL_TOKENS)
 AGENT, FIXED_ORDER = "requests-agent", "its knobs, fixed order"
 CONSTANTS = ("best-constant", "best-constant-in-order")
 SHOWN = ("system", "model", "trace", "policy", "seed", "slo_attainment_frac", "wall_s")
@@ -134,7 +138,7 @@ class Agent:
         which, place = np.nonzero(mask[:, : rows.shape[1]])
         actions = np.zeros((len(rows), rows.shape[1] + len(KNOBS_BESIDE)), np.float32)
         values = (row_inputs(rows[which, place]) * weights[which]).sum(axis=1)
-        actions[which, place] = squashed(values)
+        actions[which, place] = 0.5 + 0.5 * squashed(values)  # nobody is held back
         actions[:, -2] = entries(LOG_BUDGETS, (budget_inputs(state, pressure) * self.budget).sum(axis=1))
         share = squashed((share_inputs(state) * self.share).sum(axis=1))
         actions[:, -1] = entries(np.array(SHARES), 0.5 + 0.5 * share)
@@ -159,7 +163,7 @@ def row_inputs(rows: NDArray[np.float32]) -> NDArray[np.float64]:
         "one": value["present"],
         "prefilling": value["prefilling"],
         "decoding": value["running"] - value["prefilling"],
-        "late": value["late"],
+        "late": 4 * value["late"],
         "slack": 2 * value["slack"] - 1,
         "work": np.log(odds(value["prefill_work"])),
         "kv": np.log(odds(value["kv_over_free"])),
@@ -174,7 +178,7 @@ def budget_inputs(state: Mapping[str, NDArray[np.float64]], pressure: NDArray[np
     fits = 512 * (1 - now) / np.maximum(more - now, LEAST)
     parts = {
         "one": np.ones(len(pressure)),
-        "fits": np.log2(np.minimum(np.maximum(fits, BUDGETS[0]), BUDGETS[-1])),
+        "fits": np.log2(np.minimum(np.maximum(fits, BUDGETS[0]), BUDGETS[-1]) / USUAL_TOKENS),
         "pressure": pressure,
         "ahead": 2 * state["ahead"] - 1,
         "late": state["late_share"],
@@ -224,8 +228,10 @@ def with_fixed_order(weights: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def environment(num_envs: int, **kwargs: Any) -> ServingRequestsVectorEnv:
     """As the agent expects it. Its reward is minus the time in the system, which decides between equal candidates."""
-    settings: dict[str, Any] = {"visible": VISIBLE, "knobs": FIXED, "action_knobs": KNOBS_BESIDE, "reward": "latency"}
-    return ServingRequestsVectorEnv(num_envs, decision="event", interval_s=INTERVAL_S, **settings | kwargs)
+    settings: dict[str, Any] = {"visible": VISIBLE, "show": "deadline", "knobs": FIXED, "action_knobs": KNOBS_BESIDE}
+    return ServingRequestsVectorEnv(
+        num_envs, decision="event", interval_s=INTERVAL_S, reward="latency", **settings | kwargs
+    )
 
 
 def serve(
@@ -302,40 +308,44 @@ def write_agent(path: Path, weights: NDArray[np.float64], config: Mapping[str, o
     write_text(path, json.dumps({"weights": named, "config": config, "command": command}, indent=2) + "\n")
 
 
-def run_cell(cell: Cell, name: str, weights: NDArray[np.float64], seed: int) -> Row:
-    """Serves a cell's evaluation window, one replica after the other, as ``run_policy`` deals the requests out."""
+def run_cell(cell: Cell, agents: Mapping[str, NDArray[np.float64]], seed: int) -> list[Row]:
+    """Serves a cell's evaluation window, the replicas one after the other, each with what ``run_policy`` deals it."""
     workload = requests(cell, cell.window, seed)
     shares = [rows for rows in replica_shares(workload, tables_of(cell.system, cell.model).replicas_count) if rows.size]
     where = {"system": cell.system, "model": cell.model, "trace": in_window(cell.trace, cell.window), "seed": seed}
-    envs = environment(1, episode_requests=None, **where)
     start_s = time.perf_counter()
-    parts = [serve(envs, Agent(weights), {"workload": workload.select(rows)})[0][0] for rows in shares]
-    met = sum(round(part["slo_attainment_frac"] * part["requests_count"]) for part in parts)
+    envs, agent = environment(len(agents), episode_requests=None, **where), Agent(np.array(list(agents.values())))
+    parts = [serve(envs, agent, {"workload": workload.select(rows)})[0] for rows in shares]
+    wall_s = (time.perf_counter() - start_s) / len(agents)
+    return [row_of(cell, seed, name, own) | {"wall_s": wall_s} for name, *own in zip(agents, *parts, strict=True)]
+
+
+def row_of(cell: Cell, seed: int, name: str, parts: Sequence[Mapping[str, float]]) -> Row:
+    """A run's row from the metrics of its replicas."""
     row: Row = {"system": cell.system, "model": cell.model, "trace": cell.trace, "utilization": cell.utilization}
-    row |= {"policy": name, "seed": seed, "slo_attainment_frac": met / len(workload), "requests_count": len(workload)}
-    row |= {each: sum(part[each] for part in parts) for each in ("finished_count", "preemptions_count")}
-    row["makespan_s"] = max(part["makespan_s"] for part in parts)
-    return row | {"wall_s": time.perf_counter() - start_s}
+    row |= {"policy": name, "seed": seed}
+    row |= {each: sum(part[each] for part in parts) for each in ("requests_count", "finished_count")}
+    met = sum(part["slo_attainment_frac"] * part["requests_count"] for part in parts)
+    row |= {"slo_attainment_frac": met / row["requests_count"]}
+    return row | {"makespan_s": max(part["makespan_s"] for part in parts)}
 
 
 def evaluate(
     cells: Sequence[Cell], agents: Mapping[str, NDArray[np.float64]], seeds_count: int, out: Path, workers: int
 ) -> list[Row]:
     """All agents and the tuned constants on the same requests; rows are kept as they come."""
-    jobs = [Job(cell, name, (name,), seeds_count) for cell in cells for name in CONSTANTS]
-    rows = run_jobs(jobs, out / "rows.jsonl", workers=workers)
-    store = out / "agents.jsonl"
+    store, rows = out / "agents.jsonl", []
     done = read_store(store)
-    for cell in cells:
-        for name, weights in agents.items():
-            for seed in range(seeds_count):
-                key = json.dumps([cell.key, name, weights.tolist(), seed])
-                if key not in done:
-                    done[key] = [run_cell(cell, name, weights, seed)]
-                    append_store(store, key, done[key])
-                    err.print({each: done[key][0][each] for each in SHOWN}, highlight=False)
-                rows += done[key]
-    return rows
+    for seed, cell in itertools.product(range(seeds_count), cells):
+        keys = {name: json.dumps([*cell.key, seed, name, weights.tolist()]) for name, weights in agents.items()}
+        if wanted := {name: agents[name] for name, key in keys.items() if key not in done}:
+            for row in run_cell(cell, wanted, seed):
+                done[keys[row["policy"]]] = [row]
+                append_store(store, keys[row["policy"]], [row])
+                err.print({each: row[each] for each in SHOWN}, highlight=False)
+        rows += [row for key in keys.values() for row in done[key]]
+    jobs = [Job(cell, name, (name,), seeds_count) for cell in cells for name in CONSTANTS]
+    return rows + run_jobs(jobs, out / "rows.jsonl", workers=workers)
 
 
 def table(rows: Sequence[Row], judged: str) -> str:
