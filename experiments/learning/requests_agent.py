@@ -1,6 +1,6 @@
 """An agent of ``l3env/ServingRequests-v0``: a score for every request it is shown, and two knobs beside the scores.
 
-    python -m experiments.learning.requests_agent train --out runs/requests-agent --generations 30 --seed 0
+    python -m experiments.learning.requests_agent train --out runs/requests-agent --generations 24 --seed 0
     python -m experiments.learning.requests_agent evaluate --out runs/requests-agent-grid --seeds 3
 
 One set of weights for all machines, traces and loads. A score is a weighted sum of what a row says of its request
@@ -380,7 +380,7 @@ def main() -> None:
     train = commands.add_parser("train")
     train.add_argument("--out", type=Path, default=Path("runs/requests-agent"))
     train.add_argument("--variant", choices=VARIANTS, default="all")
-    train.add_argument("--generations", type=int, default=30)
+    train.add_argument("--generations", type=int, default=24)
     train.add_argument("--population", type=int, default=12)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--seconds", type=float, default=float("inf"), help="stop after the generation that reaches it")
