@@ -1,6 +1,6 @@
 """An agent of ``l3env/ServingRequests-v0``: a score for every request it is shown, and two knobs beside the scores.
 
-    python -m experiments.learning.requests_agent train --out runs/requests-agent --generations 24 --seed 0
+    python -m experiments.learning.requests_agent train --out runs/requests-agent --generations 20 --seed 0
     python -m experiments.learning.requests_agent evaluate --out runs/requests-agent-grid --seeds 3
 
 One set of weights for all machines, traces and loads. A score is a weighted sum of what a row says of its request
@@ -62,9 +62,9 @@ BUDGET = ("one", "fits", "pressure", "ahead", "late", "idle")
 lasts as long as the mean TBT SLO; the pressure; how far the decoding requests are ahead, how many of them were late,
 whether there are none."""
 
-SHARE = ("one", "balance", "prompt", "held")
-"""What HBM's share of the KV follows from: 1; how much busier the PIM side was than the GPU; log of the mean prompt;
-how much of the HBM pool is held."""
+SHARE = ("one", "balance", "prompt", "held", "need")
+"""What HBM's share of the KV, over a half, follows from: 1; how much busier the PIM side was than the GPU; log of the
+mean prompt; how much of the HBM pool is held; log of the KV that what arrives needs, over that pool."""
 
 BUDGETS = tuple(round(2.0 ** (k / 2)) for k in range(12, 26))  # tokens, half an octave apart
 SHARES = tuple(k / 16 for k in range(17))
@@ -87,7 +87,7 @@ VARIANTS = {
 VISIBLE = 128
 SPREAD = 0.1  # standard deviation of the first generation
 INTERVAL_S = 1.0  # scores and knobs are given anew at every arrival, finish and preemption, at the latest after this
-STRETCH_REQUESTS = {"azure": 1000, "mooncake": 300, "openr1": 30, "splice": 600}  # of a task, by how a trace begins
+STRETCH_REQUESTS = {"azure": 1000, "mooncake": 300, "openr1": 150, "splice": 600}  # of a task, by how a trace begins
 
 STATE = (
     "waiting_work",
@@ -104,6 +104,9 @@ STATE = (
     "pim_0_share",
     "pim_1_share",
     "kv_hbm_share",
+    "memory_load",
+    "hbm_capacity",
+    "pim_capacity",
 )
 STATE_COLUMNS = [[name for name, _ in FEATURES].index(name) for name in STATE]
 COLUMNS = [name for name, _ in REQUEST_FEATURES]
@@ -140,8 +143,7 @@ class Agent:
         values = (row_inputs(rows[which, place]) * weights[which]).sum(axis=1)
         actions[which, place] = 0.5 + 0.5 * squashed(values)  # nobody is held back
         actions[:, -2] = entries(LOG_BUDGETS, (budget_inputs(state, pressure) * self.budget).sum(axis=1))
-        share = squashed((share_inputs(state) * self.share).sum(axis=1))
-        actions[:, -1] = entries(np.array(SHARES), 0.5 + 0.5 * share)
+        actions[:, -1] = entries(np.array(SHARES), 0.5 + (share_inputs(state) * self.share).sum(axis=1))
         return actions
 
 
@@ -195,6 +197,7 @@ def share_inputs(state: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64
         "balance": busy["pim"] - busy["gpu"],
         "prompt": np.log(odds(state["prompt_mean"])),
         "held": state["kv_hbm_share"],
+        "need": np.log(odds(state["memory_load"]) * (1 + odds(state["pim_capacity"]) / odds(state["hbm_capacity"]))),
     }
     return np.array([parts[name] for name in SHARE]).T
 
@@ -380,7 +383,7 @@ def main() -> None:
     train = commands.add_parser("train")
     train.add_argument("--out", type=Path, default=Path("runs/requests-agent"))
     train.add_argument("--variant", choices=VARIANTS, default="all")
-    train.add_argument("--generations", type=int, default=24)
+    train.add_argument("--generations", type=int, default=20)
     train.add_argument("--population", type=int, default=12)
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--seconds", type=float, default=float("inf"), help="stop after the generation that reaches it")
