@@ -137,8 +137,8 @@ def test_bad_names_are_one_clear_error(names: list[str] | str) -> None:
         ServingVectorEnv(2, action_knobs=names, **V3)
 
 
-def test_scores_take_no_action_knobs() -> None:
-    with pytest.raises(L3EnvError, match="action_knobs: an action of this environment is scores"):
+def test_scores_take_no_order_beside_them() -> None:
+    with pytest.raises(L3EnvError, match=r"action_knobs: 'order' = .*: scores stand for the order"):
         ServingRequestsEnv(action_knobs=["order"], **V3)
 
 

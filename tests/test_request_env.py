@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from test_engine_reference import STOPS, compare, start
 
 from l3env import FixedKnobs, Knobs, View, run_policy
 from l3env.engine import Until
-from l3env.errors import PlanError
+from l3env.errors import L3EnvError, PlanError
 from l3env.observe_requests import REQUEST_FEATURES, RequestObserver, fixed_knobs
 from l3env.request_env import ServingRequestsEnv, ServingRequestsVectorEnv
 from l3env.state import Order, Status
@@ -150,6 +152,85 @@ def test_all_scores_zero_is_first_come_first_served() -> None:
     offline = run_policy(scored.episodes.pairs[0], scored.episode.workload, plain)
     assert info["metrics"]["preemptions_count"] == 0
     assert info["metrics"] == pytest.approx(offline.metrics, rel=0, abs=0, nan_ok=True)
+
+
+def test_knobs_beside_the_scores_are_set_by_level() -> None:
+    """The range from -1 to 1 in equal parts; a score is a score whatever follows it."""
+    levels = {"prefill_budget_tokens": (64, 256, 1024), "hbm_share_frac": (0.0, 1.0)}
+    env = ServingRequestsEnv(**OPTIONS, action_knobs=levels)  # type: ignore[arg-type]
+    _, info = env.reset(seed=0)
+    assert env.action_space.shape == info["action_mask"].shape == (34,)
+    assert env.knob_levels() == levels
+    assert info["action_mask"][-2:].all()
+    wanted = {-1.0: 64, -0.34: 64, -0.33: 256, 0.33: 256, 0.34: 1024, 1.0: 1024}
+    for entry, tokens in wanted.items():
+        env.step(np.array([*np.linspace(-1, 1, 32), entry, -entry], np.float32))
+        assert env.engine is not None
+        assert env.engine.knobs["prefill_budget_tokens"][0] == tokens
+        assert env.engine.knobs["hbm_share_frac"][0] == (entry <= 0)
+
+
+def test_a_knob_with_one_level_is_a_fixed_knob() -> None:
+    """Single and batched: the same rewards with the knob in ``knobs`` as behind the scores."""
+    fixed = ServingRequestsEnv(**OPTIONS, knobs={"prefill_budget_tokens": 512})  # type: ignore[arg-type]
+    chosen = ServingRequestsEnv(**OPTIONS, action_knobs={"prefill_budget_tokens": [512]})  # type: ignore[arg-type]
+    envs = ServingRequestsVectorEnv(2, **OPTIONS, action_knobs={"prefill_budget_tokens": [512]})
+    for each in (fixed, chosen, envs):
+        each.reset(seed=4)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores = rng.uniform(-1, 1, 32).astype(np.float32)
+        entry = np.append(scores, np.float32(rng.uniform(-1, 1)))
+        one, other = fixed.step(scores), chosen.step(entry)
+        both = envs.step(np.array([entry, entry]))
+        np.testing.assert_array_equal(one[0]["requests"], other[0]["requests"])
+        assert one[1:4] == other[1:4]
+        assert both[1][0] == one[1]
+
+
+def test_by_deadline_those_who_cannot_meet_theirs_come_last() -> None:
+    few = {"load": 3.0, "decision": "iteration", "knobs": {"prefill_budget_tokens": 64}}
+    env = ServingRequestsEnv(**OPTIONS | few, visible=4, show="deadline")  # type: ignore[arg-type]
+    env.reset(seed=0)
+    terminated, lost = False, 0
+    while not terminated:
+        view = View(env.engine, 0)
+        order = view.waiting(limit=4, order=Order.EARLIEST_DEADLINE_HOPELESS_LAST)["idx"]
+        waiting = view.waiting(limit=100)
+        late = view.now_s > waiting["ttft_deadline_s"] - waiting["ttft_alone_s"]
+        by_hand = waiting["idx"][np.lexsort([waiting["ttft_deadline_s"], late])][:4]
+        assert env._observer.seen[0, : len(order)].tolist() == order.tolist() == by_hand.tolist()
+        lost += bool(late.any() and not late.all())
+        _, _, terminated, _, _ = env.step(np.zeros(8, np.float32))
+    assert lost > 3
+
+
+def test_at_events_a_new_request_is_scored_before_it_is_scheduled() -> None:
+    """All scores 1 but for arrivals yet unseen, which have 0: nobody is ever scheduled with that."""
+    env = ServingRequestsEnv(**OPTIONS, visible=40, decision="event")  # type: ignore[arg-type]
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        _, _, terminated, _, _ = env.step(np.ones(80, np.float32))
+        assert env.engine is not None
+        req = env.engine.state.req[0, :40]
+        begun = (req["prefilled_tokens"] > 0) | ~np.isnan(req["first_token_s"])
+        assert (req["score"][begun] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"show": "size"}, "show = 'size'; expected one of arrival, deadline"),
+        ({"action_knobs": {"victim": [0]}}, "action_knobs: 'victim'"),
+        ({"action_knobs": {"headroom_frac": []}}, "action_knobs: 'headroom_frac'"),
+        ({"action_knobs": {"headroom_frac": [2.0]}}, "knobs: headroom_frac = 2.0"),
+        ({"action_knobs": ["headroom"]}, "action_knobs = "),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(L3EnvError, match=message):
+        ServingRequestsEnv(**OPTIONS, **wrong)  # type: ignore[arg-type]
 
 
 def test_bad_input_is_refused() -> None:

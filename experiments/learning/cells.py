@@ -161,7 +161,7 @@ def run_jobs(
         done[job.key] = rows
         finished += 1
         if store is not None:
-            _append(store, job.key, rows)
+            append_store(store, job.key, rows)
         if progress is not None:
             progress(finished, len(jobs), f"{job.name} on {job.cell.system}, {job.cell.model}")
     return [row for job in jobs for row in done[job.key]]
@@ -204,7 +204,7 @@ def read_store(path: Path) -> dict[str, list[Row]]:
     return done
 
 
-def _append(path: Path, key: str, rows: list[Row]) -> None:
+def append_store(path: Path, key: str, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"job": key, "rows": rows}) + "\n")

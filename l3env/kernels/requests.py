@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner, kernel
+from l3env.kernels.batch import set_knob
 from l3env.kernels.features import squash
 from l3env.kernels.heap import first_items, push, remove
 from l3env.kernels.memory import emitted_now, kv_now
@@ -21,12 +22,12 @@ def around_half(value):
 
 
 @helper
-def list_waiting(s, e, seen, frontier):
-    """The first waiting requests in order of arrival into ``seen``; -1 where there are no more."""
+def list_waiting(s, e, order, seen, frontier):
+    """The first waiting requests of an order into ``seen``; -1 where there are no more."""
     length = s.env[e]["waiting_count"]
-    if length > 0 and not s.env[e]["heaps_built"] >> Order.FCFS & 1:
-        build_order(s, e, Order.FCFS)
-    found = first_items(s.heap[e, Order.FCFS], length, seen, frontier)
+    if length > 0 and not s.env[e]["heaps_built"] >> order & 1:
+        build_order(s, e, order)
+    found = first_items(s.heap[e, order], length, seen, frontier)
     for i in range(found, seen.shape[0]):
         seen[i] = NOWHERE
 
@@ -65,18 +66,19 @@ def write_request(t, s, e, r, mark, row):
 
 
 @kernel
-def write_requests(t, s, marks, first, last, seen, frontier, rows):
+def write_requests(t, s, marks, order, first, last, seen, frontier, rows):
     """What is visible in environments first..last - 1: K waiting, then K running requests.
 
     Args:
         marks: of the observer, after ``write_features``.
+        order: by which the waiting ones come.
         seen: (E, 2 K) their indices, -1 where there is none; filled.
         frontier: (E, K + 2) room to work in.
         rows: (E, 2 K, ROW_FEATURES) filled, zeros where there is none.
     """
     for e in range(first, last):
         visible = seen.shape[1] // 2
-        list_waiting(s, e, seen[e, :visible], frontier[e])
+        list_waiting(s, e, order, seen[e, :visible], frontier[e])
         running = s.env[e]["running_count"]
         for i in range(visible):
             place = running - 1 - i  # the list's end: the newest, but for those who filled gaps
@@ -102,3 +104,18 @@ def set_scores(s, first, last, seen, scores):
                 remove(s.heap[e, Order.BY_SCORE], s.heap_len[e], Order.BY_SCORE, r)
                 key = waiting_key(s.req, e, r, Order.BY_SCORE)
                 push(s.heap[e, Order.BY_SCORE], s.heap_len[e], Order.BY_SCORE, r, key)
+
+
+@kernel
+def set_beside(k, first, last, columns, levels, counts, actions):
+    """Sets the knobs behind the scores in environments first..last - 1.
+
+    Args:
+        columns: (knobs,) which of ``batch.ACTION``; levels: (knobs, most) their values; counts: (knobs,) how many.
+        actions: (E, 2 K + knobs) from -1, a knob's first level, to 1, its last.
+    """
+    scores = actions.shape[1] - columns.shape[0]
+    for e in range(first, last):
+        for i in range(columns.shape[0]):
+            place = np.int64((actions[e, scores + i] + 1.0) * 0.5 * counts[i])
+            set_knob(k, e, columns[i], levels[i, min(place, counts[i] - 1)])

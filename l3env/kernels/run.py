@@ -75,6 +75,12 @@ def events(s, e):
 
 
 @inner
+def arrives(s, e):
+    """Has a request arrived that is not let in yet? Whoever decides at events decides before it is scheduled."""
+    return next_arrival_s(s, e) <= s.env[e]["clock_s"]
+
+
+@inner
 def run_one(t, s, k, e, until, limit):
     """Iterations of one environment under its knobs."""
     env = s.env[e]
@@ -99,7 +105,7 @@ def run_one(t, s, k, e, until, limit):
         elif until == Until.TIME:
             if env["clock_s"] >= limit:
                 break
-        elif until == Until.EVENT and (env["clock_s"] >= limit or events(s, e) != before):
+        elif until == Until.EVENT and (env["clock_s"] >= limit or events(s, e) != before or arrives(s, e)):
             break
     if env["running_count"] == 0 and env["waiting_count"] == 0 and next_arrival_s(s, e) == np.inf:
         env["stop"] = Stop.DONE
