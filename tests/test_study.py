@@ -237,12 +237,17 @@ def test_names_are_checked_before_anything_runs(tmp_path: Path, change: tuple[st
     assert not (tmp_path / "out").exists()
 
 
+def heed_interrupts() -> None:
+    """Tests that a shell runs in the background ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_sweep_says_so_and_goes_on(tmp_path: Path) -> None:
     """Of 1,600 cells a few are done when it is told to stop: however busy the machine, it is not through by then."""
     path = study_file(tmp_path, TEXT.replace("n=60", "n=2000").replace("seeds: 2", "seeds: 200"))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "l3env.cli", "sweep", str(path), "-j", "2", "--out", str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 120
     while len(list(out.glob("cells/*.parquet"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
