@@ -127,16 +127,33 @@ def write_result(path: Path, searched: Sequence[float], config: dict[str, object
     write_text(path, json.dumps(text, indent=2) + "\n")
 
 
+def begun(kept: Path, start: Sequence[float], spread: float, population: int, seed: int) -> cma.CMAEvolutionStrategy:
+    """The search that was kept in a file, or a new one."""
+    if kept.exists():
+        return pickle.loads(kept.read_bytes())
+    return cma.CMAEvolutionStrategy(start, spread, {"popsize": population, "seed": seed + 1, "verbose": -9})
+
+
+def keep(kept: Path, strategy: cma.CMAEvolutionStrategy) -> None:
+    """Whole, or as it was before."""
+    kept.with_suffix(".part").write_bytes(pickle.dumps(strategy))
+    kept.with_suffix(".part").replace(kept)
+
+
+def log_generation(out: Path, strategy: cma.CMAEvolutionStrategy, met: NDArray[np.float64], begin_s: float) -> None:
+    """One more line of ``progress.jsonl``; ``met`` is (tasks, candidates and the mean of before)."""
+    line = {"generation": int(strategy.countiter), "goodput_of_mean": float(met[:, -1].mean())}
+    line |= {"goodput_best": float(met[:, :-1].mean(axis=0).max()), "spread": float(strategy.sigma)}
+    with (out / "progress.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line | {"wall_s": time.monotonic() - begin_s}) + "\n")
+    err.print(line, highlight=False)
+
+
 def search(out: Path, generations: int, population: int, seed: int, seconds: float, workers: int) -> None:
     """Runs, or goes on, until the generations are done or the time is up."""
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "evolve.pkl"
-    if kept.exists():
-        strategy = pickle.loads(kept.read_bytes())
-    else:
-        start = [START.get(each.name, 0.0) for each in SEARCHED]
-        options = {"popsize": population, "seed": seed + 1, "verbose": -9}
-        strategy = cma.CMAEvolutionStrategy(start, SPREAD, options)
+    strategy = begun(kept, [START.get(each.name, 0.0) for each in SEARCHED], SPREAD, population, seed)
     begin_s = time.monotonic()
     with joblib.Parallel(n_jobs=workers, pre_dispatch="all", batch_size=1) as parallel:
         while strategy.countiter < generations and time.monotonic() - begin_s < seconds:
@@ -147,8 +164,7 @@ def search(out: Path, generations: int, population: int, seed: int, seconds: flo
             rows = parallel(joblib.delayed(serve)(task, part) for task in tasks for part in parts)
             met, present_s = (np.concatenate([row[i] for row in rows]).reshape(len(tasks), -1) for i in (0, 1))
             strategy.tell(asked, losses_of(met[:, :-1], present_s[:, :-1]))
-            kept.with_suffix(".part").write_bytes(pickle.dumps(strategy))
-            kept.with_suffix(".part").replace(kept)
+            keep(kept, strategy)
             config = {
                 "seed": seed,
                 "generations": int(strategy.countiter),
@@ -160,11 +176,7 @@ def search(out: Path, generations: int, population: int, seed: int, seconds: flo
                 "utilizations": UTILIZATIONS,
             }
             write_result(out / "request-score.json", strategy.mean, config)
-            line = {"generation": int(strategy.countiter), "goodput_of_mean": float(met[:, -1].mean())}
-            line |= {"goodput_best": float(met[:, :-1].mean(axis=0).max()), "spread": float(strategy.sigma)}
-            with (out / "progress.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line | {"wall_s": time.monotonic() - begin_s}) + "\n")
-            err.print(line, highlight=False)
+            log_generation(out, strategy, met, begin_s)
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import argparse
 import functools
 import itertools
 import json
-import pickle
 import shlex
 import sys
 import time
@@ -25,7 +24,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cma
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
@@ -40,7 +38,7 @@ from experiments.learning.cells import (
     run_jobs,
     tables_of,
 )
-from experiments.learning.evolve import UTILIZATIONS, Task, losses_of, tasks_of
+from experiments.learning.evolve import UTILIZATIONS, Task, begun, keep, log_generation, losses_of, tasks_of
 from experiments.learning.grid import MODELS, SYSTEMS, TRACES, grid_cells
 from experiments.learning.iqm import interquartile_mean, interval
 from experiments.train.windows import in_window
@@ -276,11 +274,7 @@ def search(out: Path, variant: str, generations: int, population: int, seed: int
     kept = out / "search.pkl"
     start = weights_of(START)
     searched = np.array([GENES.index(name) for name in VARIANTS[variant]])
-    if kept.exists():
-        strategy = pickle.loads(kept.read_bytes())
-    else:
-        options = {"popsize": population, "seed": seed + 1, "verbose": -9}
-        strategy = cma.CMAEvolutionStrategy(start[searched], SPREAD, options)
+    strategy = begun(kept, start[searched], SPREAD, population, seed)
     config = {"variant": variant, "seed": seed, "population": population, "training_window": TRAINING_WINDOW}
     config |= {"systems": SYSTEMS, "models": MODELS, "traces": TRACES, "utilizations": UTILIZATIONS}
     config |= {"visible": VISIBLE, "interval_s": INTERVAL_S, "stretch_requests": STRETCH_REQUESTS}
@@ -292,16 +286,11 @@ def search(out: Path, variant: str, generations: int, population: int, seed: int
         tried[:, searched] = [*asked, strategy.mean]
         met, present_s = (np.array(each) for each in zip(*(try_out(task, tried) for task in tasks), strict=True))
         strategy.tell(asked, losses_of(met[:, :-1], present_s[:, :-1]))
-        kept.with_suffix(".part").write_bytes(pickle.dumps(strategy))
-        kept.with_suffix(".part").replace(kept)
+        keep(kept, strategy)
         found = start.copy()
         found[searched] = strategy.mean
         write_agent(out / "requests-agent.json", found, config | {"generations": int(strategy.countiter)})
-        line = {"generation": int(strategy.countiter), "goodput_of_mean": float(met[:, -1].mean())}
-        line |= {"goodput_best": float(met[:, :-1].mean(axis=0).max()), "spread": float(strategy.sigma)}
-        with (out / "progress.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"wall_s": time.monotonic() - begin_s}) + "\n")
-        err.print(line, highlight=False)
+        log_generation(out, strategy, met, begin_s)
 
 
 def write_agent(path: Path, weights: NDArray[np.float64], config: Mapping[str, object]) -> None:
