@@ -19,11 +19,11 @@ import gymnasium
 import numpy as np
 
 from l3env import BasePolicy, Knobs, Plan, View, Workload, compile_pair, load_trace, make_policy
-from l3env.engine import Engine
-from l3env.policy import Policy
-from l3env.runner import drive
-from l3env.state import Order, Status
-from l3env.tables import Tables
+from l3env.choices import Order, Status
+from l3env.engine.engine import Engine
+from l3env.machine.tables import Tables
+from l3env.policy.protocol import Policy
+from l3env.runs.driver import drive
 from l3env.threads import THREADS, at_most
 
 SYSTEM, MODEL = "l3-dgx-a100", "gpt-175b"

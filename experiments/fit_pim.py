@@ -1,7 +1,7 @@
 """Fits the engine's linear model of a DIMM-PIM rank to the command-level simulator and stores it with the presets.
 
-    python -m experiments.fit_pim            # simulate the whole grid, print coefficients and residuals
-    python -m experiments.fit_pim --write    # and store them in l3env/presets/pim_fit/
+    python -m l3env.experiments.fit_pim            # simulate the whole grid, print coefficients and residuals
+    python -m l3env.experiments.fit_pim --write    # and store them in l3env/presets/pim_fit/
 
 The grid is every length of 128 to 128k in ``l3env.dimm.fit.LENGTHS`` with every batch of 1 to 512 in ``BATCHES``.
 """
@@ -13,9 +13,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from l3env import specs
-from l3env.dimm.fit import QUERIES, equal_batches, fitted_kind, mixed_batches, rank_setup, run_grid
-from l3env.dimm.stored import FIT_DIR, Kind, RankFit, to_toml
+from l3env.machine import specs
+from l3env.machine.dimm.fit import QUERIES, equal_batches, fitted_kind, mixed_batches, rank_setup, run_grid
+from l3env.machine.dimm.stored import FIT_DIR, Kind, RankFit, to_toml
 
 PRESETS = ("dimm-pim-ddr4-3200", "rank-pim-ddr4-3200")
 HEADER = "Fitted to l3env.dimm by experiments/fit_pim.py (which says over what grid); seconds per layer in one rank"

@@ -1,6 +1,6 @@
-"""Fits the synthetic prover (``traces/proofs.py``) to published shares of single-pass sampling, and to nothing else.
+"""Fits the synthetic prover (``traces/prover/model.py``) to published shares of single-pass sampling, to nothing else.
 
-    python -m experiments.fit_prover --minutes 3 --out runs/fit-prover --workers 16
+    python -m l3env.experiments.fit_prover --minutes 3 --out runs/fit-prover --workers 16
 
 Fitted: five shape parameters, to the seven single-pass shares of arXiv 2408.08152 (32 to 32 x 6,400 samples), for each
 of some mean lengths of proofs (``--mean-steps``) and several random starts. Two parameters are left that single-pass
@@ -26,7 +26,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.reproduce.prover import (
+from l3env.experiments.reproduce.prover import (
     ABLATIONS,
     RMAXTS,
     SINGLE_PASS,
@@ -34,9 +34,9 @@ from experiments.reproduce.prover import (
     TREE_SAMPLES,
     samples_needed,
 )
+from l3env.files import write_text
 from l3env.jit import kernel
-from l3env.runner import write_text
-from traces.proofs import MOST_STEPS, ProofModel, mix, unit
+from l3env.traces.prover.model import MOST_STEPS, ProofModel, mix, unit
 
 START = {"tail": 1.433, "live_p": 0.027, "live_q": 0.182, "error_p": 0.109, "stuck": 0.197}  # of an earlier fit
 STEP = 0.25  # of the logarithm of each parameter, at the start

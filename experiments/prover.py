@@ -1,7 +1,7 @@
 """Proof search served by each system: proofs an hour and makespan, per policy and per number of verifiers.
 
-    python -m experiments.prover --prefix-cache off,lru --workers -1    # the table of docs/prover.md
-    python -m experiments.prover --samples 512 --policies sarathi,l3-model --verifiers 64,1024 --mode single-pass
+    python -m l3env.experiments.prover --prefix-cache off,lru --workers -1    # the table of docs/prover.md
+    python -m l3env.experiments.prover --samples 512 --policies sarathi,l3-model --verifiers 64,1024 --mode single-pass
 
 256 trees with 32 jobs each on deepseek-prover-v1.5-7b, one theorem a tree. Every run has the same theorems.
 """
@@ -19,11 +19,12 @@ from typing import Any
 import joblib
 import pandas as pd
 
-from l3env.policy import make_policy
-from l3env.reactive import run_reactive
-from l3env.runner import compile_pair, write_text
-from traces import prover_log
-from traces.prover import MODES, ProofSearch, SearchSettings, earlier_requests
+from l3env.files import write_text
+from l3env.machine.pair import compile_pair
+from l3env.policy.registry import make_policy
+from l3env.runs.reactive import run_reactive
+from l3env.traces.prover import log as prover_log
+from l3env.traces.prover.search import MODES, ProofSearch, SearchSettings, earlier_requests
 
 SYSTEMS = ("l3-dgx-a100", "gpu-dgx-a100", "hbm-pim-dgx-a100")
 MODEL = "deepseek-prover-v1.5-7b"

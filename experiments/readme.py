@@ -1,4 +1,4 @@
-"""Fills in the figures of README and docs by running their commands: ``python -m experiments.readme``.
+"""Fills in the figures of README and docs by running their commands: ``python -m l3env.experiments.readme``.
 
 Each block between ``<!-- name -->`` and ``<!-- /name -->`` is replaced by what its command prints; pictures go to
 ``docs/images``.
@@ -27,7 +27,7 @@ def printed(command: str) -> str:
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """Replaces a block's content; marks between the start and the fence stay (see tests/snippets.py)."""
+    """Replaces a block's content; marks between the start and the fence stay (see tests/docs/snippets.py)."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     head, _, rest = text.partition(start)
     marks, _, rest = rest.lstrip("\n").partition("```text\n")

@@ -13,11 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from l3env import Workload, load, specs
-from l3env.costs import experts
+from l3env import Workload, load
 from l3env.errors import SpecError
-from l3env.specs import ModelSpec, SystemSpec
-from l3env.tables import compile_tables
+from l3env.machine import specs
+from l3env.machine.costs import experts
+from l3env.machine.specs import ModelSpec, SystemSpec
+from l3env.machine.tables import compile_tables
 from l3env.units import GB, TERA
 
 Array = NDArray[np.float64]

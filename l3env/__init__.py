@@ -2,13 +2,20 @@
 
 from gymnasium.envs.registration import register, registry
 
-from l3env.engine import Slo
-from l3env.policy import BasePolicy, FixedKnobs, Knobs, Plan, Policy, View, make_policy, register_policy
-from l3env.runner import capacity_requests_per_s, compare, compile_pair, run_policy
-from l3env.specs import load
-from l3env.state import Budget, Order, PimForm, SubBatching, Victim
-from l3env.trace_registry import load_trace
-from l3env.workload import Workload
+from l3env.choices import Budget, Order, PimForm, SubBatching, Victim
+from l3env.engine.engine import Slo
+from l3env.machine.pair import compile_pair
+from l3env.machine.specs import load
+from l3env.policy.knobs import Knobs
+from l3env.policy.plan import Plan
+from l3env.policy.protocol import BasePolicy, FixedKnobs, Policy
+from l3env.policy.registry import make_policy, register_policy
+from l3env.policy.view import View
+from l3env.requests.registry import load_trace
+from l3env.requests.workload import Workload
+from l3env.runs.capacity import capacity_requests_per_s
+from l3env.runs.compare import compare
+from l3env.runs.driver import run_policy
 
 __version__ = "0.1.0"
 
@@ -39,12 +46,12 @@ __all__ = [
 if "l3env/Serving-v0" not in registry:
     register(
         id="l3env/Serving-v0",
-        entry_point="l3env.env:ServingEnv",
-        vector_entry_point="l3env.vector_env:ServingVectorEnv",
+        entry_point="l3env.envs.serving:ServingEnv",
+        vector_entry_point="l3env.envs.vector:ServingVectorEnv",
     )
 if "l3env/ServingRequests-v0" not in registry:
     register(
         id="l3env/ServingRequests-v0",
-        entry_point="l3env.request_env:ServingRequestsEnv",
-        vector_entry_point="l3env.request_env:ServingRequestsVectorEnv",
+        entry_point="l3env.envs.requests:ServingRequestsEnv",
+        vector_entry_point="l3env.envs.requests:ServingRequestsVectorEnv",
     )

@@ -1,6 +1,6 @@
 """What tuning alone gives: the best fixed knobs of each cell, and the one setting that is best for many cells.
 
-``best-constant`` searches the knob grid on the training requests it is given, at the load of the run (``l3env.tune``).
+``best-constant`` searches the knob grid (``l3env.search.tune``) on the training requests it is given, at the run's load.
 ``best-constant-in-order`` searches a larger grid: prompts under way may take turns with those that wait.
 ``best-constant-global`` holds one setting, found by the command that ``data/best-constant-global.json`` names.
 """
@@ -15,13 +15,14 @@ from typing import Any
 
 import pandas as pd
 
-from l3env.engine import Slo
+from l3env.choices import Budget, Order, SubBatching, Victim
+from l3env.engine.engine import Slo
 from l3env.errors import PolicyError
-from l3env.policy import FixedKnobs, Knobs
-from l3env.state import Budget, Order, SubBatching, Victim
-from l3env.tables import Tables
-from l3env.tune import GRID, Cell, Grid, Tuned, tune
-from l3env.workload import Workload
+from l3env.machine.tables import Tables
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import FixedKnobs
+from l3env.requests.workload import Workload
+from l3env.search.tune import GRID, Cell, Grid, Tuned, tune
 
 GLOBAL_FILE = Path(__file__).parent / "data" / "best-constant-global.json"
 KINDS = {"order": Order, "sub_batching": SubBatching, "victim": Victim}

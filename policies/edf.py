@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from l3env.policy import FixedKnobs, Knobs
-from l3env.state import Order
-from policies.sarathi import TOKEN_BUDGET
+from l3env.choices import Order
+from l3env.policies.sarathi import TOKEN_BUDGET
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import FixedKnobs
 
 
 class Edf(FixedKnobs):

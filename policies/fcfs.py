@@ -7,7 +7,8 @@ newest request is preempted and recomputed. On systems with PIM the KV lives the
 
 from __future__ import annotations
 
-from l3env.policy import FixedKnobs, Knobs
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import FixedKnobs
 
 MAX_BATCHED_TOKENS = 8192
 

@@ -6,7 +6,8 @@ lasts.
 
 from __future__ import annotations
 
-from l3env.policy import FixedKnobs, Knobs
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import FixedKnobs
 
 
 class FillCapacity(FixedKnobs):

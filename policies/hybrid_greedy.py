@@ -6,11 +6,13 @@ towards the idle one (arXiv 2504.17584 leaves HBM beside the weights unused; att
 
 from __future__ import annotations
 
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.state import Budget
-from l3env.tables import Tables
-from l3env.workload import Workload
-from policies.sarathi import TOKEN_BUDGET
+from l3env.choices import Budget
+from l3env.machine.tables import Tables
+from l3env.policies.sarathi import TOKEN_BUDGET
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.view import View
+from l3env.requests.workload import Workload
 
 STEP_FRAC = 0.05
 DEAD_BAND = 0.05  # relative difference of busy times below which nothing changes

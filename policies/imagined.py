@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.policy import View
-from l3env.workload import Workload
+from l3env.policy.view import View
+from l3env.requests.workload import Workload
 
 BINS = 8  # of prompt length
 RECENT = 512  # arrivals of this run that stretches are cut from, the latest ones

@@ -21,12 +21,16 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.policy import BasePolicy, Knobs, Plan, View
-from l3env.state import SUB_BATCHES, Status
-from l3env.tables import Tables
-from l3env.workload import Workload
-from policies.predictors import Errors, OnlineForest, OnlineLinear
-from policies.sarathi import TOKEN_BUDGET
+from l3env.choices import Status
+from l3env.engine.state import SUB_BATCHES
+from l3env.machine.tables import Tables
+from l3env.policies.predictors import Errors, OnlineForest, OnlineLinear
+from l3env.policies.sarathi import TOKEN_BUDGET
+from l3env.policy.knobs import Knobs
+from l3env.policy.plan import Plan
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.view import View
+from l3env.requests.workload import Workload
 
 MHA_ROUND_COUNT, GQA_ROUND_COUNT = 1, 16
 MIN_CHUNK_TOKENS = 128  # a prefill that has begun always goes on by this much

@@ -7,9 +7,11 @@ with PIM. Without PIM it schedules as Sarathi-Serve does.
 
 from __future__ import annotations
 
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.state import Budget, SubBatching
-from policies.sarathi import TOKEN_BUDGET
+from l3env.choices import Budget, SubBatching
+from l3env.policies.sarathi import TOKEN_BUDGET
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.view import View
 
 
 class L3Model(BasePolicy):

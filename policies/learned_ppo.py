@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from l3env.envs.observe.observer import FEATURES, Levels, ViewObserver, knobs_of, levels_of, sizes_of
 from l3env.errors import L3EnvError, PolicyError
-from l3env.observe import FEATURES, Levels, ViewObserver, knobs_of, levels_of, sizes_of
-from l3env.policy import BasePolicy, Knobs, LengthPredictor, View, make_policy
-from l3env.tables import Tables
-from l3env.workload import Workload
-from policies.network import Network, load_network
+from l3env.machine.tables import Tables
+from l3env.policies.network import Network, load_network
+from l3env.policy import LengthPredictor
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.registry import make_policy
+from l3env.policy.view import View
+from l3env.requests.workload import Workload
 
 FILE = Path(__file__).parent / "data" / "learned-ppo.npz"
 

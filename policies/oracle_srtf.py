@@ -5,8 +5,8 @@ Not a real scheduler: an upper reference. The name says so, and only such names 
 
 from __future__ import annotations
 
-from l3env.policy import FixedKnobs
-from policies.srtf_predicted import SHORTEST_REMAINING
+from l3env.policies.srtf_predicted import SHORTEST_REMAINING
+from l3env.policy.protocol import FixedKnobs
 
 
 class OracleSrtf(FixedKnobs):

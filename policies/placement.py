@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.costs.experts import beside_s
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.state import Budget, PimForm, SubBatching
-from l3env.tables import Tables, fc_grid_tokens
-from l3env.workload import Workload
+from l3env.choices import Budget, PimForm, SubBatching
+from l3env.machine.costs.experts import beside_s
+from l3env.machine.tables import Tables, fc_grid_tokens
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.view import View
+from l3env.requests.workload import Workload
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of KV in HBM, tried besides none and all
 GAIN_FRAC = 0.02  # a mixture must promise this much more than one place: requests of whole sizes never split exactly

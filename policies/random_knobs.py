@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.state import Budget, Order
-from l3env.tables import Tables
-from l3env.workload import Workload
+from l3env.choices import Budget, Order
+from l3env.machine.tables import Tables
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.view import View
+from l3env.requests.workload import Workload
 
 ORDERS = tuple(order for order in Order if order != Order.BY_SCORE)
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192, int(Budget.UNLIMITED), int(Budget.ALIGN))

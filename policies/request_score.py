@@ -1,8 +1,8 @@
 """A scheduler that decides request by request: who is admitted, whose prompt is next, how long an iteration may be.
 
 One set of weights for all systems, models, traces and loads, found by an evolution strategy
-(``experiments.learning.evolve``, the command is in the file). ``l3env.kernels.scorer`` says what they mean. Two
-sub-batches are interleaved where that is shorter; everything else follows from the scores.
+(``l3env.experiments.learning.evolve``, the command is in the file). ``l3env.engine.kernels.scorer`` says what they
+mean. Two sub-batches are interleaved where that is shorter; everything else follows from the scores.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from l3env.choices import Order, SubBatching, Victim
+from l3env.engine.state import Score
 from l3env.errors import PolicyError
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.state import Order, Score, SubBatching, Victim
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.view import View
 
 FILE = Path(__file__).parent / "data" / "request-score.json"
 
@@ -31,7 +34,7 @@ KNOBS = Knobs(
 
 
 class RequestScore(BasePolicy):
-    """Schedules by the scores of a file that ``experiments.learning.evolve`` wrote."""
+    """Schedules by the scores of a file that ``l3env.experiments.learning.evolve`` wrote."""
 
     decision_interval_s = math.inf
 

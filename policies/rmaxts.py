@@ -24,16 +24,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env import rmaxts
+from l3env.engine.rollout import Rollouts
+from l3env.engine.state import KNOB_DTYPE
 from l3env.errors import PolicyError
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.rollout import Rollouts
-from l3env.state import KNOB_DTYPE
-from l3env.tables import Tables
-from l3env.tune import Cell, serve_each
-from l3env.workload import Workload
-from policies.best_constant import BestConstant, BestConstantInOrder, key_of
-from policies.imagined import Known
+from l3env.machine.tables import Tables
+from l3env.policies.best_constant import BestConstant, BestConstantInOrder, key_of
+from l3env.policies.imagined import Known
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.view import View
+from l3env.requests.workload import Workload
+from l3env.search import tree as rmaxts
+from l3env.search.tune import Cell, serve_each
 
 INTERVAL_REQUESTS = 64  # that come between decisions, about
 AHEAD_REQUESTS = 128  # imagined ones, at least

@@ -10,12 +10,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from l3env.choices import Order, Victim
 from l3env.errors import PolicyError
-from l3env.policy import FixedKnobs, Knobs, LengthPredictor
-from l3env.state import Order, Victim
-from l3env.tables import Tables
-from l3env.workload import Workload
-from policies.sarathi import TOKEN_BUDGET
+from l3env.machine.tables import Tables
+from l3env.policies.sarathi import TOKEN_BUDGET
+from l3env.policy import LengthPredictor
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import FixedKnobs
+from l3env.requests.workload import Workload
 
 MIN_REQUESTS_PER_BIN = 50
 MOST_BINS = 20

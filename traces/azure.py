@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from l3env.workload import Workload
-from traces.reading import FileFormat, has_any_column, read_table
+from l3env.requests.workload import Workload
+from l3env.traces.reading import FileFormat, has_any_column, read_table
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 

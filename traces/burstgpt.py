@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
-from traces.reading import FileFormat, Table, has_any_column, read_table
+from l3env.requests.workload import Workload
+from l3env.traces.reading import FileFormat, Table, has_any_column, read_table
 
 COLUMNS = ("Timestamp", "Model", "Request tokens", "Response tokens", "Total tokens", "Log Type")
 OPTIONAL_COLUMNS = ("Session ID", "Elapsed time")  # BurstGPT_3

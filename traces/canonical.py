@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import NO_PARENT, Workload
-from traces.reading import FileFormat, Table, first_bytes, first_line, parse_table, read_bytes
+from l3env.requests.workload import NO_PARENT, Workload
+from l3env.traces.reading import FileFormat, Table, first_bytes, first_line, parse_table, read_bytes
 
 VERSION = 1
-METADATA_KEY = b"l3env.workload"
+METADATA_KEY = b"l3env.requests.workload"
 COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens")
 OPTIONAL_COLUMNS = ("parent_idx", "think_s", "session_idx", "prefix_ids")
 SCHEMA = pa.schema(

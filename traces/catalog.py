@@ -17,24 +17,24 @@ from typing import Any
 from urllib.parse import unquote
 
 from l3env.errors import TraceError
-from l3env.trace_registry import TraceFormat, formats, suggests
-from l3env.workload import Workload
-from traces import (
+from l3env.requests.registry import TraceFormat, formats, suggests
+from l3env.requests.workload import Workload
+from l3env.traces import (
     azure,
     burstgpt,
     canonical,
     kv_cache_tester,
     mooncake,
     profile,
-    prover_log,
     servegen,
     spec,
     splice,
     synthetic,
     vidur,
 )
-from traces.reading import first_line, is_tar
-from traces.window import parse_window
+from l3env.traces.prover import log as prover_log
+from l3env.traces.reading import first_line, is_tar
+from l3env.traces.window import parse_window
 
 
 class StandInWarning(UserWarning):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from l3env.errors import TraceError
-from traces import catalog
-from traces.canonical import write_atomically
-from traces.catalog import Entry
+from l3env.traces import catalog
+from l3env.traces.canonical import write_atomically
+from l3env.traces.catalog import Entry
 
 CHUNK_BYTES = 1 << 16
 TIMEOUT_S = 30.0

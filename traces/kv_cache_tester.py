@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import NO_PARENT, Workload
-from traces.reading import MAX_TOKENS, FileFormat, fail, first_bytes, member_names, read_members
-from traces.resample import ragged_places
-from traces.spec import parse_count, parse_positive, parse_seed
+from l3env.requests.workload import NO_PARENT, Workload
+from l3env.traces.reading import MAX_TOKENS, FileFormat, fail, first_bytes, member_names, read_members
+from l3env.traces.resample import ragged_places
+from l3env.traces.spec import parse_count, parse_positive, parse_seed
 
 SESSION_FIELDS = ("id", "models", "block_size", "hash_id_scope", "tool_tokens", "system_tokens", "requests", "totals")
 REQUEST_FIELDS = ("t", "type", "model", "in", "out", "hash_ids", "input_types", "output_types", "stop")

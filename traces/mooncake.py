@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
-from traces.reading import MAX_TOKENS, FileFormat, fail, first_line, read_bytes
+from l3env.requests.workload import Workload
+from l3env.traces.reading import MAX_TOKENS, FileFormat, fail, first_line, read_bytes
 
 FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
 BLOCK_TOKENS = 512

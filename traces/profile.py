@@ -2,7 +2,7 @@
 
 A profile has quantiles of the prompt, quantiles of the output for each fifth of the prompts (the dependence of output
 on prompt), the rate over time, and the coefficient of variation of the gaps once the rate is taken out (burstiness).
-``python -m traces.fit_profiles`` makes them from the real files.
+``python -m l3env.traces.fit_profiles`` makes them from the real files.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
-from traces.arrivals import gamma_gaps
-from traces.window import Window
+from l3env.requests.workload import Workload
+from l3env.traces.arrivals import gamma_gaps
+from l3env.traces.window import Window
 
 PROFILE_DIR = Path(__file__).parent / "profiles"
 MAX_BINS = 5
@@ -109,7 +109,7 @@ def read(name: str) -> Profile:
             raise TypeError("its quantiles are not at this version's probabilities")
         return profile
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TraceError(f"{path}: {error}; expected a file made by `python -m traces.fit_profiles`") from error
+        raise TraceError(f"{path}: {error}; expected a file made by `python -m l3env.traces.fit_profiles`") from error
 
 
 def save(profile: Profile, folder: Path = PROFILE_DIR) -> Path:

@@ -19,7 +19,7 @@ import pyarrow.csv as pa_csv
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
+from l3env.requests.workload import Workload
 
 MAX_TOKENS = 2**31 - 1
 GZIP_MAGIC = b"\x1f\x8b"

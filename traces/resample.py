@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.workload import NO_PARENT, Workload
+from l3env.requests.workload import NO_PARENT, Workload
 
 BLOCK_S = 60.0
 BLOCK_REQUESTS = 10  # a block is long enough for this many requests on average ...

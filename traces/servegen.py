@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
-from traces.reading import MAX_TOKENS, FileFormat, member_names, parse_rows, read_members
-from traces.spec import parse_positive, parse_seed
-from traces.window import Window, parse_window
+from l3env.requests.workload import Workload
+from l3env.traces.reading import MAX_TOKENS, FileFormat, member_names, parse_rows, read_members
+from l3env.traces.spec import parse_positive, parse_seed
+from l3env.traces.window import Window, parse_window
 
 TRACE_COLUMNS = ("window_start_s", "rate_per_s", "gap_cv", "distribution", "shape", "scale_s")
 WINDOW_S = 600.0

@@ -12,11 +12,11 @@ from urllib.parse import unquote
 import numpy as np
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
-from traces.arrivals import KINDS, with_arrivals
-from traces.resample import resample
-from traces.splice import DEFAULT_PERIOD_S, parse_swing, ramp, swing
-from traces.window import parse_window
+from l3env.requests.workload import Workload
+from l3env.traces.arrivals import KINDS, with_arrivals
+from l3env.traces.resample import resample
+from l3env.traces.splice import DEFAULT_PERIOD_S, parse_swing, ramp, swing
+from l3env.traces.window import parse_window
 
 
 def parse_count(text: str) -> int:

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
-from traces.arrivals import with_arrivals
-from traces.resample import resample
-from traces.window import Window
+from l3env.requests.workload import Workload
+from l3env.traces.arrivals import with_arrivals
+from l3env.traces.resample import resample
+from l3env.traces.window import Window
 
 PREFIX = "splice:"
 DEFAULT_EVERY_S = 300.0

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from l3env.workload import Workload
+from l3env.requests.workload import Workload
 
 IDC_WINDOW_S = 10.0
 PERCENTILES = (50, 90, 99)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
+from l3env.requests.workload import Workload
 
 DEFAULT_COUNT = 1000
 

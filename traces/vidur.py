@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from l3env.workload import Workload
-from traces.arrivals import with_arrivals
-from traces.reading import FileFormat, has_any_column, read_table
+from l3env.requests.workload import Workload
+from l3env.traces.arrivals import with_arrivals
+from l3env.traces.reading import FileFormat, has_any_column, read_table
 
 COLUMNS = ("num_prefill_tokens", "num_decode_tokens")
 OPTIONAL_COLUMNS = ("arrived_at", "num_total_tokens", "pd_ratio")

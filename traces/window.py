@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
+from l3env.requests.workload import Workload
 
 
 @dataclass(frozen=True)

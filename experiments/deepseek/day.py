@@ -1,6 +1,6 @@
 """What a day's mean of prefill has and saturation has not: prompts of unequal length, and a load that swings.
 
-    python -m experiments.deepseek.day          # the facts anew, from the traces
+    python -m l3env.experiments.deepseek.day          # the facts anew, from the traces
 
 Lengths have the shape of two real services: Mooncake's (Kimi), whose prefix ids say what of each prompt was cached, and
 a DeepSeek-R1 service (ServeGen, by its embedded profile), of which only whole prompts are known. A balancer deals them
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from l3env.errors import TraceError
-from l3env.workload import Workload
-from traces import catalog, profile, servegen
+from l3env.requests.workload import Workload
+from l3env.traces import catalog, profile, servegen
 
 PATH = Path(__file__).parents[1] / "data" / "deepseek_day.json"
 CHAT, REASONING = "mooncake-conversation", "servegen-deepseek-r1"

@@ -1,6 +1,6 @@
 """FP8 products against DeepGEMM's published times on an H800, and the one parameter that is fitted to them.
 
-    python -m experiments.deepseek.deep_gemm
+    python -m l3env.experiments.deepseek.deep_gemm
 
 The table is of February 2025, the month of the published serving figures (github.com/deepseek-ai/DeepGEMM, README at
 its release; the shapes are DeepSeek-V3's). Tiles and waves are those fitted to 16-bit products of other models, at
@@ -19,8 +19,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from l3env import load
-from l3env.costs import gpu
-from l3env.specs import GpuSpec
+from l3env.machine.costs import gpu
+from l3env.machine.specs import GpuSpec
 
 TABLE = Path(__file__).parents[1] / "data" / "deepgemm_h800.csv"
 FITTED_ROWS = 4096

@@ -9,11 +9,12 @@ from itertools import product
 import numpy as np
 
 from l3env import FixedKnobs, Knobs, PimForm, SubBatching, Workload, load
-from l3env.engine import Engine
-from l3env.kernels.run import Until
-from l3env.policy import Policy, View
-from l3env.tables import Tables, compile_tables
-from policies.placement import HEADROOM_FRAC, AdaptivePlacement
+from l3env.engine.engine import Engine
+from l3env.engine.kernels.run import Until
+from l3env.machine.tables import Tables, compile_tables
+from l3env.policies.placement import HEADROOM_FRAC, AdaptivePlacement
+from l3env.policy.protocol import Policy
+from l3env.policy.view import View
 
 MODELS = ("gpt-175b", "qwen-72b", "deepseek-v3")  # MHA, GQA-8, MLA
 SYSTEMS = ("l3-dgx-a100", "l3-dgx-h200")

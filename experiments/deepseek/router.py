@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.specs import MoeSpec
+from l3env.machine.specs import MoeSpec
 
 Array = NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""Runs the router study and keeps its figures: ``python -m experiments.deepseek.study`` (ten minutes of a core)."""
+"""Runs the router study and keeps its figures: ``python -m l3env.experiments.deepseek.study``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.deepseek.router import over_gamma, serve
 from l3env import load
+from l3env.experiments.deepseek.router import over_gamma, serve
 
 PATH = Path(__file__).parents[1] / "data" / "deepseek_router.json"
 SYSTEMS = ("h800-ep32-prefill", "h800-ep144-decode", "h800-ep320-decode")

@@ -18,15 +18,18 @@ from typing import Any
 
 import joblib
 
-from experiments.train.windows import in_window
-from l3env.engine import Slo
+from l3env.engine.engine import Slo
 from l3env.errors import L3EnvError
-from l3env.policy import Policy, make_policy, policy_factories, policy_names
-from l3env.runner import compile_pair, load_at_capacity, run_policy
-from l3env.tables import Tables
-from l3env.trace_registry import load_trace
-from l3env.workload import Workload
-from policies.learned_ppo import Learned
+from l3env.experiments.train.windows import in_window
+from l3env.machine.pair import compile_pair
+from l3env.machine.tables import Tables
+from l3env.policies.learned_ppo import Learned
+from l3env.policy.protocol import Policy
+from l3env.policy.registry import make_policy, policy_factories, policy_names
+from l3env.requests.registry import load_trace
+from l3env.requests.workload import Workload
+from l3env.runs.capacity import load_at_capacity
+from l3env.runs.driver import run_policy
 
 TRAINING_WINDOW, EVALUATION_WINDOW = "0%:60%", "60%:100%"
 SLOW = ("l3", "best-constant", "rmaxts")  # started first, so that no core waits for them at the end

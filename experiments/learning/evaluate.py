@@ -7,11 +7,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.learning.cells import Cell, Job, run_jobs
-from experiments.learning.iqm import summarise
 from l3env.errors import L3EnvError
-from l3env.policy import policy_names
-from policies.learned_ppo import FILE
+from l3env.experiments.learning.cells import Cell, Job, run_jobs
+from l3env.experiments.learning.iqm import summarise
+from l3env.policies.learned_ppo import FILE
+from l3env.policy.registry import policy_names
 
 CONSTANTS = ("best-constant", "best-constant-global", "best-constant-in-order")
 LEARNED = "learned"

@@ -1,6 +1,6 @@
 """Finds the weights of ``request-score``: CMA-ES on many cells at once, all candidates on the same requests.
 
-    python -m experiments.learning.evolve --out runs/evolve --generations 80 --seed 0
+    python -m l3env.experiments.learning.evolve --out runs/evolve --generations 80 --seed 0
 
 In each generation every system, model and trace gives one task: a stretch of its training window (the first 60 % of the
 trace's span) at a utilization drawn from 0.6 to 1.2. What counts is the share of requests that meet their SLO, over the
@@ -27,14 +27,15 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments.learning.cells import TRAINING_WINDOW, Cell, requests, tables_of
-from experiments.learning.grid import MODELS, SYSTEMS, TRACES
-from l3env.engine import Engine
-from l3env.runner import replica_shares, warm_up, write_text
-from l3env.state import Score
-from l3env.tune import TIE_BREAK
-from l3env.workload import Workload
-from policies.request_score import KNOBS, weights_of
+from l3env.engine.engine import Engine
+from l3env.engine.state import Score
+from l3env.experiments.learning.cells import TRAINING_WINDOW, Cell, requests, tables_of
+from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
+from l3env.files import write_text
+from l3env.policies.request_score import KNOBS, weights_of
+from l3env.requests.workload import Workload
+from l3env.runs.driver import replica_shares, warm_up
+from l3env.search.tune import TIE_BREAK
 
 START: dict[str, float] = {
     "WORK": -1.0,
@@ -122,7 +123,7 @@ def named(searched: Sequence[float]) -> dict[str, float]:
 
 def write_result(path: Path, searched: Sequence[float], config: dict[str, object]) -> None:
     """As ``policies.request_score`` reads it."""
-    command = shlex.join(["python", "-m", "experiments.learning.evolve", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "l3env.experiments.learning.evolve", *sys.argv[1:]])
     text = {"weights": named(searched), "config": config, "command": command}
     write_text(path, json.dumps(text, indent=2) + "\n")
 

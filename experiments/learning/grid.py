@@ -1,6 +1,6 @@
 """The learning grid: one policy, tuned for no cell, against heuristics and tuned constants on unseen windows.
 
-    python -m experiments.learning.grid --learned policies/data/learned-ppo.npz --out runs/grid
+    python -m l3env.experiments.learning.grid --learned policies/data/learned-ppo.npz --out runs/grid
 
 Systems x models x traces x utilizations x seeds; the first 60 % of each trace's span is for training, the rest for
 this. Finished runs are kept in ``OUT/rows.jsonl``, so an interrupted grid goes on; the table goes to
@@ -20,9 +20,9 @@ from typing import Any
 import joblib
 from rich.console import Console
 
-from experiments.learning.cells import EVALUATION_WINDOW, TRAINING_WINDOW, Cell
-from experiments.learning.evaluate import baselines_of, evaluate, networks_of
-from l3env.runner import write_text
+from l3env.experiments.learning.cells import EVALUATION_WINDOW, TRAINING_WINDOW, Cell
+from l3env.experiments.learning.evaluate import baselines_of, evaluate, networks_of
+from l3env.files import write_text
 
 SYSTEMS = ("l3-dgx-a100", "hbm-pim-dgx-a100", "gpu-dgx-a100")
 MODELS = ("gpt-175b", "qwen-72b")

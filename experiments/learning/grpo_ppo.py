@@ -1,6 +1,6 @@
 """GRPO against PPO with masks at equal environment steps, on two cells, several seeds.
 
-    python -m experiments.learning.grpo_ppo --out runs/grpo-ppo --steps 1500000 --seeds 3
+    python -m l3env.experiments.learning.grpo_ppo --out runs/grpo-ppo --steps 1500000 --seeds 3
 
 Prints for each cell and algorithm the goodput of the best model on the evaluation window (not seen in training or in
 choosing it) and draws the learning curves: goodput on the validation window, the same episodes for all runs. Every run
@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from experiments.learning.cells import Cell, Job, run_job
-from experiments.learning.pictures import compared_curves
-from experiments.train.config import TrainConfig, hyperparams
-from experiments.train.run import train
-from l3env.runner import write_text
+from l3env.experiments.learning.cells import Cell, Job, run_job
+from l3env.experiments.learning.pictures import compared_curves
+from l3env.experiments.train.config import TrainConfig, hyperparams
+from l3env.experiments.train.run import train
+from l3env.files import write_text
 
 CELLS = (  # where settings matter much: see docs/learning-grid.md
     Cell("l3-dgx-a100", "qwen-72b", "mooncake-conversation", 0.9),

@@ -1,6 +1,6 @@
 """A policy that starts near the tuned constant everywhere: imitation of constants tuned on many drawn cells.
 
-    python -m experiments.learning.imitate --out runs/imitation --cells 2000
+    python -m l3env.experiments.learning.imitate --out runs/imitation --cells 2000
     l3env train --algo maskable-ppo --init runs/imitation/policy.npz ...
 
 Each cell is an episode as training draws it (system, model, trace, load, window). A search finds its best fixed knobs
@@ -31,8 +31,10 @@ import torch as th
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments.learning.grid import MODELS, SYSTEMS, TRACES
-from experiments.learning.teacher import (
+from l3env.envs.observe.observer import LEVELS, Levels
+from l3env.errors import L3EnvError
+from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
+from l3env.experiments.learning.teacher import (
     TAU,
     Row,
     Seen,
@@ -43,11 +45,9 @@ from experiments.learning.teacher import (
     span_s,
     tuned,
 )
-from experiments.train.algorithms import set_up_torch
-from experiments.train.export import interface
-from l3env.errors import L3EnvError
-from l3env.observe import LEVELS, Levels
-from policies.network import Network
+from l3env.experiments.train.algorithms import set_up_torch
+from l3env.experiments.train.export import interface
+from l3env.policies.network import Network
 
 HOLDOUT_FRAC = 0.1  # of cells: never learned from
 SIDE_BY_SIDE = 32  # episodes in one engine
@@ -263,7 +263,7 @@ def main() -> None:
         predictor=given.predictor,
         seed=given.seed,
     )
-    command = shlex.join(["python", "-m", "experiments.learning.imitate", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "l3env.experiments.learning.imitate", *sys.argv[1:]])
     figures = imitate(
         source,
         given.out,

@@ -11,13 +11,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from experiments.learning.cells import Cell, requests
-from l3env.engine import Engine, Slo
-from l3env.observe import FEATURES, LEVELS, ViewObserver, action_of
-from l3env.policy import BasePolicy, Knobs, View
-from l3env.runner import compile_pair, drive, replica_shares
-from l3env.state import Budget, Order, SubBatching
-from policies.learned_ppo import Learned
+from l3env.choices import Budget, Order, SubBatching
+from l3env.engine.engine import Engine, Slo
+from l3env.envs.observe.observer import FEATURES, LEVELS, ViewObserver, action_of
+from l3env.experiments.learning.cells import Cell, requests
+from l3env.machine.pair import compile_pair
+from l3env.policies.learned_ppo import Learned
+from l3env.policy.knobs import Knobs
+from l3env.policy.protocol import BasePolicy
+from l3env.policy.view import View
+from l3env.runs.driver import drive, replica_shares
 
 STATES = ("waiting_work", "next_growth", "prefill_load_short", "slo_met_share")  # features that states are shown by
 BINS = 8

@@ -1,7 +1,7 @@
 """An agent of ``l3env/ServingRequests-v0``: a score for every request it is shown, and two knobs beside the scores.
 
-    python -m experiments.learning.requests_agent train --out runs/requests-agent --generations 20 --seed 0
-    python -m experiments.learning.requests_agent evaluate --out runs/requests-agent-grid --seeds 3
+    python -m l3env.experiments.learning.requests_agent train --out runs/requests-agent --generations 20 --seed 0
+    python -m l3env.experiments.learning.requests_agent evaluate --out runs/requests-agent-grid --seeds 3
 
 One set of weights for all machines, traces and loads. A score is a weighted sum of what a row says of its request
 (``ROW``), with weights that shift with the pressure, squashed into [0, 1]: the same weights for every row, so the
@@ -28,7 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from experiments.learning.cells import (
+from l3env.choices import SubBatching
+from l3env.envs.observe.observer import FEATURES
+from l3env.envs.observe.requests import REQUEST_FEATURES
+from l3env.envs.requests import ServingRequestsVectorEnv
+from l3env.errors import L3EnvError
+from l3env.experiments.learning.cells import (
     TRAINING_WINDOW,
     Cell,
     Job,
@@ -38,16 +43,12 @@ from experiments.learning.cells import (
     run_jobs,
     tables_of,
 )
-from experiments.learning.evolve import UTILIZATIONS, Task, begun, keep, log_generation, losses_of, tasks_of
-from experiments.learning.grid import MODELS, SYSTEMS, TRACES, grid_cells
-from experiments.learning.iqm import interquartile_mean, interval
-from experiments.train.windows import in_window
-from l3env.errors import L3EnvError
-from l3env.observe import FEATURES
-from l3env.observe_requests import REQUEST_FEATURES
-from l3env.request_env import ServingRequestsVectorEnv
-from l3env.runner import replica_shares, warm_up, write_text
-from l3env.state import SubBatching
+from l3env.experiments.learning.evolve import UTILIZATIONS, Task, begun, keep, log_generation, losses_of, tasks_of
+from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES, grid_cells
+from l3env.experiments.learning.iqm import interquartile_mean, interval
+from l3env.experiments.train.windows import in_window
+from l3env.files import write_text
+from l3env.runs.driver import replica_shares, warm_up
 
 FILE = Path(__file__).parents[1] / "data" / "requests-agent.json"
 
@@ -295,7 +296,7 @@ def search(out: Path, variant: str, generations: int, population: int, seed: int
 
 def write_agent(path: Path, weights: NDArray[np.float64], config: Mapping[str, object]) -> None:
     """As ``read_agent`` reads it."""
-    command = shlex.join(["python", "-m", "experiments.learning.requests_agent", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "l3env.experiments.learning.requests_agent", *sys.argv[1:]])
     named = {name: round(float(value), 4) for name, value in zip(GENES, weights, strict=True)}
     write_text(path, json.dumps({"weights": named, "config": config, "command": command}, indent=2) + "\n")
 

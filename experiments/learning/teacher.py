@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.learning.grid import MODELS, SYSTEMS, TRACES
-from experiments.train.windows import in_window
-from l3env.engine import Engine
-from l3env.episodes import Episode, Episodes
-from l3env.kernels.run import Stop, Until
-from l3env.observe import LEVELS, Levels, Observer, action_of, knobs_of, levels_of
-from l3env.tune import Cell, Grid, grid_of, probe, tune
-from policies.network import load_network
+from l3env.engine.engine import Engine
+from l3env.engine.kernels.run import Stop, Until
+from l3env.envs.episodes import Episode, Episodes
+from l3env.envs.observe.observer import LEVELS, Levels, Observer, action_of, knobs_of, levels_of
+from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
+from l3env.experiments.train.windows import in_window
+from l3env.policies.network import load_network
+from l3env.search.tune import Cell, Grid, grid_of, probe, tune
 
 TAU = 0.01  # a setting that loses 1 % of goodput gets 1/e of the best one's weight
 OTHERS_COUNT = 2  # settings other than the best that are rolled out, of those that reach GOOD_ENOUGH of it

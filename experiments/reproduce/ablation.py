@@ -1,6 +1,6 @@
 """What each hardware measure of L3 brings: from the command-level simulator of one rank.
 
-    python -m experiments.reproduce.ablation
+    python -m l3env.experiments.reproduce.ablation
 
 Assumed, for all rows alike. Attention latency is that of one layer in one rank, all requests of a sub-batch that fills
 the PIM memory, each at the mean decode context of its trace (over all decode steps: in + out / 2 (1 + (sd / mean)^2)).
@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reproduce import common
-from experiments.reproduce.common import Row
-from l3env import specs
-from l3env.costs.link import decode_request_bytes, transfer_bytes_per_s
-from l3env.dimm.setup import RankSetup, best_mapping
-from l3env.dimm.simulate import simulate
-from l3env.specs import ModelSpec, SystemSpec
-from l3env.tables import compile_tables
+from l3env.experiments.reproduce import common
+from l3env.experiments.reproduce.common import Row
+from l3env.machine import specs
+from l3env.machine.costs.link import decode_request_bytes, transfer_bytes_per_s
+from l3env.machine.dimm.setup import RankSetup, best_mapping
+from l3env.machine.dimm.simulate import simulate
+from l3env.machine.specs import ModelSpec, SystemSpec
+from l3env.machine.tables import compile_tables
 
 FIGURE = "fig15"
 SYSTEM = "system/l3-dgx-a100"

@@ -9,9 +9,9 @@ from typing import Any
 
 from l3env import Budget, FixedKnobs, Knobs, SubBatching, Workload, load, load_trace
 from l3env.errors import SpecError
-from l3env.policy import Policy
-from l3env.runner import run_policy
-from l3env.tables import Tables, compile_tables
+from l3env.machine.tables import Tables, compile_tables
+from l3env.policy.protocol import Policy
+from l3env.runs.driver import run_policy
 from l3env.units import GIB
 
 MODELS = ("opt-66b", "qwen-72b", "gpt-175b")

@@ -9,10 +9,11 @@ from itertools import islice
 
 import numpy as np
 
-from experiments.deepseek import day
-from experiments.gpu_profile import plain
-from experiments.reproduce.common import Row, row
-from experiments.reproduce.deepseek_prefill import (
+from l3env.engine.kernels import price
+from l3env.experiments.deepseek import day
+from l3env.experiments.gpu.profile import plain
+from l3env.experiments.reproduce.common import Row, row
+from l3env.experiments.reproduce.deepseek_prefill import (
     BATCH_TOKENS,
     FEBRUARY_UTILISATION_FRAC,
     FIGURE,
@@ -24,10 +25,9 @@ from experiments.reproduce.deepseek_prefill import (
     Batch,
     compiled,
 )
-from l3env.costs.experts import beside_s
-from l3env.kernels import price
-from l3env.specs import ModelSpec
-from l3env.tables import Tables, fc_grid_tokens
+from l3env.machine.costs.experts import beside_s
+from l3env.machine.specs import ModelSpec
+from l3env.machine.tables import Tables, fc_grid_tokens
 from l3env.units import GB
 
 DAY_TOKENS_PER_S, NEW_TOKENS_PER_S = 73_700, 32_200  # of a node on average, OI: with cached tokens and without

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from experiments.gpu_profile import plain
-from experiments.reproduce.common import Row, row
 from l3env import load
-from l3env.costs.experts import DISPATCH_FRAC, beside_s
-from l3env.kernels import price
-from l3env.specs import ModelSpec
-from l3env.tables import Tables, compile_tables, fc_grid_tokens
+from l3env.engine.kernels import price
+from l3env.experiments.gpu.profile import plain
+from l3env.experiments.reproduce.common import Row, row
+from l3env.machine.costs.experts import DISPATCH_FRAC, beside_s
+from l3env.machine.specs import ModelSpec
+from l3env.machine.tables import Tables, compile_tables, fc_grid_tokens
 
 FIGURE = "deepseek-v3"
 SYSTEM = "system/h800-ep32-prefill"

@@ -11,15 +11,15 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from experiments.deepseek import deep_gemm, placement, study
-from experiments.reproduce import deepseek_day, deepseek_prefill
-from experiments.reproduce.common import Row, row
 from l3env import load
-from l3env.costs import experts, gpu
-from l3env.specs import ModelSpec, SystemSpec
-from l3env.tables import Tables, compile_tables
+from l3env.experiments.deepseek import deep_gemm, placement, study
+from l3env.experiments.reproduce import deepseek_day, deepseek_prefill
+from l3env.experiments.reproduce.common import Row, row
+from l3env.machine.costs import experts, gpu
+from l3env.machine.specs import ModelSpec, SystemSpec
+from l3env.machine.tables import Tables, compile_tables
+from l3env.policies.placement import Place, Steps
 from l3env.units import GB, TERA
-from policies.placement import Place, Steps
 
 FIGURE = "deepseek-v3"
 OI_CONTEXT_TOKENS = 4989

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.reproduce.common import MODELS, TRACES, Row, measured, row
+from l3env.experiments.reproduce.common import MODELS, TRACES, Row, measured, row
 
 WHY = {"qwen-72b": "with GQA one rank reads a request's layer: long requests hold up the run while idle power adds up"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from experiments.reproduce.common import DEFAULT, MODELS, RIVALS, TRACES, Assumptions, Row, best, measured, row
+from l3env.experiments.reproduce.common import DEFAULT, MODELS, RIVALS, TRACES, Assumptions, Row, best, measured, row
 
 PAPER = {"rank-pim": 7.21, "hbm-pim": 5.15, "hbm-pim-ext": 3.45, "gpu": 3.94, "cpu-offload": 9.2}
 NAMES = {

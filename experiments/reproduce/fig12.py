@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from experiments.reproduce.common import Row, measured, row
+from l3env.experiments.reproduce.common import Row, measured, row
 
 
 def rows() -> list[Row]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.reproduce.common import DEFAULT, Assumptions, Row, machine, row, scheduler, trace
-from l3env.runner import run_policy
+from l3env.experiments.reproduce.common import DEFAULT, Assumptions, Row, machine, row, scheduler, trace
+from l3env.runs.driver import run_policy
 from l3env.units import GIB
 
 BASE_BYTES = 512 * GIB

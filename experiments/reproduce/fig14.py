@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.reproduce.common import Row, machine, row
 from l3env import load_trace, make_policy
-from l3env.runner import run_policy
+from l3env.experiments.reproduce.common import Row, machine, row
+from l3env.runs.driver import run_policy
 
 CASES = (
     ("gpt-175b", "openr1?n=150"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from experiments.reproduce import ablation
-from experiments.reproduce.common import Row
+from l3env.experiments.reproduce import ablation
+from l3env.experiments.reproduce.common import Row
 
 
 def rows() -> list[Row]:

@@ -1,4 +1,4 @@
-"""RMaxTS against independent sampling on the synthetic prover (``traces/proofs.py``), beside arXiv 2408.08152.
+"""RMaxTS against independent sampling on the synthetic prover (``traces/prover/model.py``), beside arXiv 2408.08152.
 
 The prover's shape parameters were fitted to the paper's seven shares for single-pass sampling, and to nothing else
 (``experiments/fit_prover.py``). Two parameters that single-pass sampling does not tell were chosen among few values, by
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.reproduce.common import Row, row
-from l3env import rmaxts
+from l3env.experiments.reproduce.common import Row, row
+from l3env.search import tree as rmaxts
 from l3env.threads import THREADS
-from traces.proofs import JOBS, MOST_STEPS, ProofModel, first_success, first_success_by_tree
+from l3env.traces.prover.model import JOBS, MOST_STEPS, ProofModel, first_success, first_success_by_tree
 
 TREE_SAMPLES = 6400
 PAPER = {  # samples: single-pass, RMaxTS; miniF2F-test

@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from experiments.reproduce.common import DEFAULT, Row
 from l3env.errors import L3EnvError
+from l3env.experiments.reproduce.common import DEFAULT, Row
 
 FIGURES = ("fig11", "fig12", "fig13", "fig14", "fig15", "fig16", "energy")
 OTHER_PAPERS = ("prover", "deepseek-v3")  # not of the L3 paper, and not part of "all"
@@ -36,7 +36,7 @@ def rows_of(name: str, progress: Callable[[int, int, str], None], *, quick: bool
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"experiments.reproduce.{name.replace('-', '_')}")
+    return importlib.import_module(f"l3env.experiments.reproduce.{name.replace('-', '_')}")
 
 
 def assumed(name: str) -> str:

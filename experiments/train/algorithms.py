@@ -10,11 +10,11 @@ from sb3_contrib import MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from experiments.train.export import load_weights
-from experiments.train.grpo import GRPO
+from l3env.envs.sb3 import ServingVecEnv
 from l3env.errors import L3EnvError
-from l3env.sb3 import ServingVecEnv
-from policies.network import Network, load_network
+from l3env.experiments.train.export import load_weights
+from l3env.experiments.train.grpo import GRPO
+from l3env.policies.network import Network, load_network
 
 CLASSES: dict[str, type[Any]] = {"ppo": PPO, "maskable-ppo": MaskablePPO, "a2c": A2C, "dqn": DQN, "grpo": GRPO}
 MASKED = ("maskable-ppo", "grpo")

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from experiments.train.windows import in_window
 from l3env.errors import L3EnvError
+from l3env.experiments.train.windows import in_window
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = ("ppo", "maskable-ppo", "a2c", "dqn", "grpo")

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from l3env.envs.observe.observer import FEATURES, LEVELS, Levels
+from l3env.envs.sb3 import settings_of
 from l3env.errors import L3EnvError
-from l3env.observe import FEATURES, LEVELS, Levels
-from l3env.sb3 import settings_of
-from policies.network import Network
+from l3env.policies.network import Network
 
 ACTIVATIONS = {th.nn.Tanh: "tanh", th.nn.ReLU: "relu"}
 

@@ -10,10 +10,10 @@ from typing import Any
 import optuna
 import yaml
 
-from experiments.train.config import TrainConfig
-from experiments.train.run import evaluations, train
 from l3env.errors import L3EnvError
-from l3env.runner import write_text
+from l3env.experiments.train.config import TrainConfig
+from l3env.experiments.train.run import evaluations, train
+from l3env.files import write_text
 
 STEPS_FRAC = 0.1  # of the run's steps, in each trial
 SPACE: dict[str, Callable[[optuna.Trial], Any]] = {

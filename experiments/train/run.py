@@ -20,13 +20,13 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from experiments.train import algorithms
-from experiments.train.config import TrainConfig
-from experiments.train.export import export
+from l3env.envs.observe.observer import levels_of
+from l3env.envs.sb3 import ServingVecEnv, make_vec_env
 from l3env.errors import L3EnvError
-from l3env.observe import levels_of
-from l3env.runner import write_text
-from l3env.sb3 import ServingVecEnv, make_vec_env
+from l3env.experiments.train import algorithms
+from l3env.experiments.train.config import TrainConfig
+from l3env.experiments.train.export import export
+from l3env.files import write_text
 
 EVAL_SEED = 1_000_000  # of the validation episodes: common random numbers between evaluations and runs
 Progress = Callable[[int, int, str], None]

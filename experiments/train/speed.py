@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from experiments.train import algorithms
-from experiments.train.config import hyperparams
-from l3env.sb3 import make_vec_env
+from l3env.envs.sb3 import make_vec_env
+from l3env.experiments.train import algorithms
+from l3env.experiments.train.config import hyperparams
 
 STEPS_A_ROLLOUT = 64
 

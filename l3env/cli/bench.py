@@ -17,7 +17,7 @@ def bench(
 ) -> None:
     """Speed on this machine, measured: medians, extremes beside them."""
     announce_compilation()
-    from experiments import bench as measure
+    from l3env.experiments import bench as measure
 
     figures = measure.run(
         lambda text: err.print(f"measuring: {text}", highlight=False), quick=quick, training_speed=_training_speed()
@@ -40,7 +40,7 @@ def bench(
 def _training_speed() -> Callable[[str, int], tuple[float, float]] | None:
     """How training is measured; None, and a note, where its extra is not installed."""
     try:
-        from experiments.train.speed import training_speed
+        from l3env.experiments.train.speed import training_speed
     except ModuleNotFoundError as error:
         err.print(f"training is not measured: {error.name} is not installed (pip install 'l3env[train]')")
         return None

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, app, err, finite, names, plain_table, print_json, progress_bar
+from l3env.cli.shared import (
+    Json,
+    announce_compilation,
+    app,
+    err,
+    finite,
+    names,
+    plain_table,
+    print_json,
+    progress_bar,
+)
 from l3env.cli.study import Workers, plain_rows, start_backend
 from l3env.errors import L3EnvError
 
@@ -38,7 +48,7 @@ def capacity(
     if seeds < 1:
         raise L3EnvError(f"--seeds {seeds}; expected at least 1")
     announce_compilation(compile_now=True)
-    from l3env.engine import Slo
+    from l3env.engine.engine import Slo
     from l3env.study.capacity import CapacityJob, capacities
 
     slo = Slo(ttft_scale, tbt_scale, ttft_s, tbt_s)
@@ -117,7 +127,7 @@ def _results(folder: Path) -> Any:
 
 def _cost_function(prices: Path, systems: list[str]) -> Any:
     """Row -> cost figures; all prices are looked up before anything runs."""
-    from l3env.runner import named_spec
+    from l3env.machine.pair import named_spec
     from l3env.study.cost import Prices, cost_figures
 
     known = Prices.from_toml(prices)

@@ -49,8 +49,8 @@ def compare(
 ) -> None:
     """Compares scheduling policies on the same workloads."""
     announce_compilation()
-    from l3env.engine import Slo
-    from l3env.runner import CompareConfig
+    from l3env.engine.engine import Slo
+    from l3env.runs.compare import CompareConfig
 
     if config is not None:
         wanted = CompareConfig.from_json(_read_config(config))
@@ -85,7 +85,7 @@ def run_and_report(config: Any, out: Path | None, as_json: bool) -> None:
     """Runs a comparison with a progress bar; prints the table or JSON; writes the folder."""
     from l3env import report
     from l3env.report import html
-    from l3env.runner import run_comparison
+    from l3env.runs.compare import run_comparison
 
     with progress_bar("comparing") as progress:
         comparison = run_comparison(config, out=out, progress=progress)
@@ -110,7 +110,7 @@ def demo(
 ) -> None:
     """The main job in a minute: six policies on an embedded trace profile, three loads, GPT-175B on GPUs + DIMM-PIM."""
     announce_compilation()
-    from l3env.runner import CompareConfig
+    from l3env.runs.compare import CompareConfig
 
     err.print(
         "Workload: profile:azure-conv-2023, 1,500 requests drawn from fitted statistics of the Azure conversation "

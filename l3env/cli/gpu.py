@@ -28,7 +28,7 @@ def calibrate(
 ) -> None:
     """Measures one shard of a layer on the GPU at hand and writes a GPU preset; resumes. Needs a CUDA torch."""
     try:
-        from experiments import calibrate as calibration
+        from l3env.experiments.gpu import calibrate as calibration
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
@@ -49,8 +49,9 @@ def validate_gpu(
     as_json: Json = False,
 ) -> None:
     """Measured GPU times against predicted ones: errors by operation, a scatter plot."""
-    from experiments import gpu_profile, gpu_raw
-    from l3env import specs
+    from l3env.experiments.gpu import profile as gpu_profile
+    from l3env.experiments.gpu import raw as gpu_raw
+    from l3env.machine import specs
 
     ref = gpu if gpu.startswith(("gpu/", "gpu:")) else f"gpu:{gpu}" if gpu.endswith(".toml") else f"gpu/{gpu}"
     device = specs.load(ref)
@@ -65,7 +66,7 @@ def validate_gpu(
     if plot is None and not as_json:
         plot = Path("runs") / f"validate-gpu-{device.name}.png"
     if plot is not None:
-        from experiments.gpu_plot import scatter
+        from l3env.experiments.gpu.plot import scatter
 
         scatter(device, points, plot)
         err.print(f"drawn: {plot}", highlight=False)

@@ -45,12 +45,14 @@ def tune(
 ) -> None:
     """Searches the best fixed knobs: of one cell, or one setting for many systems, models, traces and loads."""
     announce_compilation()
-    from experiments.train.windows import in_window
-    from l3env.runner import compile_pair, load_at_capacity, write_text
-    from l3env.trace_registry import load_trace
-    from l3env.tune import Cell
-    from l3env.tune import tune as search
-    from policies.best_constant import knobs_to_json
+    from l3env.experiments.train.windows import in_window
+    from l3env.files import write_text
+    from l3env.machine.pair import compile_pair
+    from l3env.policies.best_constant import knobs_to_json
+    from l3env.requests.registry import load_trace
+    from l3env.runs.capacity import load_at_capacity
+    from l3env.search.tune import Cell
+    from l3env.search.tune import tune as search
 
     names: list[dict[str, Any]] = []
     cells = []
@@ -156,7 +158,7 @@ def train(
     if as_json:
         print_json({"out": str(out), "best": str(best), "evaluations": rows})
         return
-    from experiments.learning.pictures import learning_curve
+    from l3env.experiments.learning.pictures import learning_curve
 
     learning_curve([out], out / "learning_curve.png")
     top = max(rows, key=lambda row: row["goodput_frac"])
@@ -170,20 +172,20 @@ def train(
 
 
 def _training(command: str) -> Any:
-    """The package ``experiments.train`` with its modules. Raises L3EnvError where the extra is not installed."""
+    """The package ``l3env.experiments.train`` with its modules. Raises L3EnvError where the extra is not installed."""
     try:
-        import experiments.train.config
-        import experiments.train.run
+        from l3env.experiments import train
+        from l3env.experiments.train import config, run  # noqa: F401
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("experiments", "l3env", "policies"):
+        if (error.name or "").partition(".")[0] == "l3env":
             raise
         raise L3EnvError(f"{command} needs {error.name}: pip install 'l3env[train]'") from None
-    return experiments.train
+    return train
 
 
 def _optimised(wanted: Any, out: Path, trials: int) -> Any:
     try:
-        from experiments.train.optimise import optimise
+        from l3env.experiments.train.optimise import optimise
     except ModuleNotFoundError as error:
         if error.name != "optuna":
             raise
@@ -211,10 +213,10 @@ def evaluate(
 ) -> None:
     """A trained policy against heuristics and tuned constants on windows it has not seen, with confidence intervals."""
     announce_compilation()
-    from experiments.learning import evaluate as evaluation
-    from experiments.learning.cells import Cell
-    from experiments.learning.grid import table
-    from policies.network import load_network
+    from l3env.experiments.learning import evaluate as evaluation
+    from l3env.experiments.learning.cells import Cell
+    from l3env.experiments.learning.grid import table
+    from l3env.policies.network import load_network
 
     networks = evaluation.networks_of(run)
     trained = load_network(Path(networks[0])).config.get("training", {})
@@ -243,7 +245,7 @@ def evaluate(
             progress=progress,
         )
     if out is not None:
-        from experiments.learning import pictures
+        from l3env.experiments.learning import pictures
 
         pictures.policy_picture(cells[0], networks[0], out / "policy.png")
         err.print(f"written: {out}/rows.jsonl, policy.png", highlight=False)

@@ -10,7 +10,7 @@ from l3env.cli.shared import Json, app, err, plain_table, print_json
 @app.command()
 def systems(as_json: Json = False) -> None:
     """Systems there are: GPUs and places for KV."""
-    from l3env import specs
+    from l3env.machine import specs
 
     loaded = [specs.load(f"system/{name}") for name in specs.names("system")]
     if as_json:
@@ -37,7 +37,7 @@ def systems(as_json: Json = False) -> None:
 @app.command()
 def models(as_json: Json = False) -> None:
     """Models there are: sizes and KV bytes."""
-    from l3env import specs
+    from l3env.machine import specs
 
     loaded = [specs.load(f"model/{name}") for name in specs.names("model")]
     if as_json:
@@ -65,7 +65,7 @@ def policies(as_json: Json = False) -> None:
     """Policies known by name."""
     import inspect
 
-    from l3env.policy import make_policy, policy_factories
+    from l3env.policy.registry import make_policy, policy_factories
 
     rows = []
     for name, factory in sorted(policy_factories().items()):

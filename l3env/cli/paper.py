@@ -22,7 +22,7 @@ def reproduce(
 ) -> None:
     """The L3 paper's results, side by side with this model's; or DeepSeek-Prover's, with the synthetic prover's."""
     announce_compilation()
-    from experiments.reproduce import run
+    from l3env.experiments.reproduce import run
 
     with progress_bar("reproducing") as progress:
         rows = run.rows_of(figure, progress, quick=quick)
@@ -49,9 +49,9 @@ def roofline(
     as_json: Json = False,
 ) -> None:
     """The disaggregated roofline: throughput over capacity and bandwidth, the A100 systems marked."""
-    from experiments import roofline as drawing
-    from l3env.runner import compile_pair
-    from l3env.trace_registry import load_trace
+    from l3env.experiments import roofline as drawing
+    from l3env.machine.pair import compile_pair
+    from l3env.requests.registry import load_trace
 
     tables = compile_pair(system, model)
     context = drawing.mean_context_tokens(load_trace(trace))

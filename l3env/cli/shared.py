@@ -50,7 +50,7 @@ def announce_compilation(*, compile_now: bool = False) -> None:
         return
     err.print("compiling the simulator for this machine: first use only, about half a minute ...")
     if compile_now:
-        from l3env.runner import warm_up
+        from l3env.runs.driver import warm_up
 
         warm_up()
 

@@ -26,8 +26,8 @@ def sweep(
 ) -> None:
     """Runs policies x systems x models x traces x loads x seeds; resumes; failed cells do not stop the others."""
     announce_compilation(compile_now=True)
+    from l3env.files import write_text
     from l3env.report.html import of_study, write_html
-    from l3env.runner import write_text
     from l3env.study import StudyConfig, run_study
     from l3env.study.store import read_config
 

@@ -26,10 +26,12 @@ def timeline(
 ) -> None:
     """One run as a Chrome / Perfetto trace: devices, sub-batches, bubbles, requests. Opens in ui.perfetto.dev."""
     announce_compilation()
-    from l3env import timeline as drawing
-    from l3env.policy import make_policy
-    from l3env.runner import compile_pair, load_at_capacity, training_window
-    from l3env.trace_registry import load_trace
+    from l3env.machine.pair import compile_pair
+    from l3env.policy.registry import make_policy
+    from l3env.requests.registry import load_trace
+    from l3env.runs import timeline as drawing
+    from l3env.runs.capacity import load_at_capacity
+    from l3env.runs.driver import training_window
 
     tables, whole = compile_pair(system, model), load_trace(trace)
     if not 0 <= replica < tables.replicas_count:

@@ -16,7 +16,7 @@ app.add_typer(traces_app, name="traces")
 @traces_app.command("list")
 def traces_list(as_json: Json = False) -> None:
     """Traces by name: real ones, synthetic ones, embedded profiles."""
-    from traces.catalog import listing
+    from l3env.traces.catalog import listing
 
     rows = listing()
     if as_json:
@@ -33,8 +33,8 @@ def traces_list(as_json: Json = False) -> None:
 @traces_app.command("stats")
 def traces_stats(trace: str, seed: int = 0, as_json: Json = False) -> None:
     """Statistics of a trace: rates, burstiness, lengths, shared prefixes."""
-    from l3env.trace_registry import load_trace
-    from traces.stats import describe
+    from l3env.requests.registry import load_trace
+    from l3env.traces.stats import describe
 
     workload = load_trace(trace, seed=seed)
     figures = describe(workload)
@@ -56,8 +56,8 @@ def _json_safe(value: Any) -> Any:
 @traces_app.command("convert")
 def traces_convert(trace: str, target: Path, seed: int = 0) -> None:
     """Writes any trace in the canonical form: TARGET ends in .parquet or .csv."""
-    from l3env.trace_registry import load_trace
-    from traces.canonical import save
+    from l3env.requests.registry import load_trace
+    from l3env.traces.canonical import save
 
     workload = load_trace(trace, seed=seed)
     path = save(workload, target)
@@ -67,7 +67,7 @@ def traces_convert(trace: str, target: Path, seed: int = 0) -> None:
 @traces_app.command("fetch")
 def traces_fetch(name: str) -> None:
     """Downloads a real trace from its publisher into the user's cache and checks it."""
-    from traces.fetch import fetch
+    from l3env.traces.fetch import fetch
 
     with progress_bar(f"fetching {name}") as progress:
         path = fetch(name, lambda done, total: progress(done, total or 0, ""))

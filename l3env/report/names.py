@@ -10,7 +10,7 @@ from pathlib import PurePath
 import numpy as np
 import pandas as pd
 
-from l3env.runner import Cell, Comparison
+from l3env.runs.compare import Cell, Comparison
 
 LATENCIES = ("ttft", "tbt", "tpot", "e2e")
 CONTRACT_COLUMNS: tuple[str, ...] = (

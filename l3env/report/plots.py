@@ -13,18 +13,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from l3env.report.bootstrap import GOODPUT
-from l3env.report.names import (
-    cell_frames,
-    has_pim,
-    heading,
-    load_label,
-    loads_of,
-    mean_of,
-    number,
-    utilization_of,
-)
+from l3env.report.names import cell_frames, has_pim, heading, load_label, loads_of, mean_of, number, utilization_of
 from l3env.report.style import legend_below, looks, say, time_text
-from l3env.runner import Comparison
+from l3env.runs.compare import Comparison
 
 PANELS_MAX = 3  # loads side by side
 LINE_POINTS = 2000

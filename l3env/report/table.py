@@ -25,7 +25,7 @@ from l3env.report.names import (
     policy_labels,
     unique,
 )
-from l3env.runner import Comparison
+from l3env.runs.compare import Comparison
 from l3env.units import MS
 
 BEST_STYLE = "bold green"

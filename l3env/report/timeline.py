@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from l3env.report.names import cell_key, has_pim, heading, loads_of
 from l3env.report.style import legend_below, looks, say
-from l3env.runner import Comparison
+from l3env.runs.compare import Comparison
 
 BINS_COUNT = 240
 TIME_UNITS = ((3600.0, "hours"), (60.0, "minutes"), (1.0, "s"))

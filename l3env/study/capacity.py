@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from l3env.engine import Slo
+from l3env.engine.engine import Slo
 from l3env.errors import L3EnvError
-from l3env.policy import make_policy
-from l3env.runner import run_policy, training_window
+from l3env.machine.tables import DEFAULT_BLOCK_TOKENS
+from l3env.policy.registry import make_policy
+from l3env.requests.registry import load_trace
+from l3env.runs.driver import run_policy, training_window
 from l3env.study.sweep import compiled, full_load, loaded, spread
-from l3env.tables import DEFAULT_BLOCK_TOKENS
-from l3env.trace_registry import load_trace
 
 CONFIDENCE = 0.95
 DOUBLINGS_MAX = 10

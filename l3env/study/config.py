@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from l3env.engine import Slo
+from l3env.engine.engine import Slo
 from l3env.errors import L3EnvError
-from l3env.policy import make_policy
-from l3env.runner import named_spec
-from l3env.tables import DEFAULT_BLOCK_TOKENS
-from l3env.trace_registry import load_trace
+from l3env.machine.pair import named_spec
+from l3env.machine.tables import DEFAULT_BLOCK_TOKENS
+from l3env.policy.registry import make_policy
+from l3env.requests.registry import load_trace
 
 KEY_CHARS = 40  # of each part of a cell's file name
 TEXT_LISTS = ("policies", "systems", "models", "traces")

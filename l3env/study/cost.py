@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from l3env.errors import L3EnvError
-from l3env.specs import SystemSpec
+from l3env.machine.specs import SystemSpec
 from l3env.units import GB
 
 HOUR_S = 3600.0

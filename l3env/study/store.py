@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from l3env.errors import L3EnvError
-from l3env.runner import write_frame, write_text
+from l3env.files import write_frame, write_text
 from l3env.study.config import StudyCell, StudyConfig
 
 FRAMES = ("requests", "timelines")

@@ -22,15 +22,17 @@ from typing import Any, TypeVar
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-from l3env.engine import Slo
+from l3env.engine.engine import Slo
 from l3env.errors import L3EnvError
-from l3env.policy import make_policy
-from l3env.runner import compile_pair, load_at_capacity, run_policy, training_window
+from l3env.machine.pair import compile_pair
+from l3env.machine.tables import Tables
+from l3env.policy.registry import make_policy
+from l3env.requests.registry import load_trace
+from l3env.requests.workload import Workload
+from l3env.runs.capacity import load_at_capacity
+from l3env.runs.driver import run_policy, training_window
 from l3env.study.config import StudyCell, StudyConfig
 from l3env.study.store import CellResult, StudyStore
-from l3env.tables import Tables
-from l3env.trace_registry import load_trace
-from l3env.workload import Workload
 
 WATCH_S = 1.0  # between looks at whether the parent is alive
 CellJob = tuple[StudyCell, Slo, int | None, int]  # the cell, SLO, tensor-parallel degree, block size

@@ -1,0 +1,1 @@
+"""GPU presets: measured, fitted, checked."""

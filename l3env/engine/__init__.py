@@ -1,0 +1,1 @@
+"""The engine: requests and numbers to time."""

@@ -1,0 +1,195 @@
+"""What an iteration costs. The only place where time is computed; everything comes from the tables."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from l3env.jit import inner, rare
+from l3env.machine.tables import COMM, DENSE_TOKENS, DRAFT, EXPERTS, FC, HEAD, STRIDE_TOKENS, TABLE_TOKENS
+
+
+@inner
+def lookup_s(row, slope_s, tokens):
+    """Tabulated time for a token count: exact up to DENSE_TOKENS, then interpolated, then the last slope."""
+    if tokens <= DENSE_TOKENS:
+        return row[tokens]
+    if tokens >= TABLE_TOKENS:
+        return row[row.shape[0] - 1] + (tokens - TABLE_TOKENS) * slope_s
+    steps = (tokens - DENSE_TOKENS) // STRIDE_TOKENS
+    rest = (tokens - DENSE_TOKENS) - steps * STRIDE_TOKENS
+    low = row[DENSE_TOKENS + steps]
+    return low + (row[DENSE_TOKENS + steps + 1] - low) * (rest / STRIDE_TOKENS)
+
+
+@inner
+def causal_pairs(chunk, history):
+    """(query, key) pairs of a prefill chunk on a history: c f + c (c + 1) / 2."""
+    return chunk * float(history) + chunk * (chunk + 1.0) / 2
+
+
+@inner
+def prefill_work_s(t, table, chunk, history):
+    """Attention of one prefilling request's chunk: the larger of computing and reading; launches are apart.
+
+    A history costs what its kernel takes: ratios of their own for pairs with the history and within the chunk, and a
+    whole tile's pairs for a chunk of less than a tile. A latent's keys and values are projected from it first.
+    """
+    coef = t.coef[table]
+    within = coef["prefill_chunk_ratio"] if history > 0 else 1.0
+    rows = max(float(chunk), coef["prefill_tile_tokens"]) if chunk > 0 else 0.0
+    pairs = rows * float(history) * coef["prefill_history_ratio"]
+    pairs += within * (chunk * (chunk + 1.0) / 2)
+    compute_s = coef["prefill_pair_s"] * pairs + within * coef["prefill_new_s"] * chunk
+    memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
+    plain_s = coef["prefill_history_token_s"] * float(history) if chunk > 0 else 0.0
+    return max(compute_s, memory_s) + plain_s
+
+
+@inner
+def prefill_launch_s(t, table, chunks_count, histories_count):
+    """Launches of the prefill attention of a batch: one kernel takes all chunks (variable lengths); where some have a
+    history, another joins the split keys."""
+    launch_s = t.coef[table]["prefill_fixed_s"] if chunks_count > 0 else 0.0
+    return launch_s + (t.coef[table]["prefill_history_fixed_s"] if histories_count > 0 else 0.0)
+
+
+@inner
+def prefill_attention_s(t, table, chunk, history):
+    """t_p of one request alone."""
+    return prefill_work_s(t, table, chunk, history) + prefill_launch_s(t, table, 1, history)
+
+
+@inner
+def fc_batch_s(t, table, tokens):
+    """t_batch: the fully connected layers for a batch of tokens."""
+    return lookup_s(t.rows_s[table, FC], t.coef[table]["fc_slope_s"], tokens)
+
+
+@inner
+def head_batch_s(t, table, rows):
+    """Language-model head for the tokens that are emitted."""
+    return lookup_s(t.rows_s[table, HEAD], t.coef[table]["head_slope_s"], rows)
+
+
+@rare
+def rare_lookup_s(row, slope_s, tokens):
+    """``lookup_s`` where most models do not come."""
+    return lookup_s(row, slope_s, tokens)
+
+
+@rare
+def sent_beside_s(t, table, work_s, tokens):
+    """``costs.experts.beside_s`` of a batch's all-to-all."""
+    coef = t.coef[table]
+    comm_s = lookup_s(t.rows_s[table, COMM], coef["comm_slope_s"], tokens)
+    share = coef["comm_sm_frac"]
+    if coef["dispatch_frac"] == 0:
+        return max(work_s + share * comm_s, comm_s)
+    experts_s = lookup_s(t.rows_s[table, EXPERTS], coef["experts_slope_s"], tokens)
+    other_s, dispatch_s = work_s - experts_s, coef["dispatch_frac"] * comm_s
+    combine_s = comm_s - dispatch_s
+    total_s = max(experts_s + share * dispatch_s, dispatch_s) + max(experts_s + share * combine_s, combine_s)
+    total_s += max(other_s + share * dispatch_s, dispatch_s) + max(other_s + share * combine_s, combine_s)
+    return total_s / 2
+
+
+@inner
+def gpu_batch_s(t, table, work_s, tokens):
+    """GPU time of a batch: its work, beside the all-to-all where computing hides one."""
+    if t.coef[table]["sends"] == 0:
+        return work_s
+    return sent_beside_s(t, table, work_s, np.int64(tokens))
+
+
+@inner
+def draft_batch_s(t, table, requests):
+    """Guessing a token for so many requests."""
+    if requests == 0:
+        return 0.0
+    return rare_lookup_s(t.rows_s[table, DRAFT], t.coef[table]["draft_slope_s"], np.int64(requests))
+
+
+@inner
+def back_batch_s(t, table, tokens, rows, guessed):
+    """What follows attention: FC, head, and the guesses of the next step."""
+    return fc_batch_s(t, table, tokens) + head_batch_s(t, table, rows) + draft_batch_s(t, table, guessed)
+
+
+@inner
+def hbm_attention_s(t, table, kv_tokens, requests, queries=1):
+    """Decode attention of HBM residents, on the GPU, with one or two query tokens a request.
+
+    Past one wave of (request, KV head) blocks over the multiprocessors, a started wave takes at least a share of a full
+    one; before, the kernel splits requests so that all multiprocessors work.
+    """
+    coef = t.coef[table]
+    read_s = (coef["hbm_token_s"] if queries == 1 else coef["hbm_verify_s"]) * kv_tokens
+    if coef["hbm_tail_frac"] > 0:
+        waves = coef["hbm_waves_per_request"] * requests
+        rest = waves - np.floor(waves)
+        if waves > 1 and rest > 0:
+            read_s *= (waves - rest + max(rest, coef["hbm_tail_frac"])) / waves
+    fixed_s = coef["hbm_fixed_s"] if requests > 0 else 0.0
+    return read_s + coef["hbm_request_s"] * requests * queries + fixed_s
+
+
+@inner
+def lane_attention_s(t, table, kv_tokens, requests, queries=1):
+    """Decode attention of one PIM lane; the slowest lane of a sub-batch decides."""
+    token_s = t.coef[table]["pim_token_s"] if queries == 1 else t.coef[table]["pim_verify_s"]
+    return token_s * kv_tokens + t.coef[table]["pim_request_s"] * requests * queries
+
+
+@inner
+def spread_attention_s(t, table, kv_tokens, queries):
+    """Decode attention on decompressed KV, spread over all PIM lanes: every one is busy for it."""
+    return (t.coef[table]["spread_token_s"] if queries == 1 else t.coef[table]["spread_verify_s"]) * kv_tokens
+
+
+@inner
+def pim_side_s(t, table, slowest_s, requests, kv_pushed):
+    """T_PIM = t_d + t_comm: the slowest lane's decode attention (``slowest_s``) and the transfers.
+
+    Transfers: Q, K, V and outputs of ``requests`` decoding ones, KV of ``kv_pushed`` prefilled tokens. A rank is
+    blocked for the exposed share of them; the buses are busy for all of it (arXiv 2504.17584, sections 4 and 6).
+
+    Returns (T_PIM, t_d, t_comm).
+    """
+    coef = t.coef[table]
+    attention_s = slowest_s
+    if requests > 0:
+        attention_s += coef["pim_batch_s"]
+    moving_s = coef["transfer_request_s"] * requests + coef["transfer_token_s"] * kv_pushed
+    side_s = max(attention_s + coef["transfer_exposed_frac"] * moving_s, moving_s)
+    if requests > 0:
+        side_s += coef["transfer_latency_s"]
+    return side_s, attention_s, moving_s
+
+
+@inner
+def one_batch_s(t, table, front_s, slowest_s, requests, kv_pushed, tokens, rows, guessed=0):
+    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head; all of it beside
+    the all-to-all.
+
+    Returns (T, GPU busy computing or sending, PIM busy, t_d, t_comm).
+    """
+    pim_s, attention_s, moving_s = pim_side_s(t, table, slowest_s, requests, kv_pushed)
+    back_s = back_batch_s(t, table, tokens, rows, guessed)
+    total_s = gpu_batch_s(t, table, max(front_s, pim_s) + back_s, tokens)
+    return total_s, gpu_batch_s(t, table, front_s + back_s, tokens), pim_s, attention_s, moving_s
+
+
+@inner
+def ttft_alone_s(t, table, prompt_tokens):
+    """TTFT of a prompt on the empty system: one whole prefill."""
+    pushed = prompt_tokens if t.coef[table]["has_pim"] else 0
+    front_s = prefill_attention_s(t, table, prompt_tokens, 0)
+    return one_batch_s(t, table, front_s, 0.0, 0.0, pushed, prompt_tokens, 1)[0]
+
+
+@inner
+def tbt_alone_s(t, table, kv_tokens):
+    """Time of one decode step of one request at a context length, on the empty system."""
+    if t.coef[table]["has_pim"]:
+        return one_batch_s(t, table, 0.0, lane_attention_s(t, table, float(kv_tokens), 1.0), 1.0, 0, 1, 1)[0]
+    return one_batch_s(t, table, hbm_attention_s(t, table, float(kv_tokens), 1.0), 0.0, 0.0, 0, 1, 1)[0]

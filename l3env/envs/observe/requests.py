@@ -1,0 +1,183 @@
+"""What an agent of ``l3env/ServingRequests-v0`` sees and does: rows of single requests, and a score for each.
+
+Visible are the first K waiting requests, in order of arrival or of deadline (``SHOWN_FIRST``), and K running ones, the
+newest first (those who filled a gap in the engine's list may come earlier). The action is a score from -1 to 1 for each
+row. Waiting requests are admitted from the highest score down, and held back below 0 while anything runs; where memory
+runs over, the running request with the lowest score is preempted. A score stays until it is given anew; a request never
+scored has 0. Ties go to the earlier request. The other settings are fixed knobs, or follow the scores in the action:
+one entry a knob, from -1 (its first level) to 1 (its last).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from l3env.choices import Order, Victim
+from l3env.engine.engine import Engine
+from l3env.engine.kernels import plan, run
+from l3env.engine.kernels.run import Until
+from l3env.envs.observe.features import write_features
+from l3env.envs.observe.listed import ROW_FEATURES, set_beside, set_scores, write_requests
+from l3env.envs.observe.observer import FEATURES_COUNT, Levels, Observer, levels_of, observation_space
+from l3env.envs.observe.step import ACTION
+from l3env.errors import PlanError
+from l3env.policy.knobs import Knobs
+
+DEFAULT_VISIBLE = 16
+
+SHOWN_FIRST = {"arrival": Order.FCFS, "deadline": Order.EARLIEST_DEADLINE_HOPELESS_LAST}
+"""Which waiting requests an agent sees where more wait than K. By deadline, those who cannot meet theirs come last."""
+
+REQUEST_FEATURES: tuple[tuple[str, str], ...] = (
+    ("present", "1; rows without a request are all zeros"),
+    ("running", "1 for running requests, 0 for waiting ones"),
+    ("prefilling", "1 while its prompt is processed"),
+    ("in_hbm", "1 where its KV is in HBM"),
+    ("age", "time since its arrival over its TTFT SLO, scale 1"),
+    ("slack", "0.5 + 0.5 x / (|x| + 1); before its first token x is the time left to start over its TTFT SLO, then the "
+     "tokens it is ahead of the mean TBT of its SLO, over 16"),
+    ("late", "1 where its first token missed its deadline, or must miss it"),
+    ("prefill_work", "time of what is left of its prompt at the pace, over the nominal TTFT SLO, scale 1"),
+    ("kv_tokens", "KV it holds, or needs to start, scale 2,048"),
+    ("kv_over_free", "the same over free KV tokens, scale 1"),
+    ("emitted", "tokens it has emitted, scale 256"),
+    ("predicted_left", "its predicted output left, scale 256; 0 without a predictor"),
+    ("preemptions", "times it was preempted, scale 2"),
+)  # fmt: skip
+assert len(REQUEST_FEATURES) == ROW_FEATURES
+
+
+ActionKnobs = Sequence[str] | Mapping[str, Sequence[Any]] | None
+
+
+def request_spaces(visible: int, knobs_count: int = 0) -> tuple[gymnasium.spaces.Dict, gymnasium.spaces.Box]:
+    """(observation: global state and request rows, action: a score a row, then the knobs)."""
+    rows = gymnasium.spaces.Box(0.0, 1.0, (2 * visible, ROW_FEATURES), np.float32)
+    seen = gymnasium.spaces.Dict({"state": observation_space(), "requests": rows})
+    return seen, gymnasium.spaces.Box(-1.0, 1.0, (2 * visible + knobs_count,), np.float32)
+
+
+def fixed_knobs(settings: Mapping[str, Any] | None) -> Knobs:
+    """The knobs beside the scores. Raises PlanError for one that does not exist or that scores stand for."""
+    given = dict(settings or {})
+    for name in given:
+        if name in ("order", "victim") or name not in Knobs.__dataclass_fields__:
+            known = ", ".join(field for field in Knobs.__dataclass_fields__ if field not in ("order", "victim"))
+            raise PlanError(f"knobs: {name!r} cannot be set beside scores; expected {known}")
+    return Knobs(**given, order=Order.BY_SCORE, victim=Victim.LOWEST_SCORE)
+
+
+def order_shown(show: str) -> Order:
+    """By its name in SHOWN_FIRST. Raises PlanError for another."""
+    if show not in SHOWN_FIRST:
+        raise PlanError(f"show = {show!r}; expected one of {', '.join(SHOWN_FIRST)}")
+    return SHOWN_FIRST[show]
+
+
+def levels_beside(action_knobs: ActionKnobs) -> Levels:
+    """Levels of the knobs that an action sets behind its scores; by name, or the levels themselves.
+
+    Raises PlanError or L3EnvError for a knob that there is not, that scores stand for, or that has no such level.
+    """
+    if action_knobs is None:
+        return {}
+    given = action_knobs if isinstance(action_knobs, Mapping) else levels_of(action_knobs)
+    for name, values in given.items():
+        if name not in ACTION or name == "order" or not len(values):
+            known = ", ".join(each for each in ACTION if each != "order")
+            raise PlanError(
+                f"action_knobs: {name!r} = {values!r}; expected levels of {known}: scores stand for the order"
+            )
+        for value in values:
+            Knobs(**{name: value})
+    return {name: tuple(values) for name, values in given.items()}
+
+
+class RequestObserver(Observer):
+    """As ``Observer``, with rows of requests behind the features and scores (then ``levels``) for actions."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        has_predictor: bool,
+        visible: int,
+        knobs: Knobs,
+        levels: Levels | None = None,
+        show: Order = Order.FCFS,
+    ) -> None:
+        super().__init__(engine, has_predictor=has_predictor)
+        self._show = int(show)
+        beside = levels or {}
+        self._beside = np.array([ACTION.index(name) for name in beside], np.int64)
+        self._counts = np.array([len(values) for values in beside.values()], np.int64)
+        self._beside_values = np.zeros((len(beside), max(map(len, beside.values()), default=0)))
+        for row, values in zip(self._beside_values, beside.values(), strict=True):
+            row[: len(values)] = [float(value) for value in values]
+        self.seen = np.full((engine.num_envs, 2 * visible), -1, np.int64)
+        self._frontier = np.zeros((engine.num_envs, visible + 2), np.int64)
+        knobs.write(engine.knobs, slice(None))
+
+    @property
+    def _width(self) -> int:
+        return FEATURES_COUNT + self.seen.shape[1] * ROW_FEATURES
+
+    def look(self, first: int = 0, last: int | None = None) -> NDArray[np.float32]:
+        """(last - first, features and rows one after the other) fresh; notes which requests are shown."""
+        end = self.engine.num_envs if last is None else last
+        state, rows = self._room()
+        self._write(first, end, state, rows)
+        return self._joined(state, rows)[first:end]
+
+    def _room(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        count = self.engine.num_envs
+        state = np.empty((count, FEATURES_COUNT), np.float32)
+        return state, np.empty((count, self.seen.shape[1], ROW_FEATURES), np.float32)
+
+    def _joined(self, state: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.concatenate([state, rows.reshape(len(rows), -1)], axis=1)
+
+    def _write(self, first: int, last: int, state: NDArray[np.float32], rows: NDArray[np.float32]) -> None:
+        tables, arrays = self.engine.tables, self.engine.state
+        write_features(tables, arrays, self.marks, self.machine, first, last, state)
+        write_requests(tables, arrays, self.marks, self._show, first, last, self.seen, self._frontier, rows)
+
+    def masks(self) -> NDArray[np.bool_]:
+        """(E, 2 K + knobs) fresh: which rows hold a request; knobs can always be set."""
+        return np.concatenate([self.seen >= 0, np.ones((len(self.seen), self._beside.size), np.bool_)], axis=1)
+
+    def check(self, actions: NDArray[Any]) -> NDArray[Any]:
+        """(E, 2 K + knobs) scores. Raises PlanError for another shape, or what is not a number from -1 to 1."""
+        scores = np.asarray(actions, dtype=np.float64)
+        expected = (len(self.seen), self.seen.shape[1] + self._beside.size)
+        if scores.shape != expected or not (np.abs(scores) <= 1).all():
+            raise PlanError(f"scores of shape {scores.shape}; expected shape {expected}, numbers from -1 to 1")
+        return np.ascontiguousarray(scores)
+
+    def step(
+        self, actions: NDArray[Any], until: Until, limits: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Scores the visible requests and runs every environment to its own limit, on all cores."""
+        engine = self.engine
+        state, rows = self._room()
+
+        def share(first: int, last: int) -> None:
+            set_scores(engine.state, first, last, self.seen, actions)
+            if self._beside.size:
+                set_beside(engine.knobs, first, last, self._beside, self._beside_values, self._counts, actions)
+            run.run(engine.tables, engine.state, engine.knobs, first, last, int(until), limits)
+            plan.await_work(engine.tables, engine.state, first, last)
+            self._write(first, last, state, rows)
+
+        self._share_out(share, engine.num_envs)
+        return self._joined(state, rows), self.masks()
+
+    def shown(self, flat: NDArray[np.float32]) -> Any:
+        """Features and rows apart, as the observation space has them; any leading axes."""
+        rows = flat[..., FEATURES_COUNT:].reshape(*flat.shape[:-1], self.seen.shape[1], ROW_FEATURES)
+        return {"state": np.ascontiguousarray(flat[..., :FEATURES_COUNT]), "requests": np.ascontiguousarray(rows)}

@@ -1,0 +1,158 @@
+"""``l3env/Serving-v0``: one replica of a serving system as a Gymnasium environment.
+
+A step sets the knobs (``observe.LEVELS``) and runs the engine to the next decision point, so it may cover many
+iterations; ``info["elapsed_s"]`` says how much time went by (a semi-Markov decision process). An episode serves
+consecutive requests of the trace and terminates when all have finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from l3env.engine.engine import Engine
+from l3env.engine.kernels.run import Stop
+from l3env.engine.segments import eviction_rule
+from l3env.envs.episodes import Episodes
+from l3env.envs.observe.observer import FEATURES, Observer, action_space, levels_of, observation_space
+from l3env.envs.render import Renderer
+from l3env.errors import L3EnvError, PlanError
+from l3env.runs.metrics import collect
+
+
+class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
+    """Scheduling of one replica.
+
+    Observation: Box(0, 1, (FEATURES_COUNT,)), see ``observe.FEATURES``. Action: MultiDiscrete, see ``observe.LEVELS``.
+
+    Args:
+        system, model: preset names or TOML files; lists draw one for each episode, from all pairs.
+        trace: a trace spec or a list of them; a trace's requests are shared by the system's replicas in turn, this one
+            gets its part.
+        load, utilization: arrival rate as a multiple of the trace's own, or of what the reference policy sustains; a
+            range [low, high] draws it for each episode.
+        decision: where a step ends: "interval" (``interval_s`` of simulated time), "iteration", or "event" (an arrival,
+            a finish or a preemption, at the latest after ``interval_s``).
+        episode_requests: consecutive requests an episode serves; None: all.
+        reward: a name of ``reward.REWARDS`` or a function.
+        ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies; or ranges.
+        slo_form: what the limit on the time between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines".
+        predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
+        prefix_cache: "off", or the rule by which cached prompt segments are given up: "lru", "lfu", "tree".
+        action_knobs: the knobs that an action sets, by default those of ``observe.LEVELS``; also those of
+            ``observe.MORE_LEVELS``. The others keep the defaults of ``Knobs``.
+        seed: of the trace, where it is generated.
+        render_mode: "human" (a live panel in the terminal) or "rgb_array" (``render`` returns (H, W, 3) pixels).
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012  # Gymnasium's
+
+    def __init__(
+        self, *args: Any, render_mode: str | None = None, action_knobs: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise L3EnvError(
+                f"render_mode = {render_mode!r}; expected {', '.join(self.metadata['render_modes'])} or None"
+            )
+        self.render_mode = render_mode
+        self.renderer = None if render_mode is None else Renderer()
+        self.observation_space: gymnasium.spaces.Space[NDArray[np.float32]] = observation_space()
+        self.levels = levels_of(action_knobs)
+        self.action_space = action_space(self.levels)
+        self.episodes = Episodes.build(*args, **kwargs)
+        self.engine: Engine | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Starts an episode at a random place of the trace; for the options see ``Episodes.draw``."""
+        super().reset(seed=seed)
+        self.episode = self.episodes.draw(self.np_random, options)
+        if self.engine is None or self.engine.state.req.shape[1] < len(self.episode.workload):
+            self._make_engine(len(self.episode.workload))
+        assert self.engine is not None
+        self.episodes.open(self.engine, 0, self.episode)
+        self._observer.forget(0)
+        if self.renderer is not None:
+            self.renderer.reset()
+            self._show()
+        return self._observer.shown(self._observer.look()[0]), self._info(0.0)
+
+    def _make_engine(self, requests_count: int) -> None:
+        rule = eviction_rule(self.episodes.prefix_cache)
+        self.engine = Engine(self.episodes.pairs, 1, requests_count, record=True, prefix_cache=rule)
+        self._observer = self._make_observer(self.engine)
+
+    def _make_observer(self, engine: Engine) -> Observer:
+        return Observer(engine, has_predictor=self._has_predictor, levels=self.levels)
+
+    @property
+    def _has_predictor(self) -> bool:
+        return self.episodes.predictor is not None
+
+    def step(self, action: NDArray[np.int64]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Holds the knobs until the next decision point."""
+        if self.engine is None:
+            raise PlanError("step before reset")
+        if not self.action_space.contains(np.asarray(action)):
+            raise PlanError(f"action {action!r}; expected one of {self.action_space}")
+        before = self.engine.state.env.copy()
+        limits = self.episodes.limits(before["clock_s"])
+        obs, _ = self._observer.step(self._observer.check(np.asarray(action)[None]), self.episodes.until, limits)
+        after = self.engine.state.env
+        reward = float(self.episodes.reward(before, after)[0])
+        elapsed_s = float(after["clock_s"][0] - before["clock_s"][0])
+        terminated = self.engine.stop(0) == Stop.DONE
+        self._show()
+        return self._observer.shown(obs[0]), reward, terminated, False, self._info(elapsed_s, terminated)
+
+    def _show(self) -> None:
+        if self.render_mode == "human":
+            self.render()
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """The queue, the pools and the devices now: pixels, or (render_mode "human") in the terminal. None without."""
+        if self.renderer is None:
+            return None
+        if self.engine is None:
+            raise PlanError("render before reset")
+        shot = self.renderer.observe(self.engine, 0)
+        if self.render_mode == "rgb_array":
+            return self.renderer.pixels(shot)
+        self.renderer.show(shot)
+        return None
+
+    def close(self) -> None:
+        """Ends the live panel."""
+        if self.renderer is not None:
+            self.renderer.close()
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which levels are legal now, the knobs' heads one after the other (sb3-contrib's convention)."""
+        assert self.engine is not None, "action_masks before reset"
+        return self._observer.masks()[0]
+
+    def _info(self, elapsed_s: float, ended: bool = False) -> dict[str, Any]:
+        assert self.engine is not None
+        env = self.engine.state.env[0]
+        counts = ("arrived", "finished", "rejected", "slo_met", "preemptions", "iterations")
+        info: dict[str, Any] = {f"{name}_count": int(env[f"{name}_count"]) for name in counts}
+        info |= {"elapsed_s": elapsed_s, "clock_s": float(env["clock_s"]), "output_tokens": int(env["output_tokens"])}
+        info["action_mask"] = self.action_masks()
+        if ended:
+            rows = np.arange(int(env["requests_count"]))
+            info["metrics"] = collect(self.engine, [0], [rows]).metrics
+        return info
+
+    @staticmethod
+    def feature_names() -> list[str]:
+        """Names of the observation's entries."""
+        return [name for name, _ in FEATURES]
+
+    def knob_levels(self) -> dict[str, tuple[Any, ...]]:
+        """What each action entry chooses among."""
+        return dict(self.levels)

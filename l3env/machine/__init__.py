@@ -1,0 +1,1 @@
+"""Machines: devices, models and systems from TOML, and what they cost."""

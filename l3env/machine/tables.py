@@ -1,0 +1,329 @@
+"""Compiles a system and a model into the numbers the engine sees. Nothing else of physics reaches a kernel.
+
+Tables of several (system, model) pairs stack along a first axis T; each environment names its row.
+
+Places for KV. Pool 0 and lane 0 are the GPUs' HBM (capacity 0 where KV may not live there); the others are the PIM
+side's, see ``costs/pim.py``. A request lives in one lane; the lane belongs to one pool; pools have capacities in
+blocks of ``block_tokens`` tokens.
+
+A latent (MLA) may also lie on the PIM side decompressed, as plain keys and values: one more lane and pool, the last of
+each, spread evenly over all ranks. It shares the ranks' memory and time with the other PIM lanes and pools: its
+attention adds to that of every rank, and each of its blocks takes ``spread_share`` blocks of every other PIM pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l3env.choices import PimForm
+from l3env.errors import SpecError
+from l3env.machine.costs import energy, experts, gpu, link, memory, pim
+from l3env.machine.specs import GpuSpec, ModelSpec, SystemSpec
+
+DENSE_TOKENS = 8192  # FC times are tabulated for every count up to here,
+STRIDE_TOKENS = 64  # then every 64 tokens, linear in between,
+TABLE_TOKENS = 32768  # up to here; beyond, the last slope goes on (compute-bound: exact)
+SLOPE_STEPS = 256  # strides behind that slope where times rise in steps (waves of tiles)
+DEFAULT_BLOCK_TOKENS = 16
+ROWS = ("fc", "head", "comm", "draft", "experts")  # what is tabulated by tokens, see ``TableArrays``
+FC, HEAD, COMM, DRAFT, EXPERTS = range(len(ROWS))
+
+COEF_DTYPE = np.dtype(
+    [
+        ("lanes_count", np.int64),
+        ("pools_count", np.int64),
+        ("block_tokens", np.int64),
+        ("has_pim", np.int64),  # is there a PIM side (pools 1..)?
+        ("spread_lane", np.int64),  # lane of decompressed KV, the last one; 0: none
+        ("spread_pool", np.int64),  # its pool, the last one; 0: none
+        ("spread_share", np.float64),  # blocks of each other PIM pool that one of its blocks takes
+        ("drafts_count", np.int64),  # tokens guessed a decode step (multi-token prediction); 0: none
+        ("sends", np.int64),  # is there an all-to-all that computing hides?
+        ("dispatch_frac", np.float64),  # dispatch's share of it where it has phases of its own; 0: finely interleaved
+        ("comm_sm_frac", np.float64),  # share of the multiprocessors that it takes while it runs
+        ("fc_slope_s", np.float64),  # per token beyond TABLE_TOKENS
+        ("head_slope_s", np.float64),
+        ("comm_slope_s", np.float64),
+        ("draft_slope_s", np.float64),
+        ("experts_slope_s", np.float64),
+        ("prefill_pair_s", np.float64),  # compute, per causal (query, key) pair
+        ("prefill_kv_s", np.float64),  # memory, per KV token read
+        ("prefill_query_s", np.float64),  # memory, per query token
+        ("prefill_fixed_s", np.float64),  # per batch of chunks
+        ("prefill_new_s", np.float64),  # compute, per new token
+        ("prefill_history_fixed_s", np.float64),  # more per batch with a chunk on a history
+        ("prefill_history_token_s", np.float64),  # per token of a chunk's history: plain KV from the latent again
+        ("prefill_tile_tokens", np.float64),  # fewer new tokens cost as much on a history
+        ("prefill_chunk_ratio", np.float64),  # cost of new tokens among themselves when there is a history
+        ("prefill_history_ratio", np.float64),  # cost of a pair with history over that of a pair without
+        ("hbm_token_s", np.float64),  # decode attention on the GPU, per KV token
+        ("hbm_verify_s", np.float64),  # the same with the guessed token's query beside it, the guess's own included
+        ("hbm_request_s", np.float64),  # and per query token
+        ("hbm_fixed_s", np.float64),  # and per batch
+        ("hbm_waves_per_request", np.float64),  # share of the multiprocessors that a request occupies
+        ("hbm_tail_frac", np.float64),  # least share of a wave that a started one takes; 0: no waves
+        ("pim_token_s", np.float64),  # decode attention in one lane, per KV token
+        ("pim_verify_s", np.float64),  # the same with the guessed token's query
+        ("spread_token_s", np.float64),  # decode attention on decompressed KV over all lanes, per KV token
+        ("spread_verify_s", np.float64),
+        ("pim_request_s", np.float64),  # per request
+        ("pim_batch_s", np.float64),  # and per sub-batch that decodes on the PIM side
+        ("transfer_token_s", np.float64),  # KV of one prefilled token to the PIM side
+        ("transfer_request_s", np.float64),  # Q, K, V and output of one decoding request
+        ("spread_token_ratio", np.float64),  # both for decompressed KV, over the above
+        ("spread_request_ratio", np.float64),
+        ("transfer_latency_s", np.float64),  # per sub-batch that decodes on the PIM side: two transfers a layer
+        ("transfer_exposed_frac", np.float64),  # share of transfer time that blocks a given rank
+        ("fc_batch_j", np.float64),
+        ("fc_token_j", np.float64),
+        ("prefill_pair_j", np.float64),
+        ("prefill_kv_j", np.float64),
+        ("hbm_token_j", np.float64),
+        ("pim_token_j", np.float64),
+        ("spread_token_j", np.float64),
+        ("transfer_token_j", np.float64),
+        ("transfer_request_j", np.float64),
+        ("static_w", np.float64),
+    ]
+)
+
+
+class TableArrays(NamedTuple):
+    """What kernels receive. T tables, L lanes and P pools (padded to the largest)."""
+
+    coef: NDArray[np.void]  # (T,) COEF_DTYPE
+    rows_s: NDArray[np.float64]  # (T, len(ROWS), K) times, see ROWS and fc_grid_tokens
+    lane_pool: NDArray[np.int64]  # (T, L)
+    pool_blocks: NDArray[np.int64]  # (T, P) capacity
+    forms: tuple[int, ...]  # PimForm in which KV may lie; a tuple, since kernels are compiled for its length
+
+    @property
+    def fc_s(self) -> NDArray[np.float64]:
+        """(T, K) fully connected layers."""
+        return self.rows_s[:, FC]
+
+    @property
+    def head_s(self) -> NDArray[np.float64]:
+        """(T, K) language-model head."""
+        return self.rows_s[:, HEAD]
+
+    @property
+    def comm_s(self) -> NDArray[np.float64]:
+        """(T, K) all-to-all beside the FC of a batch."""
+        return self.rows_s[:, COMM]
+
+    @property
+    def draft_s(self) -> NDArray[np.float64]:
+        """(T, K) the module that guesses tokens, for so many requests."""
+        return self.rows_s[:, DRAFT]
+
+    @property
+    def experts_s(self) -> NDArray[np.float64]:
+        """(T, K) the experts' part of FC where it has phases of its own beside the all-to-all."""
+        return self.rows_s[:, EXPERTS]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One compiled (system, model) pair.
+
+    Attributes:
+        system, model: what was compiled.
+        tp: tensor-parallel degree of a replica; ``replicas_count`` replicas fill the system.
+        arrays: rows for the kernels, T = 1.
+    """
+
+    system: SystemSpec
+    model: ModelSpec
+    tp: int
+    replicas_count: int
+    arrays: TableArrays
+
+    @property
+    def has_pim(self) -> bool:
+        return self.system.pim is not None
+
+    @property
+    def has_hbm_kv(self) -> bool:
+        return bool(self.arrays.pool_blocks[0, 0] > 0)
+
+    @property
+    def block_tokens(self) -> int:
+        return int(self.arrays.coef["block_tokens"][0])
+
+    @property
+    def hbm_tokens(self) -> int:
+        """KV tokens that fit in the HBM pool of one replica."""
+        return int(self.arrays.pool_blocks[0, 0]) * self.block_tokens
+
+    @property
+    def pim_tokens(self) -> int:
+        """KV tokens that fit in the PIM pools of one replica, in the form in which the model stores them."""
+        spread = int(self.arrays.coef["spread_pool"][0])
+        return int(self.arrays.pool_blocks[0, 1 : spread or None].sum()) * self.block_tokens
+
+
+def fc_grid_tokens() -> NDArray[np.float64]:
+    """Token counts at which FC and head times are tabulated."""
+    dense = np.arange(DENSE_TOKENS + 1)
+    return np.concatenate([dense, np.arange(DENSE_TOKENS + STRIDE_TOKENS, TABLE_TOKENS + 1, STRIDE_TOKENS)]).astype(
+        float
+    )
+
+
+def compile_tables(
+    system: SystemSpec, model: ModelSpec, *, tp: int | None = None, block_tokens: int = DEFAULT_BLOCK_TOKENS
+) -> Tables:
+    """Compiles one replica of ``model`` on ``system``.
+
+    Args:
+        tp: tensor-parallel degree, by default the model's, or the system's where it shares out experts; must divide the
+            GPUs of a host.
+        block_tokens: tokens per KV block.
+
+    Raises:
+        SpecError: the degree does not divide the GPUs, the model does not fit, or no place is left for KV.
+    """
+    usual = min(model.tensor_parallel_count, system.gpus_count)
+    if model.moe is not None and system.experts is not None:
+        usual = system.experts.tensor_parallel_count
+    degree = usual if tp is None else tp
+    if degree < 1 or system.gpus_count % degree:
+        raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide {system.gpus_count} GPUs")
+    if block_tokens < 1:
+        raise SpecError(f"block_tokens = {block_tokens}: expected at least 1")
+    if system.host_gpus_count % degree:
+        raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide the GPUs of a host")
+    replicas = system.gpus_count // degree
+    free_hbm = memory.free_hbm_bytes(system, model, degree)
+    block_bytes = block_tokens * model.kv_bytes_per_token
+
+    lane_pool, pool_blocks = [0], [0]
+    if system.hbm_kv:
+        pool_blocks = [int(free_hbm // (block_bytes * memory.kv_copies_count(model, degree)))]
+    coef = np.zeros(1, COEF_DTYPE)
+    if system.pim is not None:
+        plan = pim.layout(system.pim, model, system.host_gpus_count // degree)
+        pim_bytes = (free_hbm,) if system.pim.holds_weights else plan.pool_bytes
+        lane_pool += [1 + pool for pool in plan.lane_pool]
+        pool_blocks += [int(size // block_bytes) for size in pim_bytes]
+        _fill_pim(coef, system, model, degree, plan)
+        if model.mla is not None:
+            coef["spread_lane"], coef["spread_pool"] = len(lane_pool), len(pool_blocks)
+            ratio = model.decompressed_bytes_per_token / model.kv_bytes_per_token
+            coef["spread_share"] = ratio / len(pim_bytes)
+            lane_pool.append(len(pool_blocks))
+            pool_blocks.append(int(min(pool_blocks[1:]) // (ratio / len(pim_bytes))))
+    _fill_gpu(coef, system, model, degree)
+    coef["lanes_count"], coef["pools_count"] = len(lane_pool), len(pool_blocks)
+    coef["block_tokens"] = block_tokens
+    if max(pool_blocks) == 0:
+        raise SpecError(f"{model.name} on {system.name}: weights and activations leave no room for KV")
+
+    rows = _rows(system, model, degree)
+    back = SLOPE_STEPS if system.gpu.sm_count else 1
+    for name, row in rows.items():
+        coef[f"{name}_slope_s"] = (row[-1] - row[-1 - back]) / (back * STRIDE_TOKENS)
+    coef["sends"] = rows["comm"].any()
+    if coef["sends"][0] and system.experts is not None:
+        coef["dispatch_frac"] = experts.DISPATCH_FRAC if system.experts.overlap_by_phase else 0.0
+        coef["comm_sm_frac"] = system.experts.comm_sm_count / max(system.gpu.sm_count, 1)
+    lanes, blocks = np.array([lane_pool], dtype=np.int64), np.array([pool_blocks], dtype=np.int64)
+    forms = tuple(map(int, PimForm)) if coef["spread_lane"][0] else (int(PimForm.STORED),)
+    times = np.array([[rows[name] for name in ROWS]])
+    return Tables(system, model, degree, replicas, TableArrays(coef, times, lanes, blocks, forms))
+
+
+def _rows(system: SystemSpec, model: ModelSpec, tp: int) -> dict[str, NDArray[np.float64]]:
+    """Times at every count of ``fc_grid_tokens``: FC, head, all-to-all that computing hides, guessing of tokens, the
+    experts' part of FC."""
+    grid = fc_grid_tokens()
+    fc, comm = experts.fc_and_all_to_all_s(system, model, tp, grid)
+    head, draft = gpu.head_s(model, system.gpu, tp, grid), experts.draft_s(system, model, tp, grid)
+    return {"fc": fc, "head": head, "comm": comm, "draft": draft, "experts": experts.phase_s(system, model, tp, grid)}
+
+
+def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int) -> None:
+    device = system.gpu
+    fill_attention(coef, device, model, tp)
+    coef["drafts_count"] = model.draft_modules_count
+    batch_j, token_j = energy.fc_j(model, device, tp, system.experts)
+    coef["fc_batch_j"] = batch_j
+    coef["fc_token_j"] = token_j + energy.all_reduce_token_j(system, model, tp)
+    coef["prefill_pair_j"] = energy.attention_pair_j(model, device.mac_j)
+    coef["prefill_kv_j"] = model.kv_bytes_per_token * energy.gpu_byte_j(device)
+    coef["hbm_token_j"] = energy.hbm_token_j(model, device)
+    coef["static_w"] = energy.static_power_w(system, tp)
+
+
+def fill_attention(coef: NDArray[np.void], device: GpuSpec, model: ModelSpec, tp: int) -> None:
+    """Coefficients of the GPU's attention, all layers of a model on one of ``tp`` GPUs."""
+    coef["prefill_pair_s"] = gpu.prefill_pair_s(model, device, tp)
+    coef["prefill_kv_s"] = gpu.kv_read_s(model, device, tp)
+    coef["prefill_query_s"] = gpu.query_move_s(model, device, tp)
+    coef["prefill_fixed_s"] = model.layers_count * device.prefill_launch_s
+    coef["prefill_new_s"] = model.layers_count * device.prefill_query_s
+    coef["prefill_history_fixed_s"] = model.layers_count * device.prefill_history_launch_s
+    coef["prefill_history_token_s"] = gpu.history_token_s(model, device, tp)
+    coef["prefill_tile_tokens"] = device.prefill_tile_tokens
+    coef["prefill_chunk_ratio"] = device.prefill_chunk_ratio
+    coef["prefill_history_ratio"] = device.prefill_history_ratio
+    coef["hbm_token_s"] = gpu.decode_token_s(model, device, tp)
+    coef["hbm_verify_s"] = gpu.decode_token_s(model, device, tp, query_tokens=2) * _draft_ratio(model)
+    coef["hbm_request_s"] = gpu.query_move_s(model, device, tp, model.stored_form)
+    coef["hbm_fixed_s"] = model.layers_count * device.decode_launch_s
+    coef["hbm_waves_per_request"] = gpu.decode_waves_per_request(model, device, tp)
+    coef["hbm_tail_frac"] = device.decode_tail_frac
+
+
+def _draft_ratio(model: ModelSpec) -> float:
+    """Attention layers with the guessing module's own over those without."""
+    return (model.layers_count + model.draft_modules_count) / model.layers_count
+
+
+def _fill_pim(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int, plan: pim.Layout) -> None:
+    assert system.pim is not None
+    coef["has_pim"] = 1
+    coef["pim_token_s"] = pim.lane_token_s(system.pim, model, plan.lane_bytes_per_s)
+    coef["pim_verify_s"] = pim.verify_token_s(system.pim, model, plan.lane_bytes_per_s) * _draft_ratio(model)
+    coef["pim_request_s"] = pim.lane_request_s(system.pim, model, plan.lane_bytes_per_s)
+    coef["pim_batch_s"] = pim.batch_s(system.pim, model)
+    coef["pim_token_j"] = energy.pim_token_j(system, model)
+    coef["transfer_exposed_frac"] = link.exposed_transfer_frac(system)
+    naive = model.naive_form
+    if model.mla is not None:
+        whole = plan.lane_bytes_per_s * plan.lanes_count
+        coef["spread_token_s"] = pim.stream_token_s(system.pim, model, whole, naive)
+        coef["spread_verify_s"] = pim.stream_token_s(system.pim, model, whole, naive, 2) * _draft_ratio(model)
+        coef["spread_token_j"] = energy.pim_token_j(system, model, naive)
+    if system.pim_link is None:
+        return
+    rate = link.transfer_bytes_per_s(system, tp)
+    coef["transfer_token_s"] = model.kv_bytes_per_token / rate
+    coef["transfer_request_s"] = link.decode_request_bytes(model) / rate
+    coef["spread_token_ratio"] = model.decompressed_bytes_per_token / model.kv_bytes_per_token
+    coef["spread_request_ratio"] = link.decode_request_bytes(model, naive) / link.decode_request_bytes(model)
+    coef["transfer_latency_s"] = 2 * model.layers_count * system.pim_link.latency_s
+    coef["transfer_token_j"] = model.kv_bytes_per_token * energy.transfer_byte_j(system)
+    coef["transfer_request_j"] = energy.decode_transfer_j(system, model)
+
+
+def stack(tables: list[Tables]) -> TableArrays:
+    """Joins several compiled pairs along T, lanes and pools padded (padding has capacity 0 and is never used)."""
+    lanes = max(t.arrays.lane_pool.shape[1] for t in tables)
+    pools = max(t.arrays.pool_blocks.shape[1] for t in tables)
+
+    def padded(rows: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+        return np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+
+    return TableArrays(
+        np.concatenate([t.arrays.coef for t in tables]),
+        np.concatenate([t.arrays.rows_s for t in tables]),
+        np.concatenate([padded(t.arrays.lane_pool, lanes) for t in tables]),
+        np.concatenate([padded(t.arrays.pool_blocks, pools) for t in tables]),
+        max((t.arrays.forms for t in tables), key=len),
+    )

@@ -1,0 +1,24 @@
+"""The contract with policies: a Policy looks at a View and returns Knobs or a Plan."""
+
+from l3env.policy.knobs import Knobs, knob_names
+from l3env.policy.plan import Plan
+from l3env.policy.protocol import BasePolicy, FixedKnobs, LengthPredictor, Policy
+from l3env.policy.registry import check_policy, make_policy, policy_factories, policy_names, register_policy
+from l3env.policy.view import PoolView, View
+
+__all__ = [
+    "BasePolicy",
+    "FixedKnobs",
+    "Knobs",
+    "LengthPredictor",
+    "Plan",
+    "Policy",
+    "PoolView",
+    "View",
+    "check_policy",
+    "knob_names",
+    "make_policy",
+    "policy_factories",
+    "policy_names",
+    "register_policy",
+]

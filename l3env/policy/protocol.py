@@ -1,0 +1,105 @@
+"""What a scheduling policy is: it looks at a View and returns Knobs or a Plan.
+
+Only a policy whose name starts with ``oracle-`` may ask for the truth (``wants_truth``), and it gets it as its length
+predictor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from l3env.engine.engine import Slo
+from l3env.machine.tables import Tables
+from l3env.policy.knobs import Knobs
+from l3env.policy.plan import Plan
+from l3env.policy.view import View
+from l3env.requests.workload import Workload
+
+LengthPredictor = Callable[[NDArray[np.int64]], NDArray[np.float64]]
+
+
+class Policy(Protocol):
+    """A scheduling policy. ``decide`` is all it needs; see ``BasePolicy`` for the defaults of the rest."""
+
+    name: str
+    decision_interval_s: float
+    wants_truth: bool
+    slo: Slo
+
+    def prepare(self, system: Tables, training: Workload | None) -> None: ...
+
+    def predictor(self) -> LengthPredictor | None: ...
+
+    def decide(self, view: View) -> Knobs | Plan: ...
+
+    def figures(self) -> dict[str, float]: ...
+
+
+class BasePolicy:
+    """Defaults: decide at every iteration, no length predictor, nothing to prepare.
+
+    Attributes:
+        name: what tables call it.
+        decision_interval_s: simulated time for which returned Knobs hold; 0 decides at every iteration, infinity once.
+            After a Plan the policy is always asked again at the next iteration.
+        wants_truth: the predictor is the true output length; only for names that start with ``oracle-``.
+        slo: the objective of the run; set before ``prepare``.
+    """
+
+    name = "unnamed"
+    decision_interval_s = 0.0
+    wants_truth = False
+    slo = Slo()
+
+    def prepare(self, system: Tables, training: Workload | None) -> None:
+        """Called before each replica's run: the machine, and earlier requests to learn from, None without.
+
+        What a policy has seen of another run is forgotten here.
+        """
+
+    def predictor(self) -> LengthPredictor | None:
+        """Predicts output lengths from prompts, for orders and reservations that use them."""
+        return None
+
+    def scorer(self) -> NDArray[np.float64] | None:
+        """(len(Score),) weights of a compiled scorer that sets scores and iteration lengths beside the knobs; see
+        ``kernels.scorer``. Asked for once, after ``prepare``."""
+        return None
+
+    def decide(self, view: View) -> Knobs | Plan:
+        raise NotImplementedError
+
+    def score_segments(self, segments: NDArray[np.void]) -> NDArray[np.float64]:
+        """What cached prompt segments are worth, -1 to 1: where room is needed the lowest goes first.
+
+        Asked before every decision, where the prefix cache's rule is ``score``.
+
+        Args:
+            segments: (n,) rows of ``l3env.prefix.SEGMENT_ROW_DTYPE``: those that nobody holds, longest idle first.
+
+        Returns:
+            (n,) scores. They last until the next time; a segment that was never scored has 0.
+        """
+        return np.zeros(segments.size)
+
+    def figures(self) -> dict[str, float]:
+        """Figures of its own that a run's results should show, such as errors of its predictions."""
+        return {}
+
+
+class FixedKnobs(BasePolicy):
+    """A policy that sets its knobs once. Runs compiled from start to end."""
+
+    decision_interval_s = math.inf
+
+    def __init__(self, name: str, knobs: Knobs) -> None:
+        self.name = name
+        self.knobs = knobs
+
+    def decide(self, view: View) -> Knobs:
+        return self.knobs

@@ -1,0 +1,1 @@
+"""Runs: drive, keep and compare."""

@@ -1,0 +1,1 @@
+"""Search: planners and tuners over cheap copies."""

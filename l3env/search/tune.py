@@ -1,0 +1,294 @@
+"""Search for the best fixed knobs of one cell (system, model, workload at its load) or of several.
+
+All settings serve the same requests (common random numbers), side by side in one engine. Random draws first, then
+coordinate search from the best: every change of one knob, then the improving changes together, until none improves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from l3env.choices import Budget, Order, SubBatching, Victim
+from l3env.engine.engine import Engine, Slo
+from l3env.engine.state import row_bytes
+from l3env.envs.observe.observer import LEVELS, Levels
+from l3env.errors import L3EnvError
+from l3env.machine.tables import Tables
+from l3env.policy.knobs import Knobs
+from l3env.requests.workload import Workload
+from l3env.runs.driver import replica_shares
+
+RANDOM_COUNT = 64
+ROUNDS_COUNT = 4
+ENGINE_BYTES = 512e6  # of environments run side by side
+TIE_BREAK = 1e-4  # weight of time in the system: decides between settings of equal goodput
+
+Grid = Mapping[str, tuple[Any, ...]]
+
+
+def _known(values: Sequence[Any], never: Any) -> tuple[Any, ...]:
+    return tuple(value for value in values if value != never)
+
+
+def grid_of(levels: Levels) -> Grid:
+    """The settings that an agent's actions can reach, but for the one that admits nobody for ever."""
+    return {name: _known(values, 0) if name == "admit_max_count" else values for name, values in levels.items()}
+
+
+ACTIONS: Grid = grid_of(LEVELS)
+
+GRID: Grid = {
+    **ACTIONS,
+    "prefill_first": (False, True),
+    "victim": _known(tuple(Victim), Victim.MOST_PREDICTED_LEFT),
+}
+"""All settings: those of every built-in heuristic with fixed knobs are among them."""
+
+STARTS = (
+    Knobs(),
+    Knobs(headroom_frac=0.0),
+    Knobs(prefill_budget_tokens=512, budget_counts_decodes=True),
+    Knobs(prefill_budget_tokens=512, budget_counts_decodes=True, order=Order.EARLIEST_DEADLINE_HOPELESS_LAST),
+    Knobs(prefill_budget_tokens=512, budget_counts_decodes=True, order=Order.SHORTEST_PROMPT_HOPELESS_LAST),
+    Knobs(prefill_budget_tokens=Budget.ALIGN_WHEN_FULL, sub_batching=SubBatching.ADAPTIVE),
+)
+"""Settings tried besides the random ones, where the grid has them: those of the built-in heuristics."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a setting is tried on: a machine and requests at their load.
+
+    Attributes:
+        one_replica: the requests are those of one replica, as an environment's episode; else all replicas share them.
+        predicted_tokens: (N,) predicted output lengths; without them, no setting that needs them is tried.
+    """
+
+    tables: Tables
+    workload: Workload
+    slo: Slo = field(default_factory=Slo)
+    one_replica: bool = False
+    predicted_tokens: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found.
+
+    Attributes:
+        knobs: the best setting.
+        goodput_frac: (C,) share of requests that met their SLO under it, by cell.
+        tried: one row per setting tried: the knobs, ``goodput_frac`` (mean over cells), ``value`` (what was compared).
+        around: for each knob of the grid, ``value`` at each of its levels while the others are the best ones.
+        grid: what was searched: of knobs that do nothing on the cells' machines, one level.
+    """
+
+    knobs: Knobs
+    goodput_frac: NDArray[np.float64]
+    tried: pd.DataFrame
+    around: dict[str, NDArray[np.float64]]
+    grid: Grid
+
+
+def tune(
+    cells: Sequence[Cell],
+    *,
+    grid: Grid = GRID,
+    random_count: int = RANDOM_COUNT,
+    rounds_count: int = ROUNDS_COUNT,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Tuned:
+    """The best fixed knobs for a cell, or the best on average over several.
+
+    What is compared is the share of requests that meet their SLO, in each cell relative to the best setting tried
+    there, averaged over cells; of equal ones, that with less time in the system.
+
+    Args:
+        progress: called with (settings tried, settings known to be tried in all, what).
+    """
+    search = _Search(list(cells), _useful(grid, cells), progress)
+    search.try_all(_starts(search.grid))
+    search.try_all(_random(search.grid, random_count, np.random.default_rng(seed)))
+    for _ in range(rounds_count):
+        best = search.best()
+        changes = _changes(search.grid, best)
+        search.try_all(changes)
+        better = [each for each in changes if search.value(each) > search.value(best)]
+        better.sort(key=search.value, reverse=True)
+        search.try_all(_together(best, better))
+        if search.best() == best:
+            break
+    best = search.best()
+    search.try_all(_changes(search.grid, best))
+    if search.best() != best:  # the last round still found a better one: its neighbours are the ones to know
+        best = search.best()
+        search.try_all(_changes(search.grid, best))
+    return search.result(best)
+
+
+def probe(cells: Sequence[Cell], knobs: Knobs, *, grid: Grid = GRID) -> Tuned:
+    """A setting, and every change of one of its knobs: ``around`` says what each would give.
+
+    Raises L3EnvError for a value that the grid does not have.
+    """
+    search = _Search(list(cells), _useful(grid, cells), None)
+    try:
+        levels_of = search.grid.items()
+        setting = tuple(levels.index(getattr(knobs, name)) if len(levels) > 1 else 0 for name, levels in levels_of)
+    except ValueError:
+        raise L3EnvError(f"probe: {knobs} has a value that is not in the grid") from None
+    search.try_all([setting, *_changes(search.grid, setting)])
+    return search.result(setting)
+
+
+Setting = tuple[int, ...]  # a level of each knob of the grid
+
+
+class _Search:
+    """Every setting tried so far and how it did, (S, C)."""
+
+    def __init__(self, cells: list[Cell], grid: Grid, progress: Callable[[int, int, str], None] | None) -> None:
+        self.cells, self.grid, self.progress = cells, grid, progress
+        self.row: dict[Setting, int] = {}
+        self.met = np.zeros((0, len(cells)))
+        self.present_s = np.zeros((0, len(cells)))
+        self._values = np.zeros(0)
+
+    def try_all(self, settings: Sequence[Setting]) -> None:
+        new = [each for each in dict.fromkeys(settings) if each not in self.row]
+        if not new:
+            return
+        knobs = [_knobs(self.grid, each) for each in new]
+        met, present_s = np.zeros((len(new), len(self.cells))), np.zeros((len(new), len(self.cells)))
+        for c, cell in enumerate(self.cells):
+            if self.progress is not None:
+                done = len(self.row) * len(self.cells) + c * len(new)
+                self.progress(done, (len(self.row) + len(new)) * len(self.cells), "settings x cells")
+            met[:, c], present_s[:, c] = serve(cell, knobs)
+        self.row |= {each: len(self.row) + i for i, each in enumerate(new)}
+        self.met = np.concatenate([self.met, met])
+        self.present_s = np.concatenate([self.present_s, present_s])
+        share = self.met / np.maximum(self.met.max(axis=0), 1e-12)
+        slow = self.present_s / np.maximum(self.present_s.max(axis=0), 1e-12)
+        self._values = share.mean(axis=1) - TIE_BREAK * slow.mean(axis=1)
+
+    def value(self, setting: Setting) -> float:
+        return float(self._values[self.row[setting]])
+
+    def best(self) -> Setting:
+        return list(self.row)[int(np.argmax(self._values))]
+
+    def result(self, best: Setting) -> Tuned:
+        tried = pd.DataFrame(
+            [{name: int_or_float(getattr(_knobs(self.grid, each), name)) for name in self.grid} for each in self.row]
+        )
+        tried["goodput_frac"] = self.met.mean(axis=1)
+        tried["value"] = self._values
+        around = {}
+        for k, (name, levels) in enumerate(self.grid.items()):
+            line = [(*best[:k], i, *best[k + 1 :]) for i in range(len(levels))]
+            around[name] = np.array([self.value(each) for each in line])
+        return Tuned(_knobs(self.grid, best), self.met[self.row[best]].copy(), tried, around, self.grid)
+
+
+def serve(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Serves a cell under each setting: (share of requests that met their SLO, mean time in the system (s))."""
+    met_mask, present_s = serve_each(cell, knobs)
+    return met_mask.mean(axis=1), present_s
+
+
+def serve_each(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Serves a cell under each setting: ((S, N) requests that met their SLO, (S,) mean time in the system (s))."""
+    replicas = 1 if cell.one_replica else cell.tables.replicas_count
+    shares = [rows for rows in replica_shares(cell.workload, replicas) if rows.size]
+    parts = [cell.workload.select(rows) for rows in shares]
+    predicted = [None if cell.predicted_tokens is None else cell.predicted_tokens[rows] for rows in shares]
+    capacity = max(len(part) for part in parts)
+    jobs = [(s, i) for s in range(len(knobs)) for i in range(len(parts))]
+    batch = int(
+        np.clip(ENGINE_BYTES // (capacity * row_bytes(drafts=cell.tables.model.draft_modules_count > 0)), 1, len(jobs))
+    )
+    engine = Engine(cell.tables, batch, capacity)
+    met_mask, present_s = np.zeros((len(knobs), len(cell.workload)), np.bool_), np.zeros(len(knobs))
+    for first in range(0, len(jobs), batch):
+        some = jobs[first : first + batch]
+        for e in range(batch):
+            s, i = some[e % len(some)]  # the last batch may be short: its first jobs again
+            engine.reset(e, parts[i], slo=cell.slo, predicted_tokens=predicted[i])
+            knobs[s].write(engine.knobs, e)
+        engine.run_to_end()
+        for e, (s, i) in enumerate(some):
+            met_mask[s, shares[i]] = engine.state.req["slo_met"][e, : len(parts[i])] == 1
+            present_s[s] += float(engine.state.env["present_s"][e])
+    return met_mask, present_s / len(cell.workload)
+
+
+def int_or_float(value: Any) -> float:
+    """A level as a plain number."""
+    return float(value) if isinstance(value, float) else int(value)
+
+
+def _useful(grid: Grid, cells: Sequence[Cell]) -> Grid:
+    """Without a PIM side, or without HBM for KV beside it, some knobs do nothing: one level is enough.
+
+    Without predicted lengths, orders by them are left out.
+    """
+    one_level: set[str] = set()
+    if not any(cell.tables.has_pim for cell in cells):
+        one_level.add("sub_batching")
+    if not any(cell.tables.has_pim and cell.tables.has_hbm_kv for cell in cells):
+        one_level.add("hbm_share_frac")
+    useful = {name: levels[:1] if name in one_level else levels for name, levels in grid.items()}
+    if not any(cell.tables.has_pim for cell in cells):
+        numbers = [level for level in grid["prefill_budget_tokens"] if level > 0 or level == Budget.UNLIMITED]
+        useful["prefill_budget_tokens"] = tuple(numbers)
+    if any(cell.predicted_tokens is None for cell in cells):
+        useful["order"] = _known(useful["order"], Order.SHORTEST_PREDICTED_HOPELESS_LAST)
+    return useful
+
+
+def _knobs(grid: Grid, setting: Setting) -> Knobs:
+    return Knobs(**{name: levels[i] for (name, levels), i in zip(grid.items(), setting, strict=True)})
+
+
+def _starts(grid: Grid) -> list[Setting]:
+    """STARTS with each knob at its level, or at the first where the grid does not have it."""
+    levels_of = [
+        [levels.index(value) if (value := getattr(knobs, name)) in levels else 0 for name, levels in grid.items()]
+        for knobs in STARTS
+    ]
+    return [tuple(each) for each in levels_of]
+
+
+def _random(grid: Grid, count: int, rng: np.random.Generator) -> list[Setting]:
+    draws = np.stack([rng.integers(len(levels), size=count) for levels in grid.values()], axis=1)
+    return [tuple(row) for row in draws.tolist()]
+
+
+def _changes(grid: Grid, setting: Setting) -> list[Setting]:
+    """Every change of one knob."""
+    return [
+        (*setting[:k], i, *setting[k + 1 :])
+        for k, levels in enumerate(grid.values())
+        for i in range(len(levels))
+        if i != setting[k]
+    ]
+
+
+def _together(setting: Setting, better: Sequence[Setting]) -> list[Setting]:
+    """Improving changes of different knobs, best first, put on top of one another."""
+    combined, found, changed = list(setting), [], set()
+    for each in better:
+        k = next(i for i in range(len(setting)) if each[i] != setting[i])
+        if k not in changed:
+            changed.add(k)
+            combined[k] = each[k]
+            found.append(tuple(combined))
+    return found

@@ -1,0 +1,1 @@
+"""Proof search as a workload: a search, a model of its proofs, logs of real ones."""
