@@ -1,6 +1,6 @@
 """What tuning alone gives: the best fixed knobs of each cell, and the one setting that is best for many cells.
 
-``best-constant`` searches the knob grid (``l3env.search.tune``) on the training requests it is given, at the run's load.
+``best-constant`` searches the knob grid (``l3env.search.tune``) on the training requests it is given, at its load.
 ``best-constant-in-order`` searches a larger grid: prompts under way may take turns with those that wait.
 ``best-constant-global`` holds one setting, found by the command that ``data/best-constant-global.json`` names.
 """
