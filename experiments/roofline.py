@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from l3env import Workload, load
 from l3env.errors import SpecError
+from l3env.files import whole
 from l3env.machine import specs
 from l3env.machine.costs import experts
 from l3env.machine.specs import ModelSpec, SystemSpec
@@ -114,7 +115,6 @@ def draw(roofline: Roofline, marks: list[tuple[str, float, float]], system: str,
     right.legend()
     right.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    picture.savefig(part, format="png", dpi=150)
-    part.replace(path)
+    with whole(path) as file:
+        picture.savefig(file, format="png", dpi=150)
     return path

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.errors import PolicyError
+from l3env.files import whole
 
 Array = NDArray[np.float32]
 
@@ -56,10 +57,8 @@ class Network:
         """Writes the whole file or nothing."""
         arrays = {f"weight_{i}": weight for i, (weight, _) in enumerate(self.layers)}
         arrays |= {f"bias_{i}": bias for i, (_, bias) in enumerate(self.layers)}
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
+        with whole(path) as file:
             np.savez_compressed(file, config=np.array(json.dumps(self.config)), **arrays)  # type: ignore[arg-type]
-        part.replace(path)
 
 
 def load_network(path: Path) -> Network:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 import numpy as np
 import pandas as pd
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
+from l3env.files import whole
 from l3env.requests.workload import NO_PARENT, Workload
 from l3env.traces.reading import FileFormat, Table, first_bytes, first_line, parse_table, read_bytes
 
@@ -67,23 +67,19 @@ def save(workload: Workload, path: str | Path) -> Path:
         header = json.dumps(_header(workload))
     except (TypeError, ValueError) as error:
         raise TraceError(f"{path}: workload {workload.name} has a source that is not JSON: {error}") from error
-    write_atomically(path, lambda file: writer(workload, header, file))
+    with written(path) as file:
+        writer(workload, header, file)
     return path
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls ``write`` with a temporary file beside ``path`` and renames it there; leaves nothing behind on failure."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.part")
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file that is on the disk whole or not at all. Raises TraceError where it cannot be written."""
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with whole(path, sync=True) as file:
+            yield file
     except OSError as error:
         raise TraceError(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Workload:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from l3env.errors import TraceError
 from l3env.traces import catalog
-from l3env.traces.canonical import write_atomically
+from l3env.traces.canonical import written
 from l3env.traces.catalog import Entry
 
 CHUNK_BYTES = 1 << 16
@@ -48,7 +48,8 @@ def fetch(name: str, progress: Progress | None = None, *, manifest: Path = catal
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TraceError(f"{target.parent}: cannot be made: {error}") from error
-    write_atomically(target, lambda file: _download(entry, file, progress))
+    with written(target) as file:
+        _download(entry, file, progress)
     return target
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from l3env.errors import TraceError
+from l3env.files import write_text
 from l3env.requests.workload import Workload
 from l3env.traces import catalog, profile, servegen
 
@@ -237,9 +238,7 @@ def save(found: dict[str, Any]) -> None:
         for name, rows in found["prompts"].items()
     )
     text = f'{{\n  "load": {lines},\n  "prompts": {{\n{tables}\n  }}\n}}\n'
-    part = PATH.with_suffix(".part")
-    part.write_text(text, "utf-8")
-    part.replace(PATH)
+    write_text(PATH, text)
 
 
 if __name__ == "__main__":

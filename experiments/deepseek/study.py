@@ -9,6 +9,7 @@ from typing import Any
 
 from l3env import load
 from l3env.experiments.deepseek.router import over_gamma, serve
+from l3env.files import write_text
 
 PATH = Path(__file__).parents[1] / "data" / "deepseek_router.json"
 SYSTEMS = ("h800-ep32-prefill", "h800-ep144-decode", "h800-ep320-decode")
@@ -47,6 +48,4 @@ def stored() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    part = PATH.with_suffix(".part")
-    part.write_text(json.dumps(figures(), indent=2) + "\n", "utf-8")
-    part.replace(PATH)
+    write_text(PATH, json.dumps(figures(), indent=2) + "\n")

@@ -31,7 +31,7 @@ from l3env.engine.engine import Engine
 from l3env.engine.state import Score
 from l3env.experiments.learning.cells import TRAINING_WINDOW, Cell, requests, tables_of
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
-from l3env.files import write_text
+from l3env.files import whole, write_text
 from l3env.policies.request_score import KNOBS, weights_of
 from l3env.requests.workload import Workload
 from l3env.runs.driver import replica_shares, warm_up
@@ -137,8 +137,8 @@ def begun(kept: Path, start: Sequence[float], spread: float, population: int, se
 
 def keep(kept: Path, strategy: cma.CMAEvolutionStrategy) -> None:
     """Whole, or as it was before."""
-    kept.with_suffix(".part").write_bytes(pickle.dumps(strategy))
-    kept.with_suffix(".part").replace(kept)
+    with whole(kept) as file:
+        pickle.dump(strategy, file)
 
 
 def log_generation(out: Path, strategy: cma.CMAEvolutionStrategy, met: NDArray[np.float64], begin_s: float) -> None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from l3env.errors import L3EnvError
 from l3env.experiments.reproduce.common import DEFAULT, Row
+from l3env.files import whole
 
 FIGURES = ("fig11", "fig12", "fig13", "fig14", "fig15", "fig16", "energy")
 OTHER_PAPERS = ("prover", "deepseek-v3")  # not of the L3 paper, and not part of "all"
@@ -76,7 +77,6 @@ def _draw_figure(figure: str, rows: list[Row], path: Path) -> Path:
     axes.margins(x=0.12)
     axes.set_title(f"{figure}: the paper and this model")
     axes.legend(loc="best", fontsize=8)
-    part = path.with_suffix(".part")
-    picture.savefig(part, format="png", dpi=150)
-    part.replace(path)
+    with whole(path) as file:
+        picture.savefig(file, format="png", dpi=150)
     return path

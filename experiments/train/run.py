@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import time
 import warnings
@@ -26,7 +25,7 @@ from l3env.errors import L3EnvError
 from l3env.experiments.train import algorithms
 from l3env.experiments.train.config import TrainConfig
 from l3env.experiments.train.export import export
-from l3env.files import write_text
+from l3env.files import whole, write_text
 
 EVAL_SEED = 1_000_000  # of the validation episodes: common random numbers between evaluations and runs
 Progress = Callable[[int, int, str], None]
@@ -110,12 +109,8 @@ def save_checkpoint(path: Path, model: Any, memory: Memory) -> None:
         "random": (random.getstate(), np.random.get_state(), th.get_rng_state()),  # noqa: NPY002  # SB3 draws from it
         "memory": memory,
     }
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with whole(path, sync=True) as file:
         cloudpickle.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def _resume(out: Path, config: TrainConfig) -> tuple[Any, Memory] | None:
@@ -203,9 +198,8 @@ class Keeper(BaseCallback):
             self._write_best()
 
     def _write_best(self) -> None:
-        part = self.out / "best_model.part.zip"
-        self.model.save(part)
-        part.replace(self.out / "best_model.zip")
+        with whole(self.out / "best_model.zip") as file:
+            self.model.save(file)
         config = self.config
         about = {
             "interval_s": interval_of(config),

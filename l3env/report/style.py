@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from l3env.files import whole
 from l3env.report.names import policy_labels, unique
 from l3env.units import MS
 
@@ -63,12 +64,10 @@ def looks(policies: Iterable[str]) -> dict[str, Look]:
 
 def save(draw: Callable[[], Figure], path: Path) -> None:
     """Draws in the house style and writes a whole PNG or nothing. Touches neither pyplot nor the user's settings."""
-    part = path.with_name(path.name + ".part")
-    with mpl.rc_context():
+    with mpl.rc_context(), whole(path) as file:
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
-        draw().savefig(part, format="png", dpi=DPI)
-    part.replace(path)
+        draw().savefig(file, format="png", dpi=DPI)
 
 
 def legend_below(figure: Figure, handles: list[Any], *, columns: int = 6) -> None:

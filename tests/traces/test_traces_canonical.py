@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,8 @@ def test_save_refuses_and_leaves_the_old_file(tmp_path: Path) -> None:
         canonical.save(small(source={"x": object()}), path)
     with pytest.raises(TraceError, match="cannot be written"):
         canonical.save(small(), tmp_path / "nowhere" / "w.csv")
-
-    def interrupted(file: Any) -> None:
+    with contextlib.suppress(KeyboardInterrupt), canonical.written(path) as file:
         file.write(b"half")
         raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        canonical.write_atomically(path, interrupted)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

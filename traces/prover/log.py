@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.errors import TraceError
+from l3env.files import write_text
 from l3env.requests.workload import NO_PARENT, Workload
 from l3env.traces.reading import MAX_TOKENS, FileFormat, fail, first_line, read_bytes
 
@@ -36,10 +37,8 @@ def matches(path: Path) -> bool:
 
 def write(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     """Writes a log, whole or not at all: rows in order of submission."""
-    part = path.with_name(path.name + ".part")
     ordered = sorted(rows, key=lambda row: float(row["submitted_s"]))
-    part.write_text("".join(json.dumps(dict(row)) + "\n" for row in ordered), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(json.dumps(dict(row)) + "\n" for row in ordered))
     return path
 
 
