@@ -7,7 +7,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 INSTALL = $(PIP) --no-build-isolation --editable
 WORKERS ?= 2
 
-.PHONY: help demo test check format lint types layers unit docs fmt clean
+.PHONY: help demo test format lint types layers unit docs wheel fmt clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,9 @@ unit: $(VENV)/.dev
 docs: $(VENV)/.dev ## build the documentation site into site/
 	$(BIN)/python -m mkdocs build --strict
 
+wheel: $(VENV)/.core ## build the wheel into dist/ and try it in a bare environment
+	$(BIN)/python -m tests.package.trial
+
 fmt: $(VENV)/.dev ## format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -48,6 +51,8 @@ clean: ## remove .venv, caches and build outputs (runs/ stays)
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "l3env needs Python 3.11 or newer; '$(PYTHON)' is not. Name one: make PYTHON=python3.12" >&2; exit 1; }
+	@test -d l3env/policies || { echo "l3env/policies is no folder: check out again with symbolic links" \
+		"(git config core.symlinks true)" >&2; exit 1; }
 	@echo "Setting up $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
