@@ -3,7 +3,8 @@
     python -m l3env.experiments.fit_pim            # simulate the whole grid, print coefficients and residuals
     python -m l3env.experiments.fit_pim --write    # and store them in l3env/presets/pim_fit/
 
-The grid is every length of 128 to 128k in ``l3env.dimm.fit.LENGTHS`` with every batch of 1 to 512 in ``BATCHES``.
+The grid is every length of 128 to 128k in ``l3env.machine.dimm.fit.LENGTHS`` with every batch of 1 to 512 in
+``BATCHES``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from l3env.machine.dimm.fit import QUERIES, equal_batches, fitted_kind, mixed_ba
 from l3env.machine.dimm.stored import FIT_DIR, Kind, RankFit, to_toml
 
 PRESETS = ("dimm-pim-ddr4-3200", "rank-pim-ddr4-3200")
-HEADER = "Fitted to l3env.dimm by experiments/fit_pim.py (which says over what grid); seconds per layer in one rank"
+HEADER = "Fitted to l3env.machine.dimm by experiments/fit_pim.py (there: over what grid); seconds per layer in one rank"
 UNSEEN_BATCHES = 40
 
 

@@ -34,7 +34,7 @@ from l3env.machine.tables import COEF_DTYPE, fill_attention
 COLUMNS = ("op", "model", "tp", "tokens", "batch", "kv_len", "ms")
 NEEDS = {"fc_layer": ("tokens",), "decode_attn": ("batch", "kv_len"), "prefill_attn": ("tokens", "kv_len")}
 OPS = tuple(NEEDS)
-DATA_DIR = Path(__file__).parent / "data"
+DATA_DIR = Path(__file__).parents[1] / "data"
 KIB = 1024
 
 

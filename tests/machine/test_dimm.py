@@ -283,7 +283,8 @@ def test_more_tokens_and_more_jobs_take_longer(case):
 
 
 def test_compiled_and_interpreted_kernels_agree():
-    script = "from l3env.dimm.simulate import RankSetup, simulate; print([simulate(RankSetup(**k), [700, 16]).cycles "
+    script = "from l3env.machine.dimm.simulate import RankSetup, simulate; "
+    script += "print([simulate(RankSetup(**k), [700, 16]).cycles "
     script += "for k in ({}, {'pipelined': False}, {'queries_per_kv_head': 8, 'chips_per_head': 1}, "
     script += "{'bank_level': False})])"
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}

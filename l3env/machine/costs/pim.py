@@ -9,8 +9,8 @@ Placement (arXiv 2504.17584, sections 4-5).
 * HBM-PIM and the host CPU spread every request evenly: one lane, one pool.
 
 A lane is what computes serially: an iteration waits for its slowest lane. In DIMM ranks its time is linear in tokens
-and requests, with coefficients fitted to the command-level simulator (``l3env/dimm``); elsewhere it is linear in
-tokens, in closed form.
+and requests, with coefficients fitted to the command-level simulator (``l3env/machine/dimm``); elsewhere it is linear
+in tokens, in closed form.
 """
 
 from __future__ import annotations
