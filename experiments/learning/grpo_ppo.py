@@ -23,7 +23,7 @@ from rich.console import Console
 
 from l3env.experiments.learning.cells import Cell, Job, run_job
 from l3env.experiments.learning.pictures import compared_curves
-from l3env.experiments.train.config import TrainConfig, hyperparams
+from l3env.experiments.train.config import TrainConfig, hyperparams_of
 from l3env.experiments.train.run import train
 from l3env.files import write_text
 
@@ -67,7 +67,7 @@ def one(run: Run) -> dict[str, Any]:
         eval_steps=max(run.steps // EVALUATIONS, 1),
         checkpoint_steps=max(run.steps // 5, 1),
         seed=run.seed,
-        hyperparams=hyperparams(run.algo),
+        hyperparams=hyperparams_of(run.algo),
     )
     network = train(config, run.out)
     goodput = [row["slo_attainment_frac"] for row in run_job(Job(run.cell, run.algo, (str(network),), WORKLOAD_SEEDS))]

@@ -10,8 +10,8 @@ from itertools import islice
 import numpy as np
 
 from l3env.engine.kernels import price
-from l3env.experiments.deepseek import day
 from l3env.experiments.gpu.profile import plain
+from l3env.experiments.reproduce import deepseek_traffic as traffic
 from l3env.experiments.reproduce.common import Row, row
 from l3env.experiments.reproduce.deepseek_prefill import (
     BATCH_TOKENS,
@@ -38,14 +38,14 @@ ITERATIONS, PROMPTS = 96, 40_000  # of a unit; of which as many as these iterati
 LOAD, HOURS = "deepseek-r1, prompt tokens", "1"
 
 LENGTHS = {
-    "equal prompts": (day.equal_prompts, "prompts of 4,383 tokens, as the day's totals imply for equal requests"),
+    "equal prompts": (traffic.equal_prompts, "prompts of 4,383 tokens, as the day's totals imply for equal requests"),
     "prompts and hits as in a chat service": (
-        day.chat_prompts,
+        traffic.chat_prompts,
         "new and cached tokens as they occur together in Mooncake's (Kimi's) trace, at the day's means: assumed of "
         "DeepSeek, which publishes only the means",
     ),
     "prompts as in an R1 service": (
-        day.reasoning_prompts,
+        traffic.reasoning_prompts,
         "prompts as in ServeGen's DeepSeek-R1 service, at the day's mean and cut at 64 K; 56.3 % of each cached: "
         "assumed, since the trace has no hits",
     ),
@@ -97,10 +97,10 @@ def unit_s(tables: Tables, shares: list[Batch], *, even: bool = False) -> float:
 def node_tokens_per_s(tables: Tables, prompts: Batch, units: int, chunk_tokens: int, *, even: bool = False) -> float:
     """New tokens of a node per second at saturation."""
     tokens, time_s = 0.0, 0.0
-    for pool in islice(day.batches(prompts, units * UNIT_GPUS * BATCH_TOKENS, chunk_tokens), ITERATIONS // units):
+    for pool in islice(traffic.batches(prompts, units * UNIT_GPUS * BATCH_TOKENS, chunk_tokens), ITERATIONS // units):
         costs = np.column_stack([attention_s(tables, pool), [float(new) for new, _ in pool]])
-        for unit in day.alike(costs[:, 0], costs[:, 1], units):
-            shares = [[pool[unit[item]] for item in gpu] for gpu in day.deal(costs[unit], UNIT_GPUS)]
+        for unit in traffic.alike(costs[:, 0], costs[:, 1], units):
+            shares = [[pool[unit[item]] for item in gpu] for gpu in traffic.deal(costs[unit], UNIT_GPUS)]
             time_s += unit_s(tables, shares, even=even)
         tokens += costs[:, 1].sum()
     return tokens / time_s * NODE_GPUS / UNIT_GPUS
@@ -110,12 +110,12 @@ def rows(model: ModelSpec) -> list[Row]:
     """The load, the means of the day, and what is read from disk meanwhile."""
     tables = compiled(model, experts__network__utilisation_frac=FEBRUARY_UTILISATION_FRAC)
     out = load()
-    served_frac = day.stored()["load"][LOAD]["served_frac"][HOURS]
+    served_frac = traffic.stored()["load"][LOAD]["served_frac"][HOURS]
     means = (1 - HIT_FRAC) * SERVED_PROMPT_TOKENS, HIT_FRAC * SERVED_PROMPT_TOKENS
     for lengths, (draw, what) in LENGTHS.items():
         prompts = draw(PROMPTS, *means)
         for balancer, (units, chunk_tokens, even, how) in BALANCERS.items():
-            if draw is day.equal_prompts and balancer != "dealt within a unit":
+            if draw is traffic.equal_prompts and balancer != "dealt within a unit":
                 continue  # as good as the same
             full = node_tokens_per_s(tables, prompts, units, chunk_tokens, even=even)
             note = f"computed: {full:,.0f} at saturation x {served_frac:.3f} of the load; {what}; {how}"
@@ -128,7 +128,7 @@ def rows(model: ModelSpec) -> list[Row]:
 
 def load() -> list[Row]:
     """How a load that swings is served, and whether it swings as DeepSeek's does."""
-    found = day.stored()["load"]
+    found = traffic.stored()["load"]
     mine = found[LOAD]
     others = ", ".join(f"{each['served_frac'][HOURS]:.2f} ({name})" for name, each in found.items() if name != LOAD)
     hours = ", ".join(f"{frac:.2f} ({each} h)" for each, frac in mine["served_frac"].items() if each != HOURS)

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from l3env import load
-from l3env.experiments.deepseek import deep_gemm, placement, study
-from l3env.experiments.reproduce import deepseek_day, deepseek_prefill
+from l3env.experiments.gpu import deep_gemm
+from l3env.experiments.reproduce import deepseek_balance, deepseek_day, deepseek_places, deepseek_prefill
 from l3env.experiments.reproduce.common import Row, row
 from l3env.machine.costs import experts, gpu
 from l3env.machine.specs import ModelSpec, SystemSpec
@@ -147,7 +147,7 @@ def decode(model: ModelSpec) -> list[Row]:
         if user >= OI_USER_TOKENS_PER_S
     )
     out.append(line(f"{case}, same user speed", "output tokens/s a node", OI_NODE_TOKENS_PER_S, fastest, AVERAGE))
-    imbalance_frac = study.stored()["ranks"][study.LMSYS]["rebalanced_mean"]
+    imbalance_frac = deepseek_balance.stored()["ranks"][deepseek_balance.LMSYS]["rebalanced_mean"]
     lmsys = compile_tables(_ep(tables.system, 72, 288, imbalance_frac), model)
     each = Steps(lmsys).tokens_per_s(HBM, 256, 2000)
     out.append(line("LMSYS decode, 9 nodes, batch 256, KV 2 K", "output tokens/s a node", 22_300, each * NODE_GPUS))
@@ -183,8 +183,8 @@ def guessing_gain(tables: Tables, requests: int, context_tokens: int, acceptance
 
 
 def balance() -> list[Row]:
-    """From the router study (``experiments/deepseek/study.py``)."""
-    figures: dict[str, Any] = study.stored()
+    """From the router study (``experiments/reproduce/deepseek_balance.py``)."""
+    figures: dict[str, Any] = deepseek_balance.stored()
     found = figures["ranks"]["h800-ep32-prefill"]
     fitted = "the popularity model's strength of domains is fitted to this figure"
     quantity = "(largest - mean) / mean of ranks"
@@ -202,7 +202,7 @@ def balance() -> list[Row]:
 def places() -> list[Row]:
     """Where decode attention should live, and what choosing by prediction reaches."""
     out = []
-    for cell in placement.cells():
+    for cell in deepseek_places.cells():
         rates = ", ".join(f"{place} {rate:,.0f}" for place, rate in cell.rates.items())
         case = f"{cell.model} on {cell.system}, {cell.context_tokens:,} tokens, batch {cell.batch}: best {cell.best}"
         out.append(line(case, "adaptive over best fixed place", None, cell.adaptive_ratio, f"tokens/s: {rates}"))

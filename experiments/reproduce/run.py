@@ -15,7 +15,7 @@ from l3env.experiments.reproduce.common import DEFAULT, Row
 from l3env.files import whole
 
 FIGURES = ("fig11", "fig12", "fig13", "fig14", "fig15", "fig16", "energy")
-OTHER_PAPERS = ("prover", "deepseek-v3")  # not of the L3 paper, and not part of "all"
+OTHER_PAPERS = {"prover": "proof_search", "deepseek-v3": "deepseek_v3"}  # not of the L3 paper, nor part of "all"
 MOST_SPREAD = 1000.0  # of values that one axis can show
 
 
@@ -37,7 +37,7 @@ def rows_of(name: str, progress: Callable[[int, int, str], None], *, quick: bool
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"l3env.experiments.reproduce.{name.replace('-', '_')}")
+    return importlib.import_module(f"l3env.experiments.reproduce.{OTHER_PAPERS.get(name, name)}")
 
 
 def assumed(name: str) -> str:

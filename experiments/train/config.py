@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from l3env.cli.options import option, tuple_of
+from l3env.cli.shared import names, numbers
 from l3env.errors import L3EnvError
 from l3env.experiments.train.windows import in_window
 
@@ -34,21 +36,27 @@ class TrainConfig:
         hyperparams: of the algorithm, resolved.
     """
 
-    algo: str = "maskable-ppo"
-    systems: tuple[str, ...] = ("l3-dgx-a100",)
-    models: tuple[str, ...] = ("gpt-175b",)
-    traces: tuple[str, ...] = ("azure-conv-2023",)
-    utilization: tuple[float, ...] = (0.9,)
-    train_window: str = "0%:50%"
-    validation_window: str = "50%:60%"
+    algo: str = option("maskable-ppo", "ppo, maskable-ppo, a2c, dqn or grpo.")
+    systems: tuple[str, ...] = option(("l3-dgx-a100",), "Names with commas between.", "--system", names)
+    models: tuple[str, ...] = option(("gpt-175b",), "Names with commas between.", "--model", names)
+    traces: tuple[str, ...] = option(
+        ("azure-conv-2023",), "A trace spec; several times for several.", "--trace", tuple_of
+    )
+    utilization: tuple[float, ...] = option(
+        (0.9,), "Load, times capacity: a number, or LOW,HIGH to draw from.", read=lambda *given: tuple(numbers(*given))
+    )
+    train_window: str = option("0%:50%", "Part of each trace's span to learn from.")
+    validation_window: str = option("50%:60%", "Part that chooses the best model.")
     env: dict[str, Any] = field(default_factory=dict)
-    total_steps: int = 1_000_000
-    checkpoint_steps: int = 100_000
-    eval_steps: int = 100_000
-    eval_episodes: int = 32
-    seed: int = 0
-    init: str | None = None
-    value_warmup_rollouts: int = 0
+    total_steps: int = option(1_000_000, "Environment steps in all.", "--steps")
+    checkpoint_steps: int = option(100_000, "Environment steps between checkpoints.")
+    eval_steps: int = option(100_000, "Environment steps between evaluations.")
+    eval_episodes: int = option(32, "Episodes of an evaluation.")
+    seed: int = option(0, "Of the run.")
+    init: str | None = option(None, "Network (.npz) to start from, e.g. an imitated one.")
+    value_warmup_rollouts: int = option(
+        0, "With --init: rollouts that teach the value function alone.", "--value-warmup"
+    )
     hyperparams: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,7 +95,7 @@ class TrainConfig:
             raise L3EnvError(f"{path}: {error}") from None
 
 
-def hyperparams(algo: str, path: Path | None = None) -> dict[str, Any]:
+def hyperparams_of(algo: str, path: Path | None = None) -> dict[str, Any]:
     """The algorithm's own YAML file, with what a file of the user's changes. Raises L3EnvError naming file and key."""
     if algo not in ALGORITHMS:
         raise L3EnvError(f"--algo {algo!r}; expected one of {', '.join(ALGORITHMS)}")

@@ -6,7 +6,7 @@ import time
 
 from l3env.envs.sb3 import make_vec_env
 from l3env.experiments.train import algorithms
-from l3env.experiments.train.config import hyperparams
+from l3env.experiments.train.config import hyperparams_of
 
 STEPS_A_ROLLOUT = 64
 
@@ -21,7 +21,7 @@ def training_speed(
     """
     algorithms.set_up_torch()
     env = make_vec_env(num_envs, seed=0, utilization=0.9, decision=decision, reward_scale=100.0)
-    known = hyperparams(algo) | {"num_envs": num_envs, "n_steps": STEPS_A_ROLLOUT}
+    known = hyperparams_of(algo) | {"num_envs": num_envs, "n_steps": STEPS_A_ROLLOUT}
     model = algorithms.build(algo, env, known, seed=0)
     rollout = num_envs * STEPS_A_ROLLOUT
     model.learn(rollout)

@@ -1,20 +1,5 @@
-"""The command line: a module a group of commands, each of which adds its own to ``app`` when it is imported here."""
+"""The command line. Commands join by name (entry points ``l3env.commands``), those that are built in like any other."""
 
-from l3env.cli import bench, capacity, compare, gpu, learn, lists, paper, study, timeline, traces
-from l3env.cli.main import main
-from l3env.cli.shared import app
+from l3env.cli.main import app, main
 
-__all__ = [
-    "app",
-    "bench",
-    "capacity",
-    "compare",
-    "gpu",
-    "learn",
-    "lists",
-    "main",
-    "paper",
-    "study",
-    "timeline",
-    "traces",
-]
+__all__ = ["app", "main"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,6 @@ import typer
 from l3env.cli.shared import (
     Json,
     announce_compilation,
-    app,
     err,
     finite,
     names,
@@ -25,7 +25,6 @@ PricesFile = Annotated[Path | None, typer.Option("--prices", help="TOML with you
 COST_COLUMNS = ("dollars_per_hour", "power_w", "tokens_per_dollar", "dollars_per_million_tokens", "tokens_per_joule")
 
 
-@app.command()
 def capacity(
     system: Annotated[str, typer.Option(help="Presets or TOML files, with commas between.")] = "l3-dgx-a100",
     model: Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")] = "gpt-175b",
@@ -54,11 +53,11 @@ def capacity(
     slo = Slo(ttft_scale, tbt_scale, ttft_s, tbt_s)
     work = [
         CapacityJob(policy, machine, model, trace, seed, target, tolerance, slo)
-        for machine in names(system)
-        for policy in names(policies)
+        for machine in names(system, "--system")
+        for policy in names(policies, "--policies")
         for seed in range(seeds)
     ]
-    costs = None if prices is None else _cost_function(prices, names(system))
+    costs = None if prices is None else _cost_function(prices, names(system, "--system"))
     start_backend(backend, address, jobs)
     with progress_bar("searching") as progress:
         rows = capacities(work, backend=backend, workers_count=jobs, progress=progress)
@@ -79,7 +78,6 @@ def capacity(
     err.print(table)
 
 
-@app.command()
 def cost(
     run: Annotated[Path | None, typer.Argument(help="Folder of a comparison or study.")] = None,
     prices: PricesFile = None,
@@ -125,7 +123,7 @@ def _results(folder: Path) -> Any:
     return frame[frame["error"].isna()] if "error" in frame else frame
 
 
-def _cost_function(prices: Path, systems: list[str]) -> Any:
+def _cost_function(prices: Path, systems: Iterable[str]) -> Any:
     """Row -> cost figures; all prices are looked up before anything runs."""
     from l3env.machine.pair import named_spec
     from l3env.study.cost import Prices, cost_figures

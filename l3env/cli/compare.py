@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, app, err, numbers, print_json, progress_bar
+from l3env.cli.shared import Json, announce_compilation, err, numbers, print_json, progress_bar
 from l3env.errors import L3EnvError
 
 DEFAULT_POLICIES = (
@@ -17,7 +17,6 @@ DEFAULT_POLICIES = (
 DEMO_POLICIES = "fcfs,sarathi,l3,edf,sjf-prompt,srtf-predicted"
 
 
-@app.command()
 def compare(
     system: Annotated[str, typer.Option(help="A preset (l3env systems) or a TOML file.")] = "l3-dgx-a100",
     model: Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")] = "gpt-175b",
@@ -103,7 +102,6 @@ def run_and_report(config: Any, out: Path | None, as_json: bool) -> None:
         )
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("runs/demo"),
     as_json: Json = False,

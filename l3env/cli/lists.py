@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from l3env.cli.shared import Json, app, err, plain_table, print_json
+from l3env.cli.shared import Json, err, plain_table, print_json
 
 
-@app.command()
 def systems(as_json: Json = False) -> None:
     """Systems there are: GPUs and places for KV."""
     from l3env.machine import specs
@@ -34,7 +33,6 @@ def systems(as_json: Json = False) -> None:
     err.print(table)
 
 
-@app.command()
 def models(as_json: Json = False) -> None:
     """Models there are: sizes and KV bytes."""
     from l3env.machine import specs
@@ -60,7 +58,6 @@ def models(as_json: Json = False) -> None:
     err.print("g: gated FFN (three matrices); TP: GPUs a replica spans by default", highlight=False)
 
 
-@app.command()
 def policies(as_json: Json = False) -> None:
     """Policies known by name."""
     import inspect

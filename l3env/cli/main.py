@@ -1,15 +1,64 @@
-"""The entry point: user errors become one line, an interrupt is quiet."""
+"""The entry point: finds commands by name; user errors become one line, an interrupt is quiet."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 import warnings
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
-from l3env.cli.shared import app, err
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from l3env import __version__
+from l3env.cli.shared import err
 from l3env.errors import L3EnvError
 
+GROUP = "l3env.commands"
 INTERRUPTED = 130
+
+
+class Commands(Mapping[str, Any]):
+    """Commands by name, each imported when it is first asked for: a function, or a Typer application of several."""
+
+    def __init__(self) -> None:
+        self.points = {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
+
+    def __getitem__(self, name: str) -> Any:
+        return _command(self.points[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.points)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+
+class Group(TyperGroup):
+    """A group of the commands there are."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings | {"commands": Commands()})
+
+
+app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def l3env(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Scheduling of LLM serving on heterogeneous memory: compare policies on real traces."""
 
 
 def main() -> None:
@@ -18,7 +67,7 @@ def main() -> None:
     try:
         app()
     except L3EnvError as error:
-        err.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
@@ -26,5 +75,31 @@ def main() -> None:
         raise
 
 
+def _command(point: importlib.metadata.EntryPoint) -> Any:
+    """What an entry point names, or, where it cannot be imported, a command that says so."""
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        found = _broken(point, error)
+    if isinstance(found, typer.Typer):
+        command: Any = typer.main.get_group(found)
+    else:
+        alone = typer.Typer(add_completion=False)
+        alone.command()(found)
+        command = typer.main.get_command(alone)
+    command.name = point.name
+    return command
+
+
+def _broken(point: importlib.metadata.EntryPoint, error: Exception) -> Any:
+    text = f"Cannot be loaded from {point.value!r}: {error}."
+
+    def command() -> None:
+        raise L3EnvError(f"command {point.name!r}: {text[0].lower()}{text[1:]}")
+
+    command.__doc__ = text
+    return command
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    err.print(f"[yellow]note:[/] {message}", soft_wrap=True, highlight=False)
+    err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""What all commands share: the applications, the console, progress, tables, JSON.
+"""What all commands share: the console, progress, tables, JSON.
 
 Results for machines go to stdout (``--json``), tables and progress to stderr.
 """
@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any
@@ -19,13 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from l3env.errors import L3EnvError
-
-app = typer.Typer(
-    help="Scheduling of LLM serving on heterogeneous memory: compare policies on real traces.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 
 PIPED_WIDTH = 140  # columns where stderr is no terminal
 err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
@@ -91,9 +85,17 @@ def numbers(text: str, option: str, count: int | None = None) -> list[float]:
     return values
 
 
-def names(text: str) -> list[str]:
-    """Comma-separated names of an option."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def names(text: str, option: str) -> tuple[str, ...]:
+    """Comma-separated names of an option, at least one."""
+    found = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not found:
+        raise L3EnvError(f"{option} {text!r}; expected a name, or several with commas between")
+    return found
+
+
+def repeated_command() -> str:
+    """The command as a user would repeat it."""
+    return shlex.join(["l3env", *sys.argv[1:]])
 
 
 def plain_table(*columns: str) -> Table:

@@ -7,14 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, app, err, finite, print_json, progress_bar
+from l3env.cli.shared import Json, announce_compilation, err, finite, print_json, progress_bar
 from l3env.errors import L3EnvError
 
 SHOWN_FAILURES = 5
 Workers = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; -1: one a core.")]
 
 
-@app.command()
 def sweep(
     study: Annotated[Path, typer.Argument(help="The study: a YAML file, or the config.json of an earlier one.")],
     out: Annotated[Path | None, typer.Option(help="Folder; resumes what is there. By default runs/NAME.")] = None,
@@ -54,7 +53,6 @@ def sweep(
     )
 
 
-@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
     """Draws the page of a study again, finished or not."""
     from l3env.report.html import of_study, write_html

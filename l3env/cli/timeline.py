@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from l3env.cli.shared import announce_compilation, app, err, numbers
+from l3env.cli.shared import announce_compilation, err, numbers
 from l3env.errors import L3EnvError
 
 
-@app.command()
 def timeline(
     system: Annotated[str, typer.Option(help="A preset (l3env systems) or a TOML file.")] = "l3-dgx-a100",
     model: Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")] = "gpt-175b",

@@ -15,8 +15,9 @@ from l3env.engine.engine import Engine, Slo, draft_classes
 from l3env.engine.kernels.run import Until
 from l3env.engine.rollout import Rollouts, present_idx
 from l3env.errors import PlanError, PolicyError, SpecError, WorkloadError
-from l3env.experiments.deepseek import deep_gemm, placement, router, study
-from l3env.experiments.reproduce import deepseek_prefill
+from l3env.experiments.gpu import deep_gemm
+from l3env.experiments.reproduce import deepseek_balance, deepseek_places, deepseek_prefill
+from l3env.experiments.reproduce import deepseek_router as router
 from l3env.machine.costs import energy, experts, gpu, link, memory, pim
 from l3env.machine.tables import compile_tables
 from l3env.policies.placement import Place, Steps
@@ -387,11 +388,11 @@ def test_copies_go_to_the_most_loaded_and_every_rank_is_full():
 
 
 def test_measured_imbalance_of_r1():
-    found = study.stored()["ranks"]["h800-ep32-prefill"]
+    found = deepseek_balance.stored()["ranks"]["h800-ep32-prefill"]
     assert found["fixed_mean"] == pytest.approx(1.56, rel=0.2)
     assert found["rebalanced_mean"] == pytest.approx(0.11, abs=0.04)
-    for name in study.SYSTEMS:  # the presets carry what the study found
-        found = study.stored()["ranks"][name]["rebalanced_mean"]
+    for name in deepseek_balance.SYSTEMS:  # the presets carry what the study found
+        found = deepseek_balance.stored()["ranks"][name]["rebalanced_mean"]
         for system in (name, f"l3-{name}"):
             assert load(f"system/{system}").experts.imbalance_frac == pytest.approx(found, abs=1e-3)
 
@@ -453,8 +454,8 @@ def test_plans_name_the_place():
 
 
 def test_choosing_by_prediction_is_never_much_worse_than_the_best_place():
-    cells = list(placement.cells())
-    assert {cell.model for cell in cells} == set(placement.MODELS)
+    cells = list(deepseek_places.cells())
+    assert {cell.model for cell in cells} == set(deepseek_places.MODELS)
     assert all(cell.rates[cell.best] > 0 for cell in cells)
     assert min(cell.adaptive_ratio for cell in cells) > 0.98
     assert len({cell.best for cell in cells}) > 1

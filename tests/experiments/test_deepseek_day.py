@@ -11,8 +11,8 @@ import pytest
 
 from l3env import Workload, load
 from l3env.errors import TraceError
-from l3env.experiments.deepseek import day
 from l3env.experiments.reproduce import deepseek_day, deepseek_prefill
+from l3env.experiments.reproduce import deepseek_traffic as traffic
 from l3env.traces import catalog
 
 V3 = load("model/deepseek-v3")
@@ -25,25 +25,25 @@ EQUAL = [(2048, 2048)] * 8
 
 def test_longest_first_to_the_least_loaded():
     """5 | 4, then 3 to the 4, 3 to the 5: 8 and 7."""
-    items = day.deal(np.array([[3.0], [5.0], [4.0], [3.0]]), 2)
+    items = traffic.deal(np.array([[3.0], [5.0], [4.0], [3.0]]), 2)
     assert sorted(sorted(each.tolist()) for each in items) == [[0, 2], [1, 3]]
 
 
 def test_both_quantities_are_balanced():
     """Two prompts with much attention, four with many tokens: each rank gets one and two."""
     costs = np.array([[8.0, 1.0], [8.0, 1.0], [1.0, 4.0], [1.0, 4.0], [1.0, 4.0], [1.0, 4.0]])
-    for items in day.deal(costs, 2):
+    for items in traffic.deal(costs, 2):
         assert costs[items].sum(axis=0).tolist() == [10.0, 9.0]
 
 
 def test_like_prompts_share_a_unit_and_units_have_equal_tokens():
     attention, tokens = np.array([1.0, 8.0, 2.0, 9.0]), np.array([4.0, 4.0, 4.0, 4.0])
-    assert [sorted(unit.tolist()) for unit in day.alike(attention, tokens, 2)] == [[1, 3], [0, 2]]
-    assert sorted(np.concatenate(day.alike(attention, tokens, 3)).tolist()) == [0, 1, 2, 3]
+    assert [sorted(unit.tolist()) for unit in traffic.alike(attention, tokens, 2)] == [[1, 3], [0, 2]]
+    assert sorted(np.concatenate(traffic.alike(attention, tokens, 3)).tolist()) == [0, 1, 2, 3]
 
 
 def test_a_long_prompt_goes_on_in_the_next_iteration_on_its_history():
-    found = list(day.batches([(40, 7), (10, 0), (16, 0), (16, 0), (16, 0)], 32, 16))
+    found = list(traffic.batches([(40, 7), (10, 0), (16, 0), (16, 0), (16, 0)], 32, 16))
     assert found[0] == [(16, 7), (10, 0), (16, 0)]
     assert found[1] == [(16, 23), (16, 0)]
     assert len(found) == 2  # the last, (8, 39) and (16, 0), is not full
@@ -52,7 +52,7 @@ def test_a_long_prompt_goes_on_in_the_next_iteration_on_its_history():
 def test_every_token_is_prefilled_once():
     rng = np.random.default_rng(3)
     waiting = [(int(new), 100 * i) for i, new in enumerate(rng.integers(1, 90, 400))]
-    pieces = [piece for batch in day.batches(waiting, 64, 16) for piece in batch]
+    pieces = [piece for batch in traffic.batches(waiting, 64, 16) for piece in batch]
     assert max(new for new, _ in pieces) == 16
     for i, (new, history) in enumerate(waiting[:300]):
         mine = sorted((piece for piece in pieces if piece[1] // 100 == i), key=lambda piece: piece[1])
@@ -76,10 +76,10 @@ def test_what_is_cached_by_hand():
         prefix_offsets=[0, 3, 7, 9],
         prefix_block_tokens=10,
     )
-    assert day.cached_tokens(workload).tolist() == [0, 20, 19]
+    assert traffic.cached_tokens(workload).tolist() == [0, 20, 19]
 
 
-@pytest.mark.parametrize("draw", [day.equal_prompts, day.chat_prompts, day.reasoning_prompts])
+@pytest.mark.parametrize("draw", [traffic.equal_prompts, traffic.chat_prompts, traffic.reasoning_prompts])
 def test_prompts_have_the_days_means(draw):
     drawn = np.array(draw(20_000, 1915.0, 2468.0))
     assert drawn[:, 0].mean() == pytest.approx(1915, rel=1e-3)
@@ -92,9 +92,9 @@ def test_the_kept_quantiles_give_back_what_attention_depends_on():
     """E[new^2] and E[new cached] of as many prompts as the trace has, correlated lognormals."""
     first, second = np.random.default_rng(0).normal(size=(2, 3400))
     new, cached = np.exp(7 + 0.8 * first), np.exp(7 + 0.7 * (-0.5 * first + np.sqrt(0.75) * second))
-    kept = day.joint(new, cached)
-    assert np.shape(kept["new"]) == np.shape(kept["cached"]) == (day.GROUPS, day.STEPS + 1)
-    drawn_new, drawn_cached = day.draw_joint(kept, 100_000)
+    kept = traffic.joint(new, cached)
+    assert np.shape(kept["new"]) == np.shape(kept["cached"]) == (traffic.GROUPS, traffic.STEPS + 1)
+    drawn_new, drawn_cached = traffic.draw_joint(kept, 100_000)
     assert (drawn_new**2).mean() == pytest.approx((new**2).mean() / new.mean() ** 2, rel=0.05)
     assert (drawn_new * drawn_cached).mean() == pytest.approx(
         (new * cached).mean() / new.mean() / cached.mean(), rel=0.05
@@ -107,11 +107,11 @@ def test_the_kept_quantiles_give_back_what_attention_depends_on():
 def test_the_load_by_hand():
     """Windows 1, 3 | 2, 2: capacity 3 and 2 for a mean of 2."""
     load_per_s = np.array([1.0, 3.0, 2.0, 2.0])
-    assert day.served_frac(load_per_s, 2) == pytest.approx(2 / 2.5)
-    assert day.capacity_frac(load_per_s, 2) == pytest.approx(2.5 / 3)
-    assert day.served_frac(load_per_s, 1) == 1.0
-    assert day.served_frac(load_per_s, 4) == pytest.approx(2 / 3)
-    assert day.served_frac(np.full(8, 5.0), 4) == day.capacity_frac(np.full(8, 5.0), 4) == 1.0
+    assert traffic.served_frac(load_per_s, 2) == pytest.approx(2 / 2.5)
+    assert traffic.capacity_frac(load_per_s, 2) == pytest.approx(2.5 / 3)
+    assert traffic.served_frac(load_per_s, 1) == 1.0
+    assert traffic.served_frac(load_per_s, 4) == pytest.approx(2 / 3)
+    assert traffic.served_frac(np.full(8, 5.0), 4) == traffic.capacity_frac(np.full(8, 5.0), 4) == 1.0
 
 
 def test_tokens_of_a_service_by_hand(tmp_path: Path):
@@ -126,17 +126,17 @@ def test_tokens_of_a_service_by_hand(tmp_path: Path):
         (folder / f"chunk-{number}-trace.csv").write_text("\r\n".join(rows) + "\r\n")
         fields = {"input_tokens": lengths, "output_tokens": "{1: 1.0}"}
         (folder / f"chunk-{number}-dataset.json").write_text(json.dumps({"0": fields}))
-    found = day.rates(folder, "two")
+    found = traffic.rates(folder, "two")
     assert found["requests"] == pytest.approx([0.7] + [0.5] * 35)
     assert found["prompt tokens"] == pytest.approx([300.0] + [100.0] * 35)
 
 
 def test_the_kept_facts_are_those_of_the_traces():
-    names = (day.CHAT, *day.SERVICES.values())
+    names = (traffic.CHAT, *traffic.SERVICES.values())
     places = [catalog.locate(catalog.read_manifest()[name]) for name in names]
     if None in places or "first60pct" not in str(places[0]):
         pytest.skip("the traces are not at hand, or a longer part of one; set L3ENV_TRACE_DIR")
-    found, kept = day.facts(), day.stored()
+    found, kept = traffic.facts(), traffic.stored()
     assert found["load"] == kept["load"]
     for name in ("new", "cached"):
         np.testing.assert_allclose(found["prompts"][name], kept["prompts"][name])
@@ -145,8 +145,8 @@ def test_the_kept_facts_are_those_of_the_traces():
 def test_without_the_traces_only_the_facts_cannot_be_made_anew(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(catalog, "locate", lambda entry: None)
     with pytest.raises(TraceError, match="is not on this machine"):
-        day.facts()
-    assert len(day.chat_prompts(50, 1915.0, 2468.0)) == len(day.reasoning_prompts(50, 1915.0, 2468.0)) == 50
+        traffic.facts()
+    assert len(traffic.chat_prompts(50, 1915.0, 2468.0)) == len(traffic.reasoning_prompts(50, 1915.0, 2468.0)) == 50
     assert len(deepseek_day.load()) == 2
 
 
@@ -191,7 +191,7 @@ def test_the_day_step_by_step():
     assert chat["dealt within a unit"] < 0.6
     for balancer in ("dealt within a unit in pieces of 4 K", "dealt over 24 units", "perfect balance"):
         assert chat[balancer] == pytest.approx(1, abs=0.05)
-        for frac in day.stored()["load"][deepseek_day.LOAD]["served_frac"].values():  # whatever the interval
+        for frac in traffic.stored()["load"][deepseek_day.LOAD]["served_frac"].values():  # whatever the interval
             assert 0.75 < chat[balancer] * frac / rows["load"]["ours"] < 1.25
     assert max(chat.values()) == chat["perfect balance"]
     reasoning = [row["ratio"] for name, row in rows.items() if name.startswith("prompts as in an R1")]

@@ -11,8 +11,7 @@ import pytest
 import l3env
 from l3env import Workload
 from l3env.errors import L3EnvError
-from l3env.experiments import roofline
-from l3env.experiments.reproduce import common, fig12, fig13, run
+from l3env.experiments.reproduce import common, fig12, fig13, roofline, run
 from l3env.experiments.reproduce.common import DEFAULT, machine, measured
 
 

@@ -19,7 +19,7 @@ from l3env.envs.sb3 import make_vec_env
 from l3env.envs.serving import ServingEnv
 from l3env.errors import L3EnvError, PolicyError
 from l3env.experiments.train import algorithms
-from l3env.experiments.train.config import ALGORITHMS, TrainConfig, hyperparams
+from l3env.experiments.train.config import ALGORITHMS, TrainConfig, hyperparams_of
 from l3env.experiments.train.export import actor_layers, load_weights
 from l3env.experiments.train.grpo import GRPO, group_advantages, kl_estimate, process_advantages
 from l3env.experiments.train.run import evaluate, train
@@ -50,7 +50,7 @@ def config(algo: str, **changes: object) -> TrainConfig:
         checkpoint_steps=128,
         eval_steps=256,
         eval_episodes=2,
-        hyperparams=hyperparams(algo) | SMALL[algo],
+        hyperparams=hyperparams_of(algo) | SMALL[algo],
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -307,7 +307,8 @@ def test_training_improves_goodput(tmp_path: Path) -> None:
         eval_steps=12_000,
         checkpoint_steps=12_000,
         eval_episodes=16,
-        hyperparams=hyperparams("grpo") | {"num_envs": 32, "n_steps": 128, "batch_size": 1024, "learning_rate": 1e-3},
+        hyperparams=hyperparams_of("grpo")
+        | {"num_envs": 32, "n_steps": 128, "batch_size": 1024, "learning_rate": 1e-3},
     )
     train(wanted, tmp_path)
     goodput = pd.read_csv(tmp_path / "evaluations.csv")["goodput_frac"]
@@ -327,8 +328,8 @@ def test_windows_and_hyperparameters(tmp_path: Path) -> None:
         in_window("a?window=0:1", "0%:50%")
     own = tmp_path / "own.yml"
     own.write_text("gamma: 0.9\n")
-    assert hyperparams("ppo", own)["gamma"] == 0.9
-    assert hyperparams("ppo", own)["n_steps"] == hyperparams("ppo")["n_steps"]
+    assert hyperparams_of("ppo", own)["gamma"] == 0.9
+    assert hyperparams_of("ppo", own)["n_steps"] == hyperparams_of("ppo")["n_steps"]
     with pytest.raises(L3EnvError, match="expected one of"):
         TrainConfig(algo="sarsa")
     env = make_vec_env(2, trace=TRACE, load=0.5)

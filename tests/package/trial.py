@@ -9,6 +9,7 @@ environment and runs the main commands from such a folder.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -38,6 +39,7 @@ def build(folder: Path) -> Path:
     """The wheel, built from the source distribution, so that nothing but what that holds can be in it."""
     with tempfile.TemporaryDirectory() as unpacked:
         source = Path(unpacked, _backend("build_sdist", ROOT, Path(unpacked)))
+        shutil.rmtree(ROOT / "l3env.egg-info")  # else it would hide the entry points of a later installation
         with tarfile.open(source) as archive:
             archive.extractall(unpacked, filter="data")
         return folder / _backend("build_wheel", source.with_name(source.name.removesuffix(".tar.gz")), folder)

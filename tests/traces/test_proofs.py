@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from l3env.experiments import fit_prover
-from l3env.experiments.reproduce import prover as reproduce
-from l3env.experiments.reproduce.prover import RMAXTS, SINGLE_PASS, Method, samples_needed
+from l3env.experiments.reproduce import fit_prover
+from l3env.experiments.reproduce import proof_search as reproduce
+from l3env.experiments.reproduce.proof_search import RMAXTS, SINGLE_PASS, Method, samples_needed
 from l3env.search import tree as rmaxts
 from l3env.traces.prover.model import (
     DEAD,

@@ -10,8 +10,8 @@ A theorem is a tree of tactic states that nobody ever writes down: every propert
 
 A theorem's steps are 1 + geometric, its live_frac is Kumaraswamy distributed, its right_frac 1 - u^(1 / error_p).
 Nothing is published about tactic trees. The defaults were fitted to the seven shares of theorems that single-pass
-sampling proves in arXiv 2408.08152 (``experiments/fit_prover.py`` says how, and how the two parameters were chosen that
-these do not tell); that proofs look like this is an assumption.
+sampling proves in arXiv 2408.08152 (``experiments/reproduce/fit_prover.py`` says how, and how the two parameters were
+chosen that these do not tell); that proofs look like this is an assumption.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every replica has the same batch, so a group of ``ranks`` GPUs routes ``ranks / tp`` batches at once. Experts are hit
 independently and equally often; what is unequal is in one factor, the imbalance between ranks, which
-``experiments/deepseek/router.py`` simulates.
+``experiments/reproduce/deepseek_router.py`` simulates.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def product_s(
 
     Outputs are written beside them too, but for FP8 products with a scale for 128 elements, where a tile's sums are
     scaled and stored after its last step: a tile is as long as both (``fp8_output_bytes_per_s``, fitted to DeepGEMM's
-    table by ``experiments/deepseek/deep_gemm.py``).
+    table by ``experiments/gpu/deep_gemm.py``).
     """
     faster = speedup(model, gpu)
     if faster > 1 and gpu.fp8_output_bytes_per_s > 0:

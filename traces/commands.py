@@ -7,13 +7,12 @@ from typing import Any
 
 import typer
 
-from l3env.cli.shared import Json, app, err, plain_table, print_json, progress_bar
+from l3env.cli.shared import Json, err, plain_table, print_json, progress_bar
 
-traces_app = typer.Typer(help="Traces: what is there, what is in them, convert, fetch.", no_args_is_help=True)
-app.add_typer(traces_app, name="traces")
+app = typer.Typer(help="Traces: what is there, what is in them, convert, fetch.", no_args_is_help=True)
 
 
-@traces_app.command("list")
+@app.command("list")
 def traces_list(as_json: Json = False) -> None:
     """Traces by name: real ones, synthetic ones, embedded profiles."""
     from l3env.traces.catalog import listing
@@ -30,7 +29,7 @@ def traces_list(as_json: Json = False) -> None:
     err.print(table)
 
 
-@traces_app.command("stats")
+@app.command("stats")
 def traces_stats(trace: str, seed: int = 0, as_json: Json = False) -> None:
     """Statistics of a trace: rates, burstiness, lengths, shared prefixes."""
     from l3env.requests.registry import load_trace
@@ -53,7 +52,7 @@ def _json_safe(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | type(None) | list | dict) else str(value)
 
 
-@traces_app.command("convert")
+@app.command("convert")
 def traces_convert(trace: str, target: Path, seed: int = 0) -> None:
     """Writes any trace in the canonical form: TARGET ends in .parquet or .csv."""
     from l3env.requests.registry import load_trace
@@ -64,7 +63,7 @@ def traces_convert(trace: str, target: Path, seed: int = 0) -> None:
     err.print(f"{len(workload):,} requests written to {path}", highlight=False)
 
 
-@traces_app.command("fetch")
+@app.command("fetch")
 def traces_fetch(name: str) -> None:
     """Downloads a real trace from its publisher into the user's cache and checks it."""
     from l3env.traces.fetch import fetch

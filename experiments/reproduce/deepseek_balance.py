@@ -1,4 +1,4 @@
-"""Runs the router study and keeps its figures: ``python -m l3env.experiments.deepseek.study``."""
+"""Runs the router study and keeps its figures: ``python -m l3env.experiments.reproduce.deepseek_balance``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l3env import load
-from l3env.experiments.deepseek.router import over_gamma, serve
+from l3env.experiments.reproduce.deepseek_router import over_gamma, serve
 from l3env.files import write_text
 
 PATH = Path(__file__).parents[1] / "data" / "deepseek_router.json"

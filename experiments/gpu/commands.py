@@ -7,14 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, app, err, plain_table, print_json, progress_bar
+from l3env.cli.shared import Json, err, plain_table, print_json, progress_bar
 from l3env.errors import L3EnvError
 
-validate_app = typer.Typer(help="Hold the model against measurements.", no_args_is_help=True)
-app.add_typer(validate_app, name="validate")
+validate = typer.Typer(help="Hold the model against measurements.", no_args_is_help=True)
 
 
-@app.command()
 def calibrate(
     model: Annotated[str, typer.Option(help="A preset (l3env models): the shapes to measure.")] = "llama-3-8b",
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,
@@ -39,7 +37,7 @@ def calibrate(
     err.print(f"written: {out}; try: l3env validate gpu --gpu {out}", highlight=False, soft_wrap=True)
 
 
-@validate_app.command("gpu")
+@validate.command("gpu")
 def validate_gpu(
     gpu: Annotated[str, typer.Option(help="A GPU preset's name, or gpu:file.toml.")] = "h200",
     profile: Annotated[

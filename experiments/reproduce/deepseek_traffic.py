@@ -1,6 +1,6 @@
 """What a day's mean of prefill has and saturation has not: prompts of unequal length, and a load that swings.
 
-    python -m l3env.experiments.deepseek.day          # the facts anew, from the traces
+    python -m l3env.experiments.reproduce.deepseek_traffic          # the facts anew, from the traces
 
 Lengths have the shape of two real services: Mooncake's (Kimi), whose prefix ids say what of each prompt was cached, and
 a DeepSeek-R1 service (ServeGen, by its embedded profile), of which only whole prompts are known. A balancer deals them

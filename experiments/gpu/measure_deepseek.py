@@ -1,6 +1,6 @@
 """Times the kernels between and beside the products of a DeepSeek-V3 layer on one GPU: what the model assumes of them.
 
-    python -m l3env.experiments.deepseek.measure_kernels --out experiments/data/deepseek_kernels.csv
+    python -m l3env.experiments.gpu.measure_deepseek --out experiments/data/deepseek_kernels.csv
 
 Element-wise kernels are compiled by NVRTC through torch, one pass over memory each with 16-byte accesses: residual and
 norm, quantisation to FP8 with a scale for 128 elements, SiLU-mul, expert rows copied to their places and summed back.

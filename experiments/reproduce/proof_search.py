@@ -1,8 +1,9 @@
 """RMaxTS against independent sampling on the synthetic prover (``traces/prover/model.py``), beside arXiv 2408.08152.
 
 The prover's shape parameters were fitted to the paper's seven shares for single-pass sampling, and to nothing else
-(``experiments/fit_prover.py``). Two parameters that single-pass sampling does not tell were chosen among few values, by
-whether RMaxTS gains at 4 x 6,400 and whether it gains from its intrinsic reward. All other rows are predictions.
+(``experiments/reproduce/fit_prover.py``). Two parameters that single-pass sampling does not tell were chosen among few
+values, by whether RMaxTS gains at 4 x 6,400 and whether it gains from its intrinsic reward. All other rows are
+predictions.
 K x 6,400 samples are K independent trees of 6,400; sampling ends with the first proof. The share of theorems proved is
 over as many synthetic theorems as asked for, the same for all methods; differences carry their standard error.
 """

@@ -1,7 +1,8 @@
 """Proof search served by each system: proofs an hour and makespan, per policy and per number of verifiers.
 
-    python -m l3env.experiments.prover --prefix-cache off,lru --workers -1    # the table of docs/prover.md
-    python -m l3env.experiments.prover --samples 512 --policies sarathi,l3-model --verifiers 64,1024 --mode single-pass
+    # the table of docs/prover.md
+    python -m l3env.experiments.reproduce.proof_serving --prefix-cache off,lru --workers -1
+    python -m l3env.experiments.reproduce.proof_serving --samples 512 --policies sarathi,l3-model --mode single-pass
 
 256 trees with 32 jobs each on deepseek-prover-v1.5-7b, one theorem a tree. Every run has the same theorems.
 """

@@ -1,36 +1,31 @@
-"""``l3env tune``, ``l3env train`` and ``l3env evaluate``."""
+"""``l3env tune`` and ``l3env evaluate``."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, app, err, numbers, plain_table, print_json, progress_bar
+from l3env.cli.shared import (
+    Json,
+    announce_compilation,
+    err,
+    names,
+    numbers,
+    plain_table,
+    print_json,
+    progress_bar,
+    repeated_command,
+)
 from l3env.errors import L3EnvError
 
 Names = Annotated[str, typer.Option(help="Names with commas between.")]
 Traces = Annotated[list[str], typer.Option("--trace", help="A trace spec; several times for several.")]
 
 
-def _names(text: str, option: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise L3EnvError(f"{option} {text!r}; expected a name, or several with commas between")
-    return names
-
-
-def _command() -> str:
-    """The command as a user would repeat it."""
-    return shlex.join(["l3env", *sys.argv[1:]])
-
-
-@app.command()
 def tune(
     system: Names = "l3-dgx-a100",
     model: Names = "gpt-175b",
@@ -54,21 +49,21 @@ def tune(
     from l3env.search.tune import Cell
     from l3env.search.tune import tune as search
 
-    names: list[dict[str, Any]] = []
+    about: list[dict[str, Any]] = []
     cells = []
     loads = numbers(utilization, "--utilization")
     windows = {each: load_trace(in_window(each, window)) for each in trace}
-    for each_system, each_model, each in itertools.product(_names(system, "--system"), _names(model, "--model"), trace):
+    for each_system, each_model, each in itertools.product(names(system, "--system"), names(model, "--model"), trace):
         tables = compile_pair(each_system, each_model)
         workload = windows[each] if requests is None else windows[each].head(requests)
         full = load_at_capacity(tables, workload)
         for load in loads:
             cells.append(Cell(tables, workload.at_load(load * full)))
-            names.append({"system": each_system, "model": each_model, "trace": each, "utilization": load})
+            about.append({"system": each_system, "model": each_model, "trace": each, "utilization": load})
     with progress_bar("tuning") as progress:
         found = search(cells, random_count=random, seed=seed, progress=progress)
     rows: list[dict[str, Any]] = [
-        name | {"goodput_frac": float(goodput)} for name, goodput in zip(names, found.goodput_frac, strict=True)
+        each | {"goodput_frac": float(goodput)} for each, goodput in zip(about, found.goodput_frac, strict=True)
     ]
     result: dict[str, Any] = {
         "knobs": knobs_to_json(found.knobs),
@@ -77,7 +72,7 @@ def tune(
         "window": window,
         "requests": requests,
         "seed": seed,
-        "command": _command(),
+        "command": repeated_command(),
     }
     if out is not None:
         write_text(out, json.dumps(result, indent=2) + "\n")
@@ -97,104 +92,6 @@ def tune(
     err.print(f"{len(found.tried)} settings tried" + (f"; written: {out}" if out else ""), highlight=False)
 
 
-@app.command()
-def train(
-    out: Annotated[Path, typer.Option(help="Run folder; a run that was interrupted goes on from its checkpoint.")],
-    algo: Annotated[str, typer.Option(help="ppo, maskable-ppo, a2c, dqn or grpo.")] = "maskable-ppo",
-    system: Names = "l3-dgx-a100",
-    model: Names = "gpt-175b",
-    trace: Traces = ["azure-conv-2023"],  # noqa: B006
-    utilization: Annotated[str, typer.Option(help="Load, times capacity: a number, or LOW,HIGH to draw from.")] = "0.9",
-    steps: Annotated[int, typer.Option(help="Environment steps in all.")] = 1_000_000,
-    envs: Annotated[int | None, typer.Option(help="Environments side by side, by default the algorithm's.")] = None,
-    hyperparams: Annotated[Path | None, typer.Option(help="YAML with what differs from the algorithm's own.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Network (.npz) to start from, e.g. an imitated one.")] = None,
-    value_warmup: Annotated[int, typer.Option(help="With --init: rollouts that teach the value function alone.")] = 0,
-    train_window: Annotated[str, typer.Option(help="Part of each trace's span to learn from.")] = "0%:50%",
-    validation_window: Annotated[str, typer.Option(help="Part that chooses the best model.")] = "50%:60%",
-    episode_requests: Annotated[int, typer.Option(help="Requests of an episode.")] = 500,
-    interval_s: Annotated[float, typer.Option(help="Simulated seconds between decisions.")] = 1.0,
-    reward: Annotated[str, typer.Option(help="A reward by name.")] = "goodput",
-    action_knobs: Annotated[
-        str | None, typer.Option(help="Knobs that an action sets; commas. By default seven.")
-    ] = None,
-    checkpoint_steps: int = 100_000,
-    eval_steps: int = 100_000,
-    eval_episodes: int = 32,
-    seed: int = 0,
-    tune_trials: Annotated[int, typer.Option(help="First search hyperparameters by so many Optuna trials.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Trains a scheduler; the best model by validation runs without torch: l3env evaluate OUT."""
-    announce_compilation()
-    training = _training("train")
-    known = training.config.hyperparams(algo, hyperparams)
-    if envs is not None:
-        known["num_envs"] = envs
-    chosen = {} if action_knobs is None else {"action_knobs": list(_names(action_knobs, "--action-knobs"))}
-    wanted = training.config.TrainConfig(
-        algo=algo,
-        systems=_names(system, "--system"),
-        models=_names(model, "--model"),
-        traces=tuple(trace),
-        utilization=tuple(numbers(utilization, "--utilization")),
-        train_window=train_window,
-        validation_window=validation_window,
-        env={"episode_requests": episode_requests, "interval_s": interval_s, "reward": reward} | chosen,
-        total_steps=steps,
-        checkpoint_steps=checkpoint_steps,
-        eval_steps=eval_steps,
-        eval_episodes=eval_episodes,
-        seed=seed,
-        init=None if init is None else str(init),
-        value_warmup_rollouts=value_warmup,
-        hyperparams=known,
-    )
-    if tune_trials:
-        wanted = _optimised(wanted, out, tune_trials)
-    with progress_bar(f"training {algo}") as progress:
-        best = training.run.train(wanted, out, command=_command(), progress=progress)
-    rows = training.run.evaluations(out)
-    if as_json:
-        print_json({"out": str(out), "best": str(best), "evaluations": rows})
-        return
-    from l3env.experiments.learning.pictures import learning_curve
-
-    learning_curve([out], out / "learning_curve.png")
-    top = max(rows, key=lambda row: row["goodput_frac"])
-    err.print(
-        f"best goodput on the validation window: {top['goodput_frac']:.3f} after {int(top['steps']):,} steps "
-        f"(untrained {rows[0]['goodput_frac']:.3f}); written: {best}; learning curve: {out}/learning_curve.png; "
-        f"curves: tensorboard --logdir {out}/tensorboard",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _training(command: str) -> Any:
-    """The package ``l3env.experiments.train`` with its modules. Raises L3EnvError where the extra is not installed."""
-    try:
-        from l3env.experiments import train
-        from l3env.experiments.train import config, run  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "l3env":
-            raise
-        raise L3EnvError(f"{command} needs {error.name}: pip install 'l3env[train]'") from None
-    return train
-
-
-def _optimised(wanted: Any, out: Path, trials: int) -> Any:
-    try:
-        from l3env.experiments.train.optimise import optimise
-    except ModuleNotFoundError as error:
-        if error.name != "optuna":
-            raise
-        raise L3EnvError("--tune-trials needs optuna: pip install 'l3env[tune]'") from None
-    with progress_bar("searching hyperparameters") as progress:
-        return optimise(wanted, out, trials, progress)
-
-
-@app.command()
 def evaluate(
     run: Annotated[str, typer.Argument(help="A run folder, .npz files with commas between, or learned-ppo.")],
     system: Annotated[str | None, typer.Option(help="Names; by default those of training.")] = None,
@@ -222,7 +119,7 @@ def evaluate(
     trained = load_network(Path(networks[0])).config.get("training", {})
 
     def chosen(given: str | None, option: str, key: str) -> tuple[str, ...]:
-        return tuple(trained.get(key, ())) if given is None else _names(given, option)
+        return tuple(trained.get(key, ())) if given is None else names(given, option)
 
     systems, models = chosen(system, "--system", "systems"), chosen(model, "--model", "models")
     traces = tuple(trained.get("traces", ())) if not trace else tuple(trace)

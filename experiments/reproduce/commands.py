@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, app, err, finite, plain_table, print_json, progress_bar
+from l3env.cli.shared import Json, announce_compilation, err, finite, plain_table, print_json, progress_bar
 from l3env.errors import L3EnvError
 
 
-@app.command()
 def reproduce(
     figure: Annotated[
         str, typer.Argument(help="fig11 to fig16, energy, all of these, prover, or deepseek-v3.")
@@ -40,7 +39,6 @@ def reproduce(
     err.print(f"drawn: {out}/*.png", highlight=False)
 
 
-@app.command()
 def roofline(
     system: Annotated[str, typer.Option(help="The system whose lines are drawn.")] = "l3-dgx-a100",
     model: Annotated[str, typer.Option(help="A preset.")] = "gpt-175b",
@@ -49,7 +47,7 @@ def roofline(
     as_json: Json = False,
 ) -> None:
     """The disaggregated roofline: throughput over capacity and bandwidth, the A100 systems marked."""
-    from l3env.experiments import roofline as drawing
+    from l3env.experiments.reproduce import roofline as drawing
     from l3env.machine.pair import compile_pair
     from l3env.requests.registry import load_trace
 

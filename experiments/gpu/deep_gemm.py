@@ -1,6 +1,6 @@
 """FP8 products against DeepGEMM's published times on an H800, and the one parameter that is fitted to them.
 
-    python -m l3env.experiments.deepseek.deep_gemm
+    python -m l3env.experiments.gpu.deep_gemm
 
 The table is of February 2025, the month of the published serving figures (github.com/deepseek-ai/DeepGEMM, README at
 its release; the shapes are DeepSeek-V3's). Tiles and waves are those fitted to 16-bit products of other models, at

@@ -1,6 +1,6 @@
 """Fits the synthetic prover (``traces/prover/model.py``) to published shares of single-pass sampling, to nothing else.
 
-    python -m l3env.experiments.fit_prover --minutes 3 --out runs/fit-prover --workers 16
+    python -m l3env.experiments.reproduce.fit_prover --minutes 3 --out runs/fit-prover --workers 16
 
 Fitted: five shape parameters, to the seven single-pass shares of arXiv 2408.08152 (32 to 32 x 6,400 samples), for each
 of some mean lengths of proofs (``--mean-steps``) and several random starts. Two parameters are left that single-pass
@@ -26,7 +26,7 @@ import joblib
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.experiments.reproduce.prover import (
+from l3env.experiments.reproduce.proof_search import (
     ABLATIONS,
     RMAXTS,
     SINGLE_PASS,

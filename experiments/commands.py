@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, app, err, plain_table, print_json
+from l3env.cli.shared import Json, announce_compilation, err, plain_table, print_json
 
 
-@app.command()
 def bench(
     as_json: Json = False,
     quick: Annotated[bool, typer.Option(help="Fewer repeats, no fresh processes.")] = False,
