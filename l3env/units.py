@@ -1,7 +1,6 @@
 """Constants. Everything inside the library is SI; ms, GB and percent appear only in what people read."""
 
 MS = 1e-3
-NS = 1e-9
 GIB = 1024**3
 GB = 1e9
 TERA = 1e12

@@ -84,8 +84,7 @@ def load(
     if prompt not in PROMPT_CHOICES:
         raise TraceError(f"{path}: prompt {prompt!r}; expected one of {', '.join(PROMPT_CHOICES)}")
     name, clients = read_clients(path, subset)
-    rates_only = all(client.dataset is None for client in clients)
-    if rates_only and lengths is None:
+    if lengths is None and all(client.dataset is None for client in clients):
         raise TraceError(
             f"{path}: set {name} has arrival rates only; expected lengths=TRACE (for example lengths=sharegpt-8k) "
             "to draw token counts from"
@@ -96,13 +95,12 @@ def load(
     if not arrival_s.size:
         raise TraceError(f"{path}: no request arrives in [{bounds_s[0]:g}, {bounds_s[1]:g}) s")
     order = np.argsort(arrival_s, kind="stable")
-    counts = [part[0].size for part in drawn]
     return Workload.build(
         f"servegen-{name}",
         arrival_s[order] - bounds_s[0],
         np.concatenate([part[1] for part in drawn])[order],
         np.concatenate([part[2] for part in drawn])[order],
-        session_idx=np.repeat([client.number for client in clients], counts)[order],
+        session_idx=np.repeat([client.number for client in clients], [len(part[0]) for part in drawn])[order],
         source={
             "file": str(path),
             "format": FORMAT.name,
@@ -111,8 +109,8 @@ def load(
             "set": name,
             "clients": len(clients),
             "window_s": [float(bound) for bound in bounds_s],
-            "scale": scale,
             "lengths": lengths.name if lengths is not None else "the clients' own distributions",
+            "scale": scale,
             "prompt": prompt,
             "drawn_with_seed": seed,
         },

@@ -20,10 +20,10 @@ import torch
 from l3env.errors import L3EnvError
 from l3env.experiments.gpu import coefficients as gpu_fit
 from l3env.experiments.gpu import measure as gpu_measure
-from l3env.experiments.gpu import raw as gpu_raw
+from l3env.experiments.gpu import raw
 from l3env.experiments.gpu.measure import GpuError, Rows, Shard
 from l3env.experiments.gpu.preset import write_preset
-from l3env.experiments.gpu.profile import COLUMNS, Point, load_model, validate
+from l3env.experiments.gpu.validation import COLUMNS, Point, load_model, validate
 from l3env.machine import specs
 from l3env.machine.specs import GpuSpec, ModelSpec
 
@@ -119,9 +119,9 @@ def calibrate(model_name: str, tp: int | None, out: Path, base: str | None, prog
     free_bytes = torch.cuda.mem_get_info()[0]
     for count, what in enumerate(gpu_measure.steps(make_plan(shard, min(POOL_BYTES, int(0.4 * free_bytes))), rows)):
         progress(count, what)
-    table = gpu_raw.read_raw(rows.path)
+    table = raw.read_raw(rows.path)
     device = fit(start, model, table, about, out.stem)
-    points = gpu_raw.points(table)
+    points = raw.points(table)
     write_profile(out.with_name(f"{out.stem}.profile.csv"), points)
     write_preset(out, title(about, table), device, sources(start, base_name, about, rows.path.name))
     return validate(device, points)
@@ -143,9 +143,9 @@ def _same_gpu(path: Path, about: dict[str, Any]) -> None:
 def fit(start: GpuSpec, model: ModelSpec, table: pd.DataFrame, about: dict[str, Any], name: str) -> GpuSpec:
     """A spec with the parameters fitted to the measurements."""
     device = replace(start, name=name, sm_count=about["sm_count"], hbm_bytes=float(about["memory_bytes"]))
-    device = gpu_fit.fit_linear(device, model, gpu_raw.linear(table))
-    device = gpu_fit.fit_elementwise(device, gpu_raw.small(table))
-    points = gpu_raw.points(table)
+    device = gpu_fit.fit_linear(device, model, raw.linear(table))
+    device = gpu_fit.fit_elementwise(device, raw.small(table))
+    points = raw.points(table)
     device = gpu_fit.fit_prefill(device, [p for p in points if p.op == "prefill_attn"])
     return gpu_fit.fit_decode(device, [p for p in points if p.op == "decode_attn"])
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from l3env.experiments.gpu.profile import Point, kv_bytes, load_model, predict_ms
+from l3env.experiments.gpu.validation import Point, kv_bytes, load_model, predict_ms
 from l3env.machine.costs import gpu as costs
 from l3env.machine.specs import GpuSpec, ModelSpec
 

@@ -47,19 +47,18 @@ def validate_gpu(
     as_json: Json = False,
 ) -> None:
     """Measured GPU times against predicted ones: errors by operation, a scatter plot."""
-    from l3env.experiments.gpu import profile as gpu_profile
-    from l3env.experiments.gpu import raw as gpu_raw
+    from l3env.experiments.gpu import raw, validation
     from l3env.machine import specs
 
     ref = gpu if gpu.startswith(("gpu/", "gpu:")) else f"gpu:{gpu}" if gpu.endswith(".toml") else f"gpu/{gpu}"
     device = specs.load(ref)
     if profile is None:
-        table = gpu_raw.read_raw(gpu_profile.default_profile(device.name))
-        points = gpu_raw.points(table)
-        figures = gpu_profile.validate(device, points) | gpu_raw.validate_stacks(device, table)
+        table = raw.read_raw(validation.default_profile(device.name))
+        points = raw.points(table)
+        figures = validation.validate(device, points) | raw.validate_stacks(device, table)
     else:
-        points = gpu_profile.read_profile(profile)
-        figures = gpu_profile.validate(device, points)
+        points = validation.read_profile(profile)
+        figures = validation.validate(device, points)
     _print_errors(figures, as_json)
     if plot is None and not as_json:
         plot = Path("runs") / f"validate-gpu-{device.name}.png"

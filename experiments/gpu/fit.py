@@ -21,10 +21,10 @@ import pandas as pd
 from scipy.optimize import least_squares
 
 from l3env.experiments.gpu import coefficients as gpu_fit
-from l3env.experiments.gpu import raw as gpu_raw
+from l3env.experiments.gpu import raw
 from l3env.experiments.gpu.coefficients import Linear, Small
 from l3env.experiments.gpu.preset import write_preset
-from l3env.experiments.gpu.profile import DATA_DIR, Point, kv_bytes, load_model, predict_ms, statistics
+from l3env.experiments.gpu.validation import DATA_DIR, Point, kv_bytes, load_model, predict_ms, statistics
 from l3env.machine import specs
 from l3env.machine.costs import gpu as costs
 from l3env.machine.specs import PRESET_DIR, GpuSpec, ModelSpec
@@ -140,24 +140,24 @@ def start(name: str) -> GpuSpec:
 
 
 def fit_h200() -> tuple[GpuSpec, dict[str, Any]]:
-    table = gpu_raw.read_raw(DATA_DIR / "h200.csv.gz")
+    table = raw.read_raw(DATA_DIR / "h200.csv.gz")
     fitted = table["model"].isin(H200_FIT_MODELS)
-    device = gpu_fit.fit_linear(start("h200"), load_model("llama-3-8b"), gpu_raw.linear(table[fitted]))
-    device = gpu_fit.fit_elementwise(device, gpu_raw.small(table[fitted]))
-    points = gpu_raw.points(table)
+    device = gpu_fit.fit_linear(start("h200"), load_model("llama-3-8b"), raw.linear(table[fitted]))
+    device = gpu_fit.fit_elementwise(device, raw.small(table[fitted]))
+    points = raw.points(table)
     inside = [p for p in points if p.model in H200_FIT_MODELS]
     outside = [p for p in points if p.model not in H200_FIT_MODELS]
     device = gpu_fit.fit_prefill(device, [p for p in inside if p.op == "prefill_attn"])
     device = gpu_fit.fit_decode(device, [p for p in inside if p.op == "decode_attn"])
-    stacks = gpu_raw.stacks(table)
+    stacks = raw.stacks(table)
     report = {
         "data": f"this project's measurements on NVIDIA H200s ({MEASURED})",
         "fitted_on": list(H200_FIT_MODELS),
         "held_out": sorted({p.model for p in outside}),
         "residuals_fit": errors(device, inside),
         "residuals_held_out": errors(device, outside),
-        "residuals_small_operations": small_errors(device, gpu_raw.small(table)),
-        "residuals_stack": statistics(gpu_raw.predict_stacks_ms(device, stacks), stacks["ms"].to_numpy(float)),
+        "residuals_small_operations": small_errors(device, raw.small(table)),
+        "residuals_stack": statistics(raw.predict_stacks_ms(device, stacks), stacks["ms"].to_numpy(float)),
     }
     return device, report
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from l3env.experiments.gpu.calibrate import shard_of
 from l3env.experiments.gpu.measure import shard_fields
-from l3env.experiments.gpu.profile import load_model
+from l3env.experiments.gpu.validation import load_model
 
 FULL = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 100, 128, 160, 192, 256, 300, 384, 512, 640, 768, 1000, 1024]
 FULL += [1280, 1536, 2048, 2500, 3072, 4096, 5000, 6144, 8192]

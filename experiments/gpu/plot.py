@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from l3env.experiments.gpu.profile import OPS, Point, predict_ms
+from l3env.experiments.gpu.validation import OPS, Point, predict_ms
 from l3env.machine.specs import GpuSpec
 from l3env.report import style
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from l3env.engine.kernels import price
 from l3env.experiments.gpu.coefficients import Linear, Small
-from l3env.experiments.gpu.profile import (
+from l3env.experiments.gpu.validation import (
     NEEDS,
     Point,
     ProfileError,

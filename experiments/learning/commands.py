@@ -23,6 +23,7 @@ from l3env.cli.shared import (
 from l3env.errors import L3EnvError
 
 Names = Annotated[str, typer.Option(help="Names with commas between.")]
+CELL = ("system", "model", "trace")
 Traces = Annotated[list[str], typer.Option("--trace", help="A trace spec; several times for several.")]
 
 
@@ -49,17 +50,16 @@ def tune(
     from l3env.search.tune import Cell
     from l3env.search.tune import tune as search
 
-    about: list[dict[str, Any]] = []
-    cells = []
     loads = numbers(utilization, "--utilization")
     windows = {each: load_trace(in_window(each, window)) for each in trace}
-    for each_system, each_model, each in itertools.product(names(system, "--system"), names(model, "--model"), trace):
-        tables = compile_pair(each_system, each_model)
-        workload = windows[each] if requests is None else windows[each].head(requests)
+    about: list[dict[str, Any]] = []
+    cells = []
+    for each in itertools.product(names(system, "--system"), names(model, "--model"), trace):
+        tables = compile_pair(*each[:2])
+        workload = windows[each[2]] if requests is None else windows[each[2]].head(requests)
         full = load_at_capacity(tables, workload)
-        for load in loads:
-            cells.append(Cell(tables, workload.at_load(load * full)))
-            about.append({"system": each_system, "model": each_model, "trace": each, "utilization": load})
+        cells += [Cell(tables, workload.at_load(load * full)) for load in loads]
+        about += [dict(zip((*CELL, "utilization"), (*each, load), strict=True)) for load in loads]
     with progress_bar("tuning") as progress:
         found = search(cells, random_count=random, seed=seed, progress=progress)
     rows: list[dict[str, Any]] = [
@@ -79,17 +79,19 @@ def tune(
     if as_json:
         print_json(result)
         return
+    _print_setting(result)
+    err.print(f"{len(found.tried)} settings tried" + (f"; written: {out}" if out else ""), highlight=False)
+
+
+def _print_setting(result: dict[str, Any]) -> None:
     table = plain_table("knob", "value")
     for name, value in result["knobs"].items():
         table.add_row(name, str(value))
     err.print(table)
-    table = plain_table("system", "model", "trace", "utilization", "goodput")
-    for row in rows:
-        table.add_row(
-            row["system"], row["model"], row["trace"], f"{row['utilization']:g}", f"{row['goodput_frac']:.3f}"
-        )
+    table = plain_table(*CELL, "utilization", "goodput")
+    for row in result["cells"]:
+        table.add_row(*(row[name] for name in CELL), f"{row['utilization']:g}", f"{row['goodput_frac']:.3f}")
     err.print(table)
-    err.print(f"{len(found.tried)} settings tried" + (f"; written: {out}" if out else ""), highlight=False)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ from itertools import islice
 import numpy as np
 
 from l3env.engine.kernels import price
-from l3env.experiments.gpu.profile import plain
+from l3env.experiments.gpu.validation import plain
 from l3env.experiments.reproduce import deepseek_traffic as traffic
 from l3env.experiments.reproduce.common import Row, row
 from l3env.experiments.reproduce.deepseek_prefill import (

@@ -13,7 +13,7 @@ import numpy as np
 
 from l3env import load
 from l3env.engine.kernels import price
-from l3env.experiments.gpu.profile import plain
+from l3env.experiments.gpu.validation import plain
 from l3env.experiments.reproduce.common import Row, row
 from l3env.machine.costs.experts import DISPATCH_FRAC, beside_s
 from l3env.machine.specs import ModelSpec

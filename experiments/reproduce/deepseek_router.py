@@ -55,12 +55,6 @@ def route(moe: MoeSpec, scores: Array, bias: Array) -> NDArray[np.int64]:
     return np.argpartition(-masked, moe.chosen_count - 1, axis=1)[:, : moe.chosen_count]
 
 
-def gates(moe: MoeSpec, scores: Array, chosen: NDArray[np.int64]) -> Array:
-    """(T, chosen) weights of the experts' outputs: their scores without bias, normalised, scaled."""
-    own = np.take_along_axis(scores, chosen, axis=1)
-    return moe.route_scale * own / own.sum(axis=1, keepdims=True)
-
-
 def balanced(bias: Array, loads: Array, gamma: float) -> Array:
     """The update rule: down by gamma where overloaded, up where underloaded."""
     return bias - gamma * np.sign(loads - loads.mean())

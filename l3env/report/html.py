@@ -22,11 +22,11 @@ from plotly.offline import get_plotlyjs
 
 from l3env.files import write_text
 from l3env.report.bootstrap import HIGHER_IS_BETTER, MIN_SEEDS, intervals
-from l3env.report.files import plain
+from l3env.report.folder import plain
 from l3env.report.names import cell_key, loads_of, policy_labels, unique, utilization_of
+from l3env.report.over_time import bin_means, binned
 from l3env.report.plots import LATENCY_TITLES, cdf
 from l3env.report.style import COLOURS
-from l3env.report.timeline import bin_means, binned
 from l3env.runs.compare import Comparison
 from l3env.study.store import StudyStore
 

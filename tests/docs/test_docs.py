@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from snippets import ROOT, Block, Runner, blocks_of, compare, lines_of, marks, pages, unmarked
+
+from tests.docs.snippets import ROOT, Block, Runner, blocks_of, compare, lines_of, marks, pages, unmarked
 
 
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from reference_prefix import Key, PrefixCache, prompt_keys
 
 from l3env.choices import Budget, Eviction, Order, PimForm, Victim
 from l3env.machine.tables import Tables, fc_grid_tokens
 from l3env.policy.knobs import Knobs
 from l3env.requests.workload import Workload
+from tests.engine.reference_prefix import Key, PrefixCache, prompt_keys
 
 HEEDS_HOPELESS = set(Order) - {Order.FCFS, Order.NEWEST_FIRST, Order.BY_SCORE}
 ALIGN_MIN_CHUNK_TOKENS = 128

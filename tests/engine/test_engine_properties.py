@@ -11,10 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_cases import Case, cases, compiled, knobs, with_coef, with_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prefix_checks import check_prefix
 
 from l3env.choices import ORDERS_COUNT, Budget, Order, Status, SubBatching, Victim
 from l3env.engine.engine import Engine, Slo, Stop, Until
@@ -26,6 +24,8 @@ from l3env.policy.knobs import Knobs
 from l3env.policy.plan import Plan
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
+from tests.engine.engine_cases import Case, cases, compiled, knobs, with_coef, with_memory
+from tests.engine.prefix_checks import check_prefix
 
 PROFILE = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -42,16 +42,20 @@ def decoded_since_joining(state, e, r):
 
 def check(engine, e=0):
     """All that is kept up to date step by step equals what it stands for, summed anew."""
-    tables, state = engine.pair(e), engine.state
-    coef = tables.arrays.coef[0]
-    block, lanes, pools = int(coef["block_tokens"]), int(coef["lanes_count"]), int(coef["pools_count"])
-    lane_pool, capacity = tables.arrays.lane_pool[0], tables.arrays.pool_blocks[0]
-    env, count = state.env[e], int(state.env["requests_count"][e])
-    req = state.req[e, :count]
-    status = req["status"]
-    running = np.flatnonzero(np.isin(status, RUNNING)).tolist()
+    state = engine.state
+    req = state.req[e, : state.env["requests_count"][e]]
+    running = np.flatnonzero(np.isin(req["status"], RUNNING)).tolist()
+    steps = np.zeros(len(req), int)
+    steps[running] = [decoded_since_joining(state, e, r) for r in running]
+    check_places(state, e, req, running)
+    check_memory_and_lanes(engine, e, req, running, steps)
+    check_tokens_and_times(state, e, req, running, req["emitted_tokens"] + steps)
+    check_heaps(state, e, req, req["emitted_tokens"] + steps)
 
-    # every request is somewhere
+
+def check_places(state, e, req, running):
+    """Every request is somewhere."""
+    env, status = state.env[e], req["status"]
     assert env["running_count"] == len(running)
     assert env["waiting_count"] == (status == Status.WAITING).sum()
     assert env["finished_count"] == (status == Status.FINISHED).sum()
@@ -63,7 +67,13 @@ def check(engine, e=0):
     prefilling = sorted(np.flatnonzero(status == Status.PREFILL).tolist(), key=lambda r: req["admitted_seq"][r])
     assert state.lists["prefill"][e, : env["prefill_count"]].tolist() == prefilling
 
-    # memory, lanes and phases
+
+def check_memory_and_lanes(engine, e, req, running, steps_of):
+    """Blocks by pool, sums by lane, phases of growth: from the running requests one by one."""
+    tables, state = engine.pair(e), engine.state
+    coef, status = tables.arrays.coef[0], req["status"]
+    block, lanes, pools = int(coef["block_tokens"]), int(coef["lanes_count"]), int(coef["pools_count"])
+    lane_pool, capacity = tables.arrays.lane_pool[0], tables.arrays.pool_blocks[0]
     used, promised = check_prefix(state, lane_pool, e)[:pools], np.zeros(pools, int)
     lane = {name: np.zeros((2, lanes)) for name in ("count", "kv", "pending")}
     phase = np.zeros_like(state.phase[e])
@@ -71,7 +81,7 @@ def check(engine, e=0):
     members = [0, 0]
     emitted = req["emitted_tokens"].astype(int)
     for r in running:
-        steps = decoded_since_joining(state, e, r)
+        steps = steps_of[r]
         kv, pool, sub = int(req["kv_tokens"][r]) + steps, lane_pool[req["lane"][r]], req["sub"][r]
         emitted[r] += steps
         members[sub] += 1
@@ -112,10 +122,14 @@ def check(engine, e=0):
         assert (used[1 : coef["spread_pool"]] + taken <= capacity[1 : coef["spread_pool"]] + 1e-6).all()
     assert state.sub["members"][e].tolist() == members
 
-    # tokens and times
+
+def check_tokens_and_times(state, e, req, running, emitted):
+    """Sums of tokens, and the order of a request's times."""
+    env, status, truth = state.env[e], req["status"], state.truth[e, : len(req)]
+    prefilling = np.flatnonzero(status == Status.PREFILL)
     assert env["output_tokens"] == emitted.sum()
     done = status == Status.FINISHED
-    assert (emitted[done] == state.truth[e, :count][done]).all()
+    assert (emitted[done] == truth[done]).all()
     assert (np.isnan(req["finish_s"]) == ~done).all()
     assert (np.isnan(req["first_token_s"]) == (emitted == 0)).all()
     assert (req["first_token_s"][done] <= req["finish_s"][done]).all()
@@ -132,7 +146,10 @@ def check(engine, e=0):
     if state.gap_hist.shape[1] > 1:
         assert state.gap_hist[e].sum() == np.maximum(emitted - 1, 0).sum()
 
-    # heaps
+
+def check_heaps(state, e, req, emitted):
+    """Who waits in which heap, and under which key."""
+    env, status = state.env[e], req["status"]
     waiting = np.flatnonzero(status == Status.WAITING).tolist()
     for order in range(ORDERS_COUNT):
         if env["heaps_built"] >> order & 1:

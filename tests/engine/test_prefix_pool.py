@@ -4,12 +4,9 @@ import types
 
 import numpy as np
 import pytest
-from engine_cases import compiled, with_memory
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from prefix_checks import check_prefix
-from reference_prefix import PrefixCache, prompt_keys
 
 from l3env.choices import Eviction, Status
 from l3env.engine.engine import Engine, Slo, Stop, Until
@@ -23,6 +20,9 @@ from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import BasePolicy, FixedKnobs
 from l3env.requests.workload import Workload
 from l3env.runs.driver import drive, run_policy
+from tests.engine.engine_cases import compiled, with_memory
+from tests.engine.prefix_checks import check_prefix
+from tests.engine.reference_prefix import PrefixCache, prompt_keys
 
 
 def interpreted(*modules):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine_cases import compiled, with_memory
-from test_traces_real import MOONCAKE, SESSIONS, SYNTHETIC, real
 
 from l3env.choices import Eviction
 from l3env.engine.engine import Engine, Stop
 from l3env.policy.knobs import Knobs
 from l3env.traces import kv_cache_tester, mooncake
 from l3env.traces.stats import prefix_hit_frac
+from tests.engine.engine_cases import compiled, with_memory
+from tests.traces.real_traces import MOONCAKE, SESSIONS, SYNTHETIC, real
 
 ENDLESS_BLOCKS = 1 << 40
 BLOCK_TOKENS = 16

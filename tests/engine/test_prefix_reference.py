@@ -2,15 +2,15 @@
 
 import numpy as np
 import pytest
-from engine_cases import Case, cases, compiled, knobs, with_memory
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from test_engine_reference import SLOW_OK, STOPS, compare, start
 
 from l3env.choices import Budget, Eviction
 from l3env.engine.engine import Slo, Stop, Until
 from l3env.policy.knobs import Knobs
 from l3env.requests.workload import Workload
+from tests.engine.beside_reference import SLOW_OK, STOPS, compare, start
+from tests.engine.engine_cases import Case, cases, compiled, knobs, with_memory
 
 
 def compare_caches(engine, reference):

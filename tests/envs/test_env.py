@@ -17,13 +17,7 @@ from l3env.envs.reward import REWARDS
 from l3env.envs.serving import ServingEnv
 from l3env.errors import L3EnvError, PlanError
 from l3env.runs.driver import run_policy
-
-TRACE = "profile:azure-conv-2023?n=400"
-
-
-def make(**kwargs: object) -> ServingEnv:
-    options = {"system": "l3-dgx-a100", "model": "gpt-175b", "trace": TRACE, "load": 0.4, "episode_requests": 60}
-    return gymnasium.make("l3env/Serving-v0", **{**options, **kwargs}).unwrapped  # type: ignore[return-value]
+from tests.envs.factories import OPTIONS, single
 
 
 def play(env: ServingEnv, seed: int, **options: object) -> tuple[float, list[np.ndarray], dict]:
@@ -45,16 +39,16 @@ def play(env: ServingEnv, seed: int, **options: object) -> tuple[float, list[np.
 @pytest.mark.parametrize("system", ["l3-dgx-a100", "gpu-dgx-a100", "hbm-pim-dgx-a100"])
 @pytest.mark.parametrize("decision", ["interval", "iteration", "event"])
 def test_gymnasium_check_env(system: str, decision: str) -> None:
-    check_env(make(system=system, decision=decision), skip_render_check=True)
+    check_env(single(system=system, decision=decision), skip_render_check=True)
 
 
 def test_sb3_check_env() -> None:
     checker = pytest.importorskip("stable_baselines3.common.env_checker", reason="needs the train extra")
-    checker.check_env(make())
+    checker.check_env(single())
 
 
 def test_spec_is_json() -> None:
-    env = gymnasium.make("l3env/Serving-v0", trace=TRACE, system="gpu-dgx-a100", model="opt-66b")
+    env = gymnasium.make("l3env/Serving-v0", trace=OPTIONS["trace"], system="gpu-dgx-a100", model="opt-66b")
     assert env.spec is not None
     assert json.loads(env.spec.to_json())["kwargs"]["system"] == "gpu-dgx-a100"
 
@@ -68,7 +62,7 @@ def test_registration_is_idempotent() -> None:
 
 @pytest.mark.parametrize("decision", ["interval", "iteration", "event"])
 def test_observations_stay_in_their_ranges_and_all_are_finite(decision: str) -> None:
-    env = make(decision=decision, load=1.5)
+    env = single(decision=decision, load=1.5)
     _, seen, _ = play(env, 3)
     stacked = np.array(seen)
     assert stacked.shape[1] == FEATURES_COUNT == len(env.feature_names()) == len({name for name, _ in FEATURES})
@@ -78,7 +72,7 @@ def test_observations_stay_in_their_ranges_and_all_are_finite(decision: str) -> 
 
 
 def test_goodput_reward_sums_to_the_reported_attainment() -> None:
-    total, _, info = play(make(), 1)
+    total, _, info = play(single(), 1)
     assert info["metrics"]["slo_attainment_frac"] > 0.2
     assert total == pytest.approx(info["metrics"]["slo_attainment_frac"], abs=1e-12)
 
@@ -89,7 +83,7 @@ def test_rewards_do_not_depend_on_where_steps_end(name: str) -> None:
     knobs = action_of(l3env.Knobs(prefill_budget_tokens=512, headroom_frac=0.01))
     totals = []
     for decision, interval_s in (("interval", 0.5), ("interval", 7.0), ("iteration", 1.0), ("event", 3.0)):
-        env = make(decision=decision, interval_s=interval_s, reward=name)
+        env = single(decision=decision, interval_s=interval_s, reward=name)
         env.reset(seed=0, options={"start": 0, "replica": 0})
         total, terminated = 0.0, False
         while not terminated:
@@ -101,7 +95,7 @@ def test_rewards_do_not_depend_on_where_steps_end(name: str) -> None:
 
 
 def test_latency_reward_is_minus_the_mean_time_in_system() -> None:
-    total, _, info = play(make(reward="latency"), 2)
+    total, _, info = play(single(reward="latency"), 2)
     assert info["metrics"]["finished_count"] == 60
     # Little's law: requests in the system integrated over iterations = the sum of their times; a request that arrives
     # inside an iteration is counted from its end on, so the integral is a little smaller
@@ -110,11 +104,11 @@ def test_latency_reward_is_minus_the_mean_time_in_system() -> None:
 
 
 def test_env_and_offline_runner_give_the_same_numbers() -> None:
-    env = make()
+    env = single()
     workload = env.episodes.workloads[0].head(80)
     action = action_of(l3env.Knobs(prefill_budget_tokens=1024, headroom_frac=0.05))
     for decision in ("interval", "iteration", "event"):
-        env = make(decision=decision, load=1.0)
+        env = single(decision=decision, load=1.0)
         _, info = env.reset(seed=0, options={"workload": workload})
         terminated = False
         while not terminated:
@@ -124,7 +118,7 @@ def test_env_and_offline_runner_give_the_same_numbers() -> None:
 
 
 def test_seeds_repeat_and_differ() -> None:
-    env = make()
+    env = single()
     one, again, other = (play(env, seed)[1] for seed in (1, 1, 2))
     assert len(one) == len(again)
     assert all((a == b).all() for a, b in zip(one, again, strict=True))
@@ -132,7 +126,7 @@ def test_seeds_repeat_and_differ() -> None:
 
 
 def test_observations_are_fresh_arrays() -> None:
-    env = make()
+    env = single()
     first, _ = env.reset(seed=0)
     before = first.copy()
     env.step(env.action_space.sample())
@@ -140,12 +134,12 @@ def test_observations_are_fresh_arrays() -> None:
 
 
 def test_observation_is_blind_to_true_output_lengths() -> None:
-    workload = make().episodes.workloads[0].head(50)
+    workload = single().episodes.workloads[0].head(50)
     longer = Workload.build("longer", workload.arrival_s, workload.prompt_tokens, workload.output_tokens + 400)
     action = action_of(l3env.Knobs(prefill_budget_tokens=512))
     seen = []
     for each in (workload, longer):
-        env = make(decision="iteration", load=1.0)
+        env = single(decision="iteration", load=1.0)
         obs, info = env.reset(seed=0, options={"workload": each})
         rows = [obs]
         while info["finished_count"] == 0:
@@ -163,7 +157,7 @@ def test_masks_close_what_does_nothing() -> None:
         sizes = [len(levels) for levels in LEVELS.values()]
         return dict(zip(LEVELS, np.split(env.action_masks(), np.cumsum(sizes)[:-1]), strict=True))
 
-    gpu, pim = legal(make(system="gpu-dgx-a100")), legal(make())
+    gpu, pim = legal(single(system="gpu-dgx-a100")), legal(single())
     assert gpu["sub_batching"].tolist() == [True, False, False]
     assert gpu["hbm_share_frac"].sum() == 1
     for budget in (Budget.ALIGN, Budget.ALIGN_WHEN_FULL):
@@ -171,13 +165,13 @@ def test_masks_close_what_does_nothing() -> None:
     assert pim["sub_batching"].all()
     assert pim["hbm_share_frac"].all()
     assert all(head.any() for head in (*gpu.values(), *pim.values()))
-    predicting = legal(make(predictor="srtf-predicted"))
+    predicting = legal(single(predictor="srtf-predicted"))
     assert predicting["order"].all()
     assert pim["order"].sum() == len(LEVELS["order"]) - 1
 
 
 def test_action_round_trip() -> None:
-    space = make().action_space
+    space = single().action_space
     space.seed(0)
     for _ in range(50):
         action = space.sample()
@@ -198,11 +192,11 @@ def test_action_round_trip() -> None:
 )
 def test_bad_arguments_are_one_clear_error(kwargs: dict, message: str) -> None:
     with pytest.raises(L3EnvError, match=message):
-        make(**kwargs)
+        single(**kwargs)
 
 
 def test_bad_steps_are_refused() -> None:
-    env = make()
+    env = single()
     with pytest.raises(PlanError, match="before reset"):
         env.step(env.action_space.sample())
     env.reset(seed=0)
@@ -215,6 +209,6 @@ def test_bad_steps_are_refused() -> None:
 
 
 def test_own_reward_function() -> None:
-    env = ServingEnv(trace=TRACE, episode_requests=20, reward=lambda before, after: np.full(len(after), 2.5))
+    env = ServingEnv(trace=OPTIONS["trace"], episode_requests=20, reward=lambda before, after: np.full(len(after), 2.5))
     env.reset(seed=0)
     assert env.step(env.action_space.sample())[1] == 2.5

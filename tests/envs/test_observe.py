@@ -7,7 +7,6 @@ import inspect
 
 import numpy as np
 import pytest
-from engine_cases import cases, compiled, knobs
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from l3env.choices import Budget, Order, Status, SubBatching
 from l3env.engine.engine import Engine, Slo, Until
 from l3env.envs.observe import features as kernels
 from l3env.envs.observe.observer import FEATURES, FEATURES_COUNT, LEVELS, Observer, action_of, knobs_of
+from tests.engine.engine_cases import cases, compiled, knobs
 
 NAMES = [name for name, _ in FEATURES]
 SLOW_OK = settings(
@@ -50,23 +50,8 @@ def recount(engine: Engine, view: View) -> dict[str, float]:
         "pim_capacity": squash(pair.pim_tokens, 64 * 1280),
     }
     if len(waiting):
-        tokens = waiting["prefill_left_tokens"]
-        slack_s = waiting["ttft_deadline_s"] - waiting["ttft_alone_s"] - now_s
-        started = ~np.isnan(waiting["first_token_s"])
-        slack_s = np.where(
-            started, np.where(waiting["first_token_s"] <= waiting["ttft_deadline_s"], np.inf, -1), slack_s
-        )
         free = capacity - (hbm_used + pim_used) * pools.block_tokens
-        seen |= {
-            "waiting_work": squash(float(tokens.sum()) * pace_s, 4 * ttft_slo_s),
-            "waiting_over_free": squash(float(tokens.sum()), free + 1),
-            "waiting_age": squash(now_s - float(waiting["arrival_s"].mean()), ttft_slo_s),
-            "waiting_feasible_share": float((slack_s >= 0).mean()),
-            "waiting_predicted": squash(float(waiting["predicted_tokens"].mean()), 256),
-        }
-        feasible_s = slack_s[slack_s >= 0]
-        least_s = float(feasible_s.min()) if feasible_s.size else np.inf
-        seen["least_slack"] = squash(least_s, ttft_slo_s) if np.isfinite(least_s) else 1.0
+        seen |= recount_waiting(waiting, now_s, free, pace_s, ttft_slo_s)
     for sub in (0, 1):
         seen[f"decoding_{sub}_count"] = squash(float((decoding["sub_batch"] == sub).sum()), 64)
     if len(decoding):
@@ -92,6 +77,26 @@ def recount(engine: Engine, view: View) -> dict[str, float]:
     seen["kv_hbm_share"] = hbm_used / max(hbm_blocks, 1)
     seen["kv_pim_share"] = pim_used / max(pim_blocks, 1)
     return seen
+
+
+def recount_waiting(
+    waiting: np.ndarray, now_s: float, free: float, pace_s: float, ttft_slo_s: float
+) -> dict[str, float]:
+    """Of those that wait."""
+    tokens = waiting["prefill_left_tokens"]
+    slack_s = waiting["ttft_deadline_s"] - waiting["ttft_alone_s"] - now_s
+    started = ~np.isnan(waiting["first_token_s"])
+    slack_s = np.where(started, np.where(waiting["first_token_s"] <= waiting["ttft_deadline_s"], np.inf, -1), slack_s)
+    feasible_s = slack_s[slack_s >= 0]
+    least_s = float(feasible_s.min()) if feasible_s.size else np.inf
+    return {
+        "waiting_work": squash(float(tokens.sum()) * pace_s, 4 * ttft_slo_s),
+        "waiting_over_free": squash(float(tokens.sum()), free + 1),
+        "waiting_age": squash(now_s - float(waiting["arrival_s"].mean()), ttft_slo_s),
+        "waiting_feasible_share": float((slack_s >= 0).mean()),
+        "waiting_predicted": squash(float(waiting["predicted_tokens"].mean()), 256),
+        "least_slack": squash(least_s, ttft_slo_s) if np.isfinite(least_s) else 1.0,
+    }
 
 
 def decompressed(engine: Engine) -> tuple[int, float]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_env import make
 
 from l3env.envs.render import BAR, COLOURS, HEIGHT, LABEL, MARGIN, STEP, TOP, WIDTH, Renderer
 from l3env.errors import L3EnvError, PlanError
+from tests.envs.factories import single
 
 
 def bar_share(pixels: np.ndarray, place: int, colour: tuple[int, int, int]) -> float:
@@ -17,7 +17,7 @@ def bar_share(pixels: np.ndarray, place: int, colour: tuple[int, int, int]) -> f
 
 
 def test_pixels_show_pools_and_devices() -> None:
-    env = make(render_mode="rgb_array", model="qwen-72b", load=3.0)
+    env = single(render_mode="rgb_array", model="qwen-72b", load=3.0)
     env.reset(seed=1)
     before = None
     for _ in range(12):
@@ -41,7 +41,7 @@ def test_pixels_show_pools_and_devices() -> None:
 
 
 def test_busy_shares_are_those_since_the_last_picture() -> None:
-    env = make(render_mode="rgb_array")
+    env = single(render_mode="rgb_array")
     env.reset(seed=0)
     env.render()
     first = env.engine.state.env[0].copy()
@@ -54,7 +54,7 @@ def test_busy_shares_are_those_since_the_last_picture() -> None:
 
 
 def test_human_mode_draws_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    env = make(render_mode="human")
+    env = single(render_mode="human")
     env.reset(seed=0)
     for _ in range(3):
         env.step(env.action_space.sample())
@@ -66,7 +66,7 @@ def test_human_mode_draws_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rendering_changes_nothing() -> None:
-    plain, drawn = make(), make(render_mode="rgb_array")
+    plain, drawn = single(), single(render_mode="rgb_array")
     np.testing.assert_array_equal(plain.reset(seed=3)[0], drawn.reset(seed=3)[0])
     for _ in range(20):
         action = plain.action_space.sample()
@@ -81,7 +81,7 @@ def test_rendering_changes_nothing() -> None:
 
 def test_what_cannot_be_rendered() -> None:
     with pytest.raises(L3EnvError, match="expected human, rgb_array"):
-        make().__class__(render_mode="ansi")
+        single().__class__(render_mode="ansi")
     with pytest.raises(PlanError, match="render before reset"):
-        make(render_mode="rgb_array").render()
+        single(render_mode="rgb_array").render()
     assert Renderer()._live is None

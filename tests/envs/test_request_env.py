@@ -7,11 +7,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from engine_cases import cases
 from gymnasium.utils.env_checker import check_env
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from test_engine_reference import STOPS, compare, start
 
 from l3env import FixedKnobs, Knobs, View, run_policy
 from l3env.choices import Order, Status
@@ -19,8 +17,10 @@ from l3env.engine.engine import Until
 from l3env.envs.observe.requests import REQUEST_FEATURES, RequestObserver, fixed_knobs
 from l3env.envs.requests import ServingRequestsEnv, ServingRequestsVectorEnv
 from l3env.errors import L3EnvError, PlanError
+from tests.engine.beside_reference import STOPS, compare, start
+from tests.engine.engine_cases import cases
+from tests.envs.factories import OPTIONS
 
-OPTIONS = {"trace": "profile:azure-conv-2023?n=400", "load": 0.6, "episode_requests": 40, "interval_s": 2.0}
 NAMES = [name for name, _ in REQUEST_FEATURES]
 SLOW_OK = settings(
     deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -59,7 +59,7 @@ def test_scores_decide_who_is_admitted_and_preempted_as_in_the_reference(case, s
 
 
 def test_rows_are_the_requests_one_by_one() -> None:
-    env = ServingRequestsEnv(**OPTIONS, visible=8, knobs={"prefill_budget_tokens": 256})  # type: ignore[arg-type]
+    env = ServingRequestsEnv(**OPTIONS, visible=8, knobs={"prefill_budget_tokens": 256})
     rng = np.random.default_rng(0)
     obs, info = env.reset(seed=0)
     counts = set()
@@ -95,7 +95,7 @@ def test_rows_are_the_requests_one_by_one() -> None:
 
 
 def test_held_back_requests_wait_until_nothing_runs() -> None:
-    env = ServingRequestsEnv(**OPTIONS, visible=40, decision="iteration")  # type: ignore[arg-type]
+    env = ServingRequestsEnv(**OPTIONS, visible=40, decision="iteration")
     _, info = env.reset(seed=1)
     terminated, most = False, 0
     while not terminated:
@@ -117,7 +117,7 @@ def test_check_env(decision: str) -> None:
 def test_the_batched_form_equals_single_ones() -> None:
     envs = gymnasium.make_vec("l3env/ServingRequests-v0", num_envs=3, **OPTIONS)
     assert isinstance(envs, ServingRequestsVectorEnv)
-    singles = [ServingRequestsEnv(**OPTIONS) for _ in range(3)]  # type: ignore[arg-type]
+    singles = [ServingRequestsEnv(**OPTIONS) for _ in range(3)]
     obs, _ = envs.reset(seed=5)
     assert envs.observation_space.contains(obs)
     for i, single in enumerate(singles):
@@ -143,7 +143,7 @@ def test_the_batched_form_equals_single_ones() -> None:
 
 def test_all_scores_zero_is_first_come_first_served() -> None:
     """The neutral action gives what the plain order gives under the same knobs."""
-    scored = ServingRequestsEnv(**OPTIONS, knobs={"prefill_budget_tokens": 512})  # type: ignore[arg-type]
+    scored = ServingRequestsEnv(**OPTIONS, knobs={"prefill_budget_tokens": 512})
     scored.reset(seed=2)
     terminated = False
     while not terminated:
@@ -157,7 +157,7 @@ def test_all_scores_zero_is_first_come_first_served() -> None:
 def test_knobs_beside_the_scores_are_set_by_level() -> None:
     """The range from -1 to 1 in equal parts; a score is a score whatever follows it."""
     levels = {"prefill_budget_tokens": (64, 256, 1024), "hbm_share_frac": (0.0, 1.0)}
-    env = ServingRequestsEnv(**OPTIONS, action_knobs=levels)  # type: ignore[arg-type]
+    env = ServingRequestsEnv(**OPTIONS, action_knobs=levels)
     _, info = env.reset(seed=0)
     assert env.action_space.shape == info["action_mask"].shape == (34,)
     assert env.knob_levels() == levels
@@ -172,8 +172,8 @@ def test_knobs_beside_the_scores_are_set_by_level() -> None:
 
 def test_a_knob_with_one_level_is_a_fixed_knob() -> None:
     """Single and batched: the same rewards with the knob in ``knobs`` as behind the scores."""
-    fixed = ServingRequestsEnv(**OPTIONS, knobs={"prefill_budget_tokens": 512})  # type: ignore[arg-type]
-    chosen = ServingRequestsEnv(**OPTIONS, action_knobs={"prefill_budget_tokens": [512]})  # type: ignore[arg-type]
+    fixed = ServingRequestsEnv(**OPTIONS, knobs={"prefill_budget_tokens": 512})
+    chosen = ServingRequestsEnv(**OPTIONS, action_knobs={"prefill_budget_tokens": [512]})
     envs = ServingRequestsVectorEnv(2, **OPTIONS, action_knobs={"prefill_budget_tokens": [512]})
     for each in (fixed, chosen, envs):
         each.reset(seed=4)
@@ -190,7 +190,7 @@ def test_a_knob_with_one_level_is_a_fixed_knob() -> None:
 
 def test_by_deadline_those_who_cannot_meet_theirs_come_last() -> None:
     few = {"load": 3.0, "decision": "iteration", "knobs": {"prefill_budget_tokens": 64}}
-    env = ServingRequestsEnv(**OPTIONS | few, visible=4, show="deadline")  # type: ignore[arg-type]
+    env = ServingRequestsEnv(**OPTIONS | few, visible=4, show="deadline")
     env.reset(seed=0)
     terminated, lost = False, 0
     while not terminated:
@@ -207,7 +207,7 @@ def test_by_deadline_those_who_cannot_meet_theirs_come_last() -> None:
 
 def test_at_events_a_new_request_is_scored_before_it_is_scheduled() -> None:
     """All scores 1 but for arrivals yet unseen, which have 0: nobody is ever scheduled with that."""
-    env = ServingRequestsEnv(**OPTIONS, visible=40, decision="event")  # type: ignore[arg-type]
+    env = ServingRequestsEnv(**OPTIONS, visible=40, decision="event")
     env.reset(seed=0)
     terminated = False
     while not terminated:
@@ -230,16 +230,16 @@ def test_at_events_a_new_request_is_scored_before_it_is_scheduled() -> None:
 )
 def test_wrong_settings_are_one_clear_error(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(L3EnvError, match=message):
-        ServingRequestsEnv(**OPTIONS, **wrong)  # type: ignore[arg-type]
+        ServingRequestsEnv(**OPTIONS, **wrong)
 
 
 def test_bad_input_is_refused() -> None:
-    env = ServingRequestsEnv(**OPTIONS)  # type: ignore[arg-type]
+    env = ServingRequestsEnv(**OPTIONS)
     env.reset(seed=0)
     with pytest.raises(PlanError):
         env.step(np.full(32, 2.0, np.float32))
     with pytest.raises(PlanError, match="'order' cannot be set"):
-        ServingRequestsEnv(**OPTIONS, knobs={"order": 1})  # type: ignore[arg-type]
+        ServingRequestsEnv(**OPTIONS, knobs={"order": 1})
     envs = ServingRequestsVectorEnv(2, **OPTIONS)
     envs.reset(seed=0)
     with pytest.raises(PlanError, match="numbers from -1 to 1"):

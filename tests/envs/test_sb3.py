@@ -17,31 +17,23 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
 from l3env.envs.observe.observer import LEVELS, action_of
-from l3env.envs.sb3 import ServingVecEnv, make_vec_env, settings_of
+from l3env.envs.sb3 import settings_of
 from l3env.envs.serving import ServingEnv
 from l3env.envs.vector import ServingVectorEnv
 from l3env.errors import L3EnvError
 from l3env.policy.knobs import Knobs
+from tests.envs.factories import OPTIONS, for_sb3, random_actions
 
-OPTIONS = {"trace": "profile:azure-conv-2023?n=400", "load": 0.5, "episode_requests": 30, "interval_s": 2.0}
 LEVELS_COUNT = sum(len(levels) for levels in LEVELS.values())
 
 
-def make(num_envs: int = 4, **kwargs: object) -> ServingVecEnv:
-    return make_vec_env(num_envs, **{**OPTIONS, **kwargs})  # type: ignore[arg-type]
-
-
-def random_actions(rng: np.random.Generator, num_envs: int) -> np.ndarray:
-    return np.stack([rng.integers(0, len(levels), num_envs) for levels in LEVELS.values()], axis=1)
-
-
 def test_check_env_of_the_single_environment() -> None:
-    check_env(ServingEnv(**OPTIONS), warn=True)  # type: ignore[arg-type]
+    check_env(ServingEnv(**OPTIONS), warn=True)
 
 
 def test_same_numbers_as_the_batched_environment() -> None:
     """Through ends of episodes; the episode's record is the sum of its rewards and the report's attainment."""
-    ours, plain = make(3, seed=5, reward_scale=10.0), ServingVectorEnv(3, **OPTIONS)  # type: ignore[arg-type]
+    ours, plain = for_sb3(3, seed=5, reward_scale=10.0), ServingVectorEnv(3, **OPTIONS)
     obs = ours.reset()
     expected, _ = plain.reset(seed=5)
     np.testing.assert_array_equal(obs, expected)
@@ -66,7 +58,7 @@ def test_same_numbers_as_the_batched_environment() -> None:
 
 
 def test_truncation_is_marked_as_such() -> None:
-    envs = make(2, max_episode_steps=3)
+    envs = for_sb3(2, max_episode_steps=3)
     envs.reset()
     rng = np.random.default_rng(0)
     for step in range(1, 7):
@@ -82,7 +74,7 @@ def test_truncation_is_marked_as_such() -> None:
 
 def test_arrays_handed_out_are_fresh() -> None:
     """Rollout buffers keep references, so nothing may be written into them later."""
-    envs = make(4)
+    envs = for_sb3(4)
     rng = np.random.default_rng(0)
     kept, copies = [envs.reset()], []
     copies.append(kept[0].copy())
@@ -97,7 +89,7 @@ def test_arrays_handed_out_are_fresh() -> None:
 
 
 def test_masks_reach_sb3_contrib() -> None:
-    envs = make(4, system="gpu-dgx-a100")
+    envs = for_sb3(4, system="gpu-dgx-a100")
     envs.reset()
     assert is_masking_supported(envs)
     masks = get_action_masks(envs)
@@ -109,7 +101,7 @@ def test_masks_reach_sb3_contrib() -> None:
 
 
 def test_vec_env_attributes() -> None:
-    envs = make(3)
+    envs = for_sb3(3)
     assert envs.get_attr("num_envs", indices=[0, 2]) == [3, 3]
     assert not envs.has_attr("no_such_thing")
     assert envs.env_is_wrapped(Monitor) == [True] * 3
@@ -122,7 +114,7 @@ def test_vec_env_attributes() -> None:
 
 
 def test_equal_seeds_give_equal_episodes() -> None:
-    envs = make(4)
+    envs = for_sb3(4)
     envs.seed_each([7, 7, 8, 8])
     obs = envs.reset()
     np.testing.assert_array_equal(obs[0], obs[1])
@@ -142,7 +134,7 @@ def test_discrete_actions_stand_for_settings() -> None:
     base = action_of(Knobs())
     others = [i for i, name in enumerate(LEVELS) if name not in names]
     assert (settings[:, others] == base[others]).all()
-    one, all_knobs = make(2, seed=1, discrete=names), make(2, seed=1)
+    one, all_knobs = for_sb3(2, seed=1, discrete=names), for_sb3(2, seed=1)
     one.reset()
     all_knobs.reset()
     masks = one.action_masks()
@@ -157,7 +149,7 @@ def test_discrete_actions_stand_for_settings() -> None:
 
 def test_it_goes_on_from_a_pickle() -> None:
     """What a checkpoint needs: a restored copy steps as the original does, resets included."""
-    envs = make(3, seed=2)
+    envs = for_sb3(3, seed=2)
     envs.reset()
     rng = np.random.default_rng(0)
     for _ in range(10):
@@ -174,11 +166,11 @@ def test_it_goes_on_from_a_pickle() -> None:
 
 
 def test_evaluate_policy_and_wrappers_take_it() -> None:
-    model = PPO("MlpPolicy", make(2), n_steps=8, batch_size=16, device="cpu")
-    envs = make(2, seed=0, reward_scale=100.0)
+    model = PPO("MlpPolicy", for_sb3(2), n_steps=8, batch_size=16, device="cpu")
+    envs = for_sb3(2, seed=0, reward_scale=100.0)
     mean, _ = evaluate_policy(model, envs, n_eval_episodes=2, warn=True)
     assert 0 <= mean <= 1  # the record is not scaled
-    normalised = VecNormalize(make(2), norm_obs=False)
+    normalised = VecNormalize(for_sb3(2), norm_obs=False)
     normalised.reset()
     assert normalised.step(random_actions(np.random.default_rng(0), 2))[0].shape == (2, *envs.observation_space.shape)
 
@@ -186,7 +178,7 @@ def test_evaluate_policy_and_wrappers_take_it() -> None:
 @pytest.mark.parametrize("algorithm", [PPO, A2C, MaskablePPO])
 def test_on_policy_algorithms_learn_a_little(algorithm: type) -> None:
     batch = {} if algorithm is A2C else {"batch_size": 16}
-    model = algorithm("MlpPolicy", make(4, seed=0), n_steps=8, seed=0, device="cpu", **batch)
+    model = algorithm("MlpPolicy", for_sb3(4, seed=0), n_steps=8, seed=0, device="cpu", **batch)
     before = [p.detach().clone() for p in model.policy.parameters()]
     model.learn(64)
     assert model.num_timesteps == 64
@@ -194,6 +186,6 @@ def test_on_policy_algorithms_learn_a_little(algorithm: type) -> None:
 
 
 def test_dqn_on_a_discrete_space() -> None:
-    model = DQN("MlpPolicy", make(4, seed=0, discrete=("order",)), learning_starts=16, batch_size=16, device="cpu")
+    model = DQN("MlpPolicy", for_sb3(4, seed=0, discrete=("order",)), learning_starts=16, batch_size=16, device="cpu")
     model.learn(64)
     assert model.num_timesteps == 64

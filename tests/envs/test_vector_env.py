@@ -17,20 +17,11 @@ from l3env.envs.observe.observer import LEVELS
 from l3env.envs.serving import ServingEnv
 from l3env.envs.vector import ServingVectorEnv
 from l3env.errors import L3EnvError, PlanError
-
-OPTIONS = {"trace": "profile:azure-conv-2023?n=400", "load": 0.5, "episode_requests": 40, "interval_s": 2.0}
-
-
-def make(num_envs: int, **kwargs: object) -> ServingVectorEnv:
-    return gymnasium.make_vec("l3env/Serving-v0", num_envs=num_envs, **{**OPTIONS, **kwargs})  # type: ignore[return-value]
-
-
-def random_actions(rng: np.random.Generator, num_envs: int) -> np.ndarray:
-    return np.stack([rng.integers(0, len(levels), num_envs) for levels in LEVELS.values()], axis=1)
+from tests.envs.factories import OPTIONS, batched, random_actions
 
 
 def test_make_vec_reaches_the_batched_engine() -> None:
-    envs = make(3)
+    envs = batched(3)
     assert isinstance(envs, ServingVectorEnv)
     assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     obs, info = envs.reset(seed=0)
@@ -44,7 +35,7 @@ def test_make_vec_reaches_the_batched_engine() -> None:
 def test_trajectories_equal_single_environments(system: str, decision: str) -> None:
     """Observations, rewards, masks and ends, bit for bit, through the first episode of each."""
     count = 4
-    envs = make(count, system=system, decision=decision)
+    envs = batched(count, system=system, decision=decision)
     singles = [ServingEnv(system=system, decision=decision, **OPTIONS) for _ in range(count)]
     obs, info = envs.reset(seed=7)
     for i, single in enumerate(singles):
@@ -77,7 +68,7 @@ def test_episodes_go_on_as_a_single_environment_that_is_reset(monkeypatch: pytes
     seen = []
     for threads in (1, 2):
         monkeypatch.setattr(l3env.threads, "_limit", threads)
-        envs, single = make(2), ServingEnv(**OPTIONS)  # type: ignore[arg-type]
+        envs, single = batched(2), ServingEnv(**OPTIONS)  # type: ignore[arg-type]
         envs.reset(seed=3)
         single.reset(seed=3)
         rng = np.random.default_rng(1)
@@ -108,7 +99,7 @@ def test_truncation_at_max_episode_steps() -> None:
 
 
 def test_data_handed_out_is_not_reused() -> None:
-    envs = make(2)
+    envs = batched(2)
     obs, info = envs.reset(seed=0)
     copies = obs.copy(), info["action_mask"].copy(), info["clock_s"].copy()
     again = envs.step(random_actions(np.random.default_rng(0), 2))
@@ -119,7 +110,7 @@ def test_data_handed_out_is_not_reused() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    envs = make(2)
+    envs = batched(2)
     with pytest.raises(PlanError, match="before reset"):
         envs.step(random_actions(np.random.default_rng(0), 2))
     envs.reset(seed=0)

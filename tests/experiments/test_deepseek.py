@@ -353,15 +353,12 @@ def test_routing_against_the_rule_token_by_token():
     rng = np.random.default_rng(1)
     scores, bias = rng.random((50, 256)), rng.normal(0, 0.1, 256)
     chosen = router.route(V3.moe, scores, bias)
-    weights = router.gates(V3.moe, scores, chosen)
     for token in range(50):
         biased = (scores[token] + bias).reshape(8, 32)
         groups = sorted(range(8), key=lambda g: -sum(sorted(biased[g])[-2:]))[:4]
         allowed = [g * 32 + i for g in groups for i in range(32)]
         best = sorted(allowed, key=lambda e: -biased.ravel()[e])[:8]
         assert sorted(chosen[token]) == sorted(best)
-        own = scores[token, chosen[token]]
-        assert weights[token] == pytest.approx(2.5 * own / own.sum())
 
 
 def test_the_bias_moves_by_gamma_against_the_load():

@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-from dram_rules import broken_rules
 
 from l3env.errors import SpecError
 from l3env.experiments.reproduce import ablation
@@ -21,6 +20,7 @@ from l3env.machine.dimm.setup import RankSetup, best_mapping, ddr4, params
 from l3env.machine.dimm.simulate import expand, host_relayout_s, job_transfer_bytes, simulate
 from l3env.machine.dimm.stored import RankFit, load_fit, to_toml
 from l3env.machine.tables import compile_tables
+from tests.machine.dram_rules import broken_rules
 
 DDR4 = ddr4()
 NS = 1e-9

@@ -15,7 +15,7 @@ from l3env.engine.kernels import price
 from l3env.experiments.gpu import coefficients as gpu_fit
 from l3env.experiments.gpu import raw as gpu_raw
 from l3env.experiments.gpu.preset import write_preset
-from l3env.experiments.gpu.profile import (
+from l3env.experiments.gpu.validation import (
     DATA_DIR,
     Point,
     ProfileError,
@@ -26,7 +26,7 @@ from l3env.experiments.gpu.profile import (
     prefill_attention_s,
     read_profile,
 )
-from l3env.experiments.gpu.profile import statistics as error_statistics
+from l3env.experiments.gpu.validation import statistics as error_statistics
 from l3env.machine import specs
 from l3env.machine.costs import gpu as costs
 from l3env.machine.tables import compile_tables

@@ -7,7 +7,7 @@ import pytest
 
 from l3env.errors import SpecError
 from l3env.machine import specs
-from l3env.units import GIB, NS, TERA
+from l3env.units import GIB, TERA
 
 PRESETS = [(kind, name) for kind in specs.KINDS for name in specs.names(kind)]
 MODELS = (
@@ -21,7 +21,7 @@ MODELS = (
     "deepseek-prover-v1.5-7b",
 )
 A100_SYSTEMS = ("gpu", "hbm-pim", "hbm-pim-ext", "rank-pim", "cpu-offload", "l3")
-TCK_S = 0.63 * NS
+TCK_S = 0.63e-9
 
 
 def gpu_fields(**changes):

@@ -19,11 +19,6 @@ from l3env.policy.plan import Plan
 from l3env.runs.driver import run_policy
 
 
-@pytest.fixture(scope="module")
-def tables() -> Tables:
-    return l3env.compile_pair("l3-dgx-a100", "gpt-175b")
-
-
 def test_compiled_forest_equals_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     x = rng.uniform(0, 4000, (400, 2))
@@ -55,15 +50,15 @@ def test_online_linear_recovers_its_coefficients() -> None:
     assert model.errors.quantile(0.99) < 1e-6
 
 
-def test_predictors_are_within_a_percent_on_iterations_not_learned_from(tables: Tables) -> None:
+def test_predictors_are_within_a_percent_on_iterations_not_learned_from(mha_tables: Tables) -> None:
     """The paper reports a relative error below about 1 % (median below 0.5 %)."""
     workload = l3env.load_trace("profile:azure-conv-2023?n=1200").at_load(0.35)
-    figures = run_policy(tables, workload, make_policy("l3")).metrics
+    figures = run_policy(mha_tables, workload, make_policy("l3")).metrics
     for name in ("prefill_attention", "fc", "pim"):
         assert figures[f"l3_{name}_error_p50"] < 0.01
 
 
-def test_predictors_see_measurements_only(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictors_see_measurements_only(mha_tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the engine's tables reaches the policy's predictions: scaling all measured times scales them."""
     seen = []
 
@@ -74,13 +69,13 @@ def test_predictors_see_measurements_only(tables: Tables, monkeypatch: pytest.Mo
 
     workload = l3env.load_trace("profile:azure-conv-2023?n=150").at_load(0.3)
     policy = Watched()
-    run_policy(tables, workload, policy)
+    run_policy(mha_tables, workload, policy)
     exact = policy._fc.predict_s(300)
     original = View.last_iteration.fget
     assert original is not None
     monkeypatch.setattr(View, "last_iteration", property(lambda view: {k: 3 * v for k, v in original(view).items()}))
     slower = Watched()
-    run_policy(tables, workload, slower)
+    run_policy(mha_tables, workload, slower)
     assert len(seen) > 100
     assert slower._fc.predict_s(300) == pytest.approx(3 * exact, rel=0.02)
 
@@ -96,7 +91,7 @@ def test_time_between_tokens_falls_by_half_and_throughput_does_not() -> None:
     assert aligned["output_tokens_per_s"] > 0.97 * fill["output_tokens_per_s"]
 
 
-def test_plans_well_under_a_millisecond(tables: Tables) -> None:
+def test_plans_well_under_a_millisecond(mha_tables: Tables) -> None:
     """Median over planned iterations, once the predictors are fitted."""
     spent = []
 
@@ -108,7 +103,7 @@ def test_plans_well_under_a_millisecond(tables: Tables) -> None:
             return decision
 
     workload = l3env.load_trace("profile:azure-conv-2023?n=300").at_load(0.5)
-    run_policy(tables, workload, Timed())
+    run_policy(mha_tables, workload, Timed())
     assert np.median(spent[len(spent) // 2 :]) < 1e-3
 
 

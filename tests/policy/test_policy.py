@@ -33,16 +33,6 @@ SHIPPED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def l3_tables() -> Tables:
-    return l3env.compile_pair("l3-dgx-a100", "gpt-175b")
-
-
-@pytest.fixture(scope="module")
-def gqa_tables() -> Tables:
-    return l3env.compile_pair("l3-dgx-a100", "qwen-72b")
-
-
 def poisson(count: int, rate_per_s: float, seed: int = 0, output: tuple[int, int] = (5, 200)) -> Workload:
     rng = np.random.default_rng(seed)
     arrival_s = np.cumsum(rng.exponential(1 / rate_per_s, count))
@@ -68,20 +58,20 @@ class Recorder(BasePolicy):
         return Knobs(prefill_budget_tokens=512, budget_counts_decodes=True)
 
 
-def test_view_is_blind_to_true_output_lengths(l3_tables: Tables) -> None:
+def test_view_is_blind_to_true_output_lengths(mha_tables: Tables) -> None:
     """Two workloads that differ in their output lengths alone look the same until the first request finishes."""
     short = poisson(60, 3.0, output=(40, 60))
     long = Workload.build("long", short.arrival_s, short.prompt_tokens, short.output_tokens + 500)
     one, other = Recorder(), Recorder()
-    run_policy(l3_tables, short, one)
-    run_policy(l3_tables, long, other)
+    run_policy(mha_tables, short, one)
+    run_policy(mha_tables, long, other)
     first_finish = next(i for i, count in enumerate(one.finished) if count > 0)
     assert first_finish > 20
     assert one.seen[:first_finish] == other.seen[:first_finish]
     assert one.seen[first_finish] != other.seen[first_finish]  # the comparison can fail
 
 
-def test_view_shows_only_requests_that_are_present(l3_tables: Tables) -> None:
+def test_view_shows_only_requests_that_are_present(mha_tables: Tables) -> None:
     workload = poisson(80, 3.0)
 
     class Watcher(BasePolicy):
@@ -96,7 +86,7 @@ def test_view_shows_only_requests_that_are_present(l3_tables: Tables) -> None:
             rows["prompt_tokens"] = -1  # rows are copies: writing to them changes nothing
             return Knobs(prefill_budget_tokens=512)
 
-    outcome = run_policy(l3_tables, workload, Watcher())
+    outcome = run_policy(mha_tables, workload, Watcher())
     assert outcome.metrics["finished_count"] == 80
 
 
@@ -135,10 +125,10 @@ def test_all_shipped_policies_are_registered() -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_policies_finish_everything(name: str, l3_tables: Tables, gqa_tables: Tables) -> None:
+def test_shipped_policies_finish_everything(name: str, mha_tables: Tables, gqa_tables: Tables) -> None:
     workload = poisson(120, 4.0)
     training = poisson(300, 4.0, seed=5)
-    for tables in (l3_tables, gqa_tables, l3env.compile_pair("gpu-dgx-a100", "opt-66b")):
+    for tables in (mha_tables, gqa_tables, l3env.compile_pair("gpu-dgx-a100", "opt-66b")):
         outcome = run_policy(tables, workload, make_policy(name), training=training)
         assert outcome.metrics["finished_count"] + outcome.metrics["rejected_count"] == 120
         assert outcome.metrics["kv_pim_peak_frac"] <= 1
@@ -154,15 +144,15 @@ def test_prefill_first_has_the_longer_stalls_and_chunking_the_longer_ttft(gqa_ta
     assert chunked["ttft_p50_s"] > first["ttft_p50_s"]
 
 
-def test_in_overload_the_queue_order_decides(l3_tables: Tables) -> None:
+def test_in_overload_the_queue_order_decides(mha_tables: Tables) -> None:
     workload = poisson(600, 6.0)
-    fcfs = run_policy(l3_tables, workload, make_policy("sarathi")).metrics["slo_attainment_frac"]
-    ordered = run_policy(l3_tables, workload, make_policy("sjf-prompt")).metrics["slo_attainment_frac"]
+    fcfs = run_policy(mha_tables, workload, make_policy("sarathi")).metrics["slo_attainment_frac"]
+    ordered = run_policy(mha_tables, workload, make_policy("sjf-prompt")).metrics["slo_attainment_frac"]
     assert ordered > 2 * fcfs
 
 
 @pytest.mark.parametrize("rate_per_s", [1.0, 3.0])
-def test_oracle_is_not_beaten_by_its_blind_twin(l3_tables: Tables, rate_per_s: float) -> None:
+def test_oracle_is_not_beaten_by_its_blind_twin(mha_tables: Tables, rate_per_s: float) -> None:
     """Over several workloads, on mean latency, which shortest-remaining-first is for.
 
     SLO attainment has room for a systematic loss of a point at low load: there a long answer to a short prompt waits
@@ -172,8 +162,8 @@ def test_oracle_is_not_beaten_by_its_blind_twin(l3_tables: Tables, rate_per_s: f
     blind, oracle = [], []
     for seed in range(5):
         workload = poisson(400, rate_per_s, seed=seed, output=(5, 1500))
-        blind.append(run_policy(l3_tables, workload, make_policy("srtf-predicted"), training=training).metrics)
-        oracle.append(run_policy(l3_tables, workload, make_policy("oracle-srtf")).metrics)
+        blind.append(run_policy(mha_tables, workload, make_policy("srtf-predicted"), training=training).metrics)
+        oracle.append(run_policy(mha_tables, workload, make_policy("oracle-srtf")).metrics)
 
     def mean(rows: list[dict[str, float]], name: str) -> float:
         return float(np.mean([row[name] for row in rows]))
@@ -182,12 +172,12 @@ def test_oracle_is_not_beaten_by_its_blind_twin(l3_tables: Tables, rate_per_s: f
     assert mean(oracle, "e2e_mean_s") <= 1.005 * mean(blind, "e2e_mean_s")
 
 
-def test_hybrid_greedy_uses_hbm_only_where_the_pim_side_is_slower(l3_tables: Tables) -> None:
+def test_hybrid_greedy_uses_hbm_only_where_the_pim_side_is_slower(mha_tables: Tables) -> None:
     long_context = Workload.build("long", np.zeros(150), np.full(150, 100), np.full(150, 4000))
-    outcome = run_policy(l3_tables, long_context, make_policy("hybrid-greedy"))
+    outcome = run_policy(mha_tables, long_context, make_policy("hybrid-greedy"))
     assert outcome.metrics["kv_hbm_peak_frac"] > 0.05
     short_context = Workload.build("short", np.zeros(150), np.full(150, 2000), np.full(150, 5))
-    outcome = run_policy(l3_tables, short_context, make_policy("hybrid-greedy"))
+    outcome = run_policy(mha_tables, short_context, make_policy("hybrid-greedy"))
     assert outcome.metrics["kv_hbm_peak_frac"] == 0
 
 
@@ -202,9 +192,9 @@ class OneAtATime(BasePolicy):
         return Plan(admit={int(view.waiting(limit=1)["idx"][0]): "hbm"})
 
 
-def test_plan_policy_serves_one_by_one(l3_tables: Tables) -> None:
+def test_plan_policy_serves_one_by_one(mha_tables: Tables) -> None:
     workload = Workload.build("three", np.zeros(3), [100, 200, 300], [4, 1, 3])
-    outcome = run_policy(l3_tables, workload, OneAtATime())
+    outcome = run_policy(mha_tables, workload, OneAtATime())
     assert outcome.metrics["finished_count"] == 3
     assert outcome.metrics["iterations_count"] == 4 + 1 + 3
     assert (np.diff(outcome.requests["finish_s"]) > 0).all()
@@ -226,7 +216,7 @@ def test_plan_policy_serves_one_by_one(l3_tables: Tables) -> None:
         (Plan(admit=[1]), "request 1: it is not waiting"),
     ],
 )
-def test_illegal_plans_are_refused_by_name(l3_tables: Tables, plan: Plan, message: str) -> None:
+def test_illegal_plans_are_refused_by_name(mha_tables: Tables, plan: Plan, message: str) -> None:
     workload = Workload.build("two", [0.0, 1e6], [100, 100], [4, 4])
 
     class Wrong(BasePolicy):
@@ -236,11 +226,11 @@ def test_illegal_plans_are_refused_by_name(l3_tables: Tables, plan: Plan, messag
             return plan
 
     with pytest.raises(PlanError, match=message):
-        run_policy(l3_tables, workload, Wrong())
+        run_policy(mha_tables, workload, Wrong())
 
 
-def test_plan_that_does_not_fit_is_refused(l3_tables: Tables) -> None:
-    most = l3_tables.pim_tokens
+def test_plan_that_does_not_fit_is_refused(mha_tables: Tables) -> None:
+    most = mha_tables.pim_tokens
     workload = Workload.build("large", np.zeros(2), [most - 100, 1000], [4, 4])
 
     class Greedy(BasePolicy):
@@ -250,7 +240,7 @@ def test_plan_that_does_not_fit_is_refused(l3_tables: Tables) -> None:
             return Plan(admit={int(r): "pim" for r in view.waiting()["idx"]})
 
     with pytest.raises(PlanError, match="request 1: no room"):
-        run_policy(l3_tables, workload, Greedy())
+        run_policy(mha_tables, workload, Greedy())
 
 
 @pytest.mark.parametrize(
@@ -270,7 +260,7 @@ def test_absurd_knobs_are_refused(field: str, value: float) -> None:
         Knobs(**{field: value})  # type: ignore[arg-type]
 
 
-def test_a_policy_that_leaves_work_undone_is_an_error(l3_tables: Tables) -> None:
+def test_a_policy_that_leaves_work_undone_is_an_error(mha_tables: Tables) -> None:
     class Lazy(BasePolicy):
         name = "lazy"
 
@@ -278,10 +268,10 @@ def test_a_policy_that_leaves_work_undone_is_an_error(l3_tables: Tables) -> None
             return Plan()
 
     with pytest.raises(PolicyError, match="'lazy' is stuck"):
-        run_policy(l3_tables, poisson(5, 1.0), Lazy())
+        run_policy(mha_tables, poisson(5, 1.0), Lazy())
 
 
-def test_pause_and_resume_keep_the_kv(l3_tables: Tables) -> None:
+def test_pause_and_resume_keep_the_kv(mha_tables: Tables) -> None:
     """A request paused for the length of another's run finishes later, without recomputing anything."""
     workload = Workload.build("two", np.zeros(2), [100, 100], [50, 20])
 
@@ -300,13 +290,13 @@ def test_pause_and_resume_keep_the_kv(l3_tables: Tables) -> None:
                 return Plan(pause=[0])
             return Plan()
 
-    outcome = run_policy(l3_tables, workload, Pauser())
+    outcome = run_policy(mha_tables, workload, Pauser())
     assert outcome.metrics["preemptions_count"] == 0
     assert outcome.metrics["recomputed_tokens_frac"] == 0
     assert outcome.metrics["iterations_count"] == 20 + (50 - 5)
 
 
-def test_decision_interval_holds_knobs(l3_tables: Tables) -> None:
+def test_decision_interval_holds_knobs(mha_tables: Tables) -> None:
     calls: list[float] = []
 
     class EverySecond(BasePolicy):
@@ -317,7 +307,7 @@ def test_decision_interval_holds_knobs(l3_tables: Tables) -> None:
             calls.append(view.now_s)
             return Knobs()
 
-    run_policy(l3_tables, poisson(100, 5.0), EverySecond())
+    run_policy(mha_tables, poisson(100, 5.0), EverySecond())
     assert (np.diff(calls) >= 1.0).all()
 
 
@@ -330,7 +320,7 @@ def test_replicas_share_requests_in_turn_and_sessions_stay(gqa_tables: Tables) -
     assert outcome.metrics["finished_count"] == 6
 
 
-def test_policy_from_a_file(tmp_path, l3_tables: Tables) -> None:
+def test_policy_from_a_file(tmp_path, mha_tables: Tables) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "from l3env import BasePolicy, Knobs\n"
@@ -340,7 +330,7 @@ def test_policy_from_a_file(tmp_path, l3_tables: Tables) -> None:
         "        return Knobs(admit_max_count=1)\n"
     )
     policy = make_policy(f"{path}:Mine")
-    assert run_policy(l3_tables, poisson(10, 1.0), policy).metrics["finished_count"] == 10
+    assert run_policy(mha_tables, poisson(10, 1.0), policy).metrics["finished_count"] == 10
     with pytest.raises(PolicyError, match="no class 'Yours'; it has BasePolicy, Knobs, Mine"):
         make_policy(f"{path}:Yours")
     with pytest.raises(PolicyError, match="no such file"):
@@ -363,7 +353,7 @@ def test_registered_policy_is_found() -> None:
     assert make_policy("one-at-a-time").name == "one-at-a-time"
 
 
-def test_align_hides_prefill_behind_the_pim_side(l3_tables: Tables) -> None:
+def test_align_hides_prefill_behind_the_pim_side(mha_tables: Tables) -> None:
     """60 long contexts decode on PIM; prompts that arrive then are chunked so that T_GPU comes close to T_PIM."""
     workload = Workload.build(
         "mix",
@@ -371,7 +361,7 @@ def test_align_hides_prefill_behind_the_pim_side(l3_tables: Tables) -> None:
         np.r_[np.full(60, 6000), np.full(200, 1500)],
         np.full(260, 3000),
     )
-    engine = Engine(l3_tables, 1, len(workload))
+    engine = Engine(mha_tables, 1, len(workload))
     engine.reset(0, workload)
     Knobs().write(engine.knobs, 0)
     engine.run(0, Until.TIME, 99.0)
@@ -387,9 +377,9 @@ def test_align_hides_prefill_behind_the_pim_side(l3_tables: Tables) -> None:
     assert np.median(np.abs(leads)) < 0.05
 
 
-def test_decides_once_runs_to_the_end_in_one_call(l3_tables: Tables) -> None:
+def test_decides_once_runs_to_the_end_in_one_call(mha_tables: Tables) -> None:
     assert math.isinf(make_policy("fcfs").decision_interval_s)
-    engine = Engine(l3_tables, 1, 50)
+    engine = Engine(mha_tables, 1, 50)
     engine.reset(0, poisson(50, 2.0))
     drive(engine, 0, make_policy("fcfs"))
     assert engine.state.env["finished_count"][0] == 50

@@ -21,10 +21,10 @@ from l3env.policy.protocol import FixedKnobs
 from l3env.report import CONTRACT_COLUMNS, intervals, terminal_table, to_json, write_results
 from l3env.report.bootstrap import GOODPUT, block_size
 from l3env.report.names import cell_key, heading, number, policy_labels, short_name
+from l3env.report.over_time import BINS_COUNT, bin_means, binned
+from l3env.report.over_time import timeline as timeline_figure
 from l3env.report.plots import _shares, cdf
 from l3env.report.style import looks
-from l3env.report.timeline import BINS_COUNT, bin_means, binned
-from l3env.report.timeline import timeline as timeline_figure
 from l3env.requests.workload import Workload
 from l3env.runs.compare import CompareConfig, Comparison
 from l3env.runs.driver import run_policy

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,13 +24,6 @@ from l3env.runs.metrics import gap_quantile_s
 
 TRACE = "profile:azure-conv-2023?n=150"
 PAIR = ("l3-dgx-a100", "gpt-175b")
-
-
-def run_cli(*args: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs the console script's module in a fresh process."""
-    done = subprocess.run([sys.executable, "-m", "l3env.cli", *args], capture_output=True, text=True)
-    assert (done.returncode == 0) == ok, done.stderr
-    return done
 
 
 def test_every_policy_gets_the_same_requests() -> None:
@@ -127,7 +122,7 @@ def test_config_round_trip() -> None:
         CompareConfig.from_json({**config.to_json(), "polices": []})
 
 
-def test_cli_compare_prints_the_contract(tmp_path: Path) -> None:
+def test_cli_compare_prints_the_contract(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     args = (
         "compare",
         "--system",
@@ -181,7 +176,7 @@ def test_cli_compare_prints_the_contract(tmp_path: Path) -> None:
         (("traces", "stats", "nowhere.csv"), "nowhere.csv"),
     ],
 )
-def test_cli_errors_are_one_line(args: tuple[str, ...], message: str) -> None:
+def test_cli_errors_are_one_line(args: tuple[str, ...], message: str, run_cli: Callable[..., Any]) -> None:
     done = run_cli(*args, ok=False)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
@@ -190,13 +185,13 @@ def test_cli_errors_are_one_line(args: tuple[str, ...], message: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["systems", "models", "policies"])
-def test_cli_lists_are_json(what: str) -> None:
+def test_cli_lists_are_json(what: str, run_cli: Callable[..., Any]) -> None:
     rows = json.loads(run_cli(what, "--json").stdout)
     assert len(rows) >= 8
     assert run_cli(what).stderr.count("\n") >= len(rows)
 
 
-def test_cli_traces(tmp_path: Path) -> None:
+def test_cli_traces(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     assert {"azure-conv-2023", "openr1"} <= {
         row["name"] for row in json.loads(run_cli("traces", "list", "--json").stdout)
     }

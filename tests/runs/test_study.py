@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from test_runner import run_cli
 
 from l3env import Knobs, Slo, Workload, compare, compile_pair, load
 from l3env.errors import L3EnvError
@@ -183,7 +184,7 @@ def test_a_killed_sweep_resumes_to_the_same_dataset(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_dataset(tmp_path: Path) -> None:
+def test_ray_gives_the_same_dataset(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     pytest.importorskip("ray")
     path = study_file(tmp_path)
     run_cli("sweep", str(path), "--backend", "ray", "-j", "2", "--out", str(tmp_path / "ray" / "study"))
@@ -372,7 +373,7 @@ def test_prices_are_checked(tmp_path: Path, change: tuple[str, str], message: st
     assert message in str(caught.value)
 
 
-def test_cli_capacity_and_cost(tmp_path: Path) -> None:
+def test_cli_capacity_and_cost(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     prices = tmp_path / "prices.toml"
     prices.write_text(PRICES, encoding="utf-8")
     study = study_file(tmp_path, TEXT.replace("[0.5, 2]", "0.5").replace("seeds: 2", "seeds: 1"))

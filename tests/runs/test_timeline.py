@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_runner import run_cli
 
 from l3env import Workload, compile_pair, load_trace, make_policy, run_policy
 from l3env.runs.driver import replica_shares
@@ -173,7 +173,7 @@ def test_counters_follow_the_queue(run: Any) -> None:
         assert waiting == lengths["waiting_count"].tolist()
 
 
-def test_cli_timeline(tmp_path: Path) -> None:
+def test_cli_timeline(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
     out = tmp_path / "a" / "trace.json"
     args = ("--trace", "profile:azure-conv-2023?n=40", "--policy", "sarathi", "--out", str(out))
     assert "written" in run_cli("timeline", *args).stderr

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import tarfile
 import time
 from pathlib import Path
@@ -20,32 +19,22 @@ from l3env.requests.workload import Workload
 from l3env.traces import azure, catalog, kv_cache_tester, mooncake, servegen
 from l3env.traces.stats import describe, prefix_hit_frac
 from l3env.traces.window import Window
-
-NEXT_DOOR = Path(__file__).resolve().parents[3] / "shared" / "traces"
-FOLDERS = [Path(os.environ["L3ENV_TRACE_DIR"])] if "L3ENV_TRACE_DIR" in os.environ else []
-FOLDERS.append(NEXT_DOOR)
-
-
-def real(file: str) -> Path:
-    """The real file, or a skip that says where it was looked for."""
-    for folder in FOLDERS:
-        if (folder / file).exists():
-            return folder / file
-    pytest.skip(f"no real trace {file} in L3ENV_TRACE_DIR or ../shared/traces")
-
+from tests.traces.real_traces import (
+    ARXIV,
+    AZURE_CODE,
+    AZURE_CONV,
+    BURST,
+    DEEPSEEK,
+    IMAGES,
+    MOONCAKE,
+    RATES,
+    SESSIONS,
+    SHAREGPT,
+    SYNTHETIC,
+    real,
+)
 
 # README table: file, options, requests, span, rate, CV, IDC, prompt and output mean / sd / p50 / p90 / p99
-AZURE_CODE = "azure-2023/AzureLLMInferenceTrace_code.csv"
-AZURE_CONV = "azure-2023/AzureLLMInferenceTrace_conv.first60pct.csv"
-MOONCAKE = "mooncake/conversation_trace.first60pct.jsonl.gz"
-SYNTHETIC = "mooncake/synthetic_trace.jsonl.gz"
-BURST = "burstgpt/BurstGPT_1.first400.csv"
-ARXIV = "vidur/arxiv_summarization_stats_llama2_tokenizer_filtered_v2.csv"
-SHAREGPT = "sarathi-serve/sharegpt_8k_filtered_stats_llama2_tokenizer.csv"
-SESSIONS = "kv-cache-tester/sessions_part_a.tar.gz"
-DEEPSEEK = "servegen/reason_deepseek-r1.tar.gz"
-IMAGES = "servegen/multimodal_mm-image.tar.gz"
-RATES = "servegen/language_rates_only.tar.gz"
 PUBLISHED: list[tuple[Any, ...]] = [
     (AZURE_CODE, {}, 8819, 3435.9, 2.566, 13.15, 71.64, "2047.8 1973.8 1469 5188 7436", "27.9 59.9 13 55 252"),
     (AZURE_CONV, {}, 12340, 2100.5, 5.874, 1.08, 3.55, "1246.1 1204.1 1024 4076 4123", "203.8 164.2 115 423 602"),

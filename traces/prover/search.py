@@ -164,7 +164,6 @@ class ProofSearch:
         self._free_s = [0.0] * self.settings.verifiers_count  # when each verifier is free
         heapify(self._free_s)
         self._verified: dict[int, list[tuple[float, int]]] = defaultdict(list)  # by replica: (end, job)
-        self._replicas_count = 1
         self._end_s = self._verify_busy_s = self._verify_wait_s = 0.0
         self._proofs_s: list[float] = []
         self._nodes_count = 0
@@ -179,7 +178,6 @@ class ProofSearch:
 
     def open(self, replicas_count: int) -> list[list[Submission]]:
         """Every process takes a theorem and starts its jobs at time 0; process i belongs to replica i mod R."""
-        self._replicas_count = replicas_count
         first: list[list[Submission]] = [[] for _ in range(replicas_count)]
         for process in range(self.settings.trees_count):
             self._trees.append(None)

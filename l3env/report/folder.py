@@ -15,8 +15,8 @@ from l3env.files import write_text
 from l3env.report import plots
 from l3env.report.bootstrap import intervals
 from l3env.report.names import contract_order, loads_of
+from l3env.report.over_time import timeline
 from l3env.report.style import save
-from l3env.report.timeline import timeline
 from l3env.runs.compare import Comparison
 
 

@@ -35,7 +35,6 @@ COLUMNS = ("op", "model", "tp", "tokens", "batch", "kv_len", "ms")
 NEEDS = {"fc_layer": ("tokens",), "decode_attn": ("batch", "kv_len"), "prefill_attn": ("tokens", "kv_len")}
 OPS = tuple(NEEDS)
 DATA_DIR = Path(__file__).parents[1] / "data"
-KIB = 1024
 
 
 class ProfileError(L3EnvError):
