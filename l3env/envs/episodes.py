@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,45 @@ OPTIONS = ("workload", "start", "replica", "load", "utilization", "system", "mod
 
 Names = str | Sequence[str]
 Range = float | Sequence[float]
+
+
+class EpisodeOptions(TypedDict, total=False):
+    """What every environment may be told of its episodes; the defaults are those of ``Episodes.build``."""
+
+    system: Names
+    """Preset name or TOML file; a list draws one for each episode."""
+    model: Names
+    """Likewise; every pair of a system and a model is compiled."""
+    trace: Names
+    """A trace spec or a list of them; a trace's requests are shared by the system's replicas in turn, this one gets its
+    part."""
+    load: Range
+    """Arrival rate as a multiple of the trace's own; a range [low, high] draws it for each episode."""
+    utilization: Range | None
+    """Instead, as a multiple of what the reference policy sustains; or a range."""
+    decision: str
+    """Where a step ends: "interval" (``interval_s`` of simulated time), "iteration", or "event" (an arrival, a finish
+    or a preemption, at the latest after ``interval_s``)."""
+    interval_s: float
+    """Simulated seconds between decisions."""
+    episode_requests: int | None
+    """Consecutive requests an episode serves; None: all."""
+    reward: str | Reward
+    """A name of ``reward.REWARDS`` or a function of the engine's state before and after a step."""
+    ttft_scale: Range
+    """SLO on the first token, as a multiple of a request's uncontended TTFT; or a range."""
+    tbt_scale: Range
+    """SLO between tokens, likewise."""
+    slo_form: str
+    """What the limit between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines"."""
+    predictor: str | None
+    """Name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted"."""
+    tp: int | None
+    """Tensor-parallel degree, by default the model's."""
+    prefix_cache: str
+    """The rule by which cached prompt segments are given up: "lru", "lfu" or "tree"; or "off"."""
+    seed: int
+    """Of the trace, where it is generated."""
 
 
 @dataclass(frozen=True)

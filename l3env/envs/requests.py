@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from gymnasium.vector.utils import batch_space
 
 from l3env.engine.engine import Engine
+from l3env.envs.episodes import EpisodeOptions
 from l3env.envs.observe.observer import Observer
 from l3env.envs.observe.requests import (
     DEFAULT_VISIBLE,
@@ -34,22 +35,23 @@ class ServingRequestsEnv(ServingEnv):
         knobs: the settings beside the scores, by their names in ``Knobs``.
         action_knobs: settings that each action chooses anew: names, with the levels of ``observe.LEVELS`` and
             ``MORE_LEVELS``, or names with levels. The range from -1 to 1 is divided evenly among a knob's levels.
-        kwargs: as for ``ServingEnv``.
+        render_mode: as for ``ServingEnv``.
     """
 
     def __init__(
         self,
-        *args: Any,
+        *,
+        render_mode: str | None = None,
         visible: int = DEFAULT_VISIBLE,
         show: str = "arrival",
         knobs: Mapping[str, Any] | None = None,
         action_knobs: ActionKnobs = None,
-        **kwargs: Any,
+        **options: Unpack[EpisodeOptions],
     ) -> None:
         chosen = levels_beside(action_knobs)
         shown = {"visible": visible, "show": order_shown(show), "knobs": fixed_knobs(knobs), "levels": chosen}
         self._shown: dict[str, Any] = shown
-        super().__init__(*args, **kwargs)
+        super().__init__(render_mode=render_mode, **options)
         self.levels = chosen
         self.observation_space, self.action_space = request_spaces(visible, len(chosen))  # type: ignore[assignment]
 
@@ -64,16 +66,17 @@ class ServingRequestsVectorEnv(ServingVectorEnv):
         self,
         num_envs: int = 1,
         *,
+        max_episode_steps: int | None = None,
         visible: int = DEFAULT_VISIBLE,
         show: str = "arrival",
         knobs: Mapping[str, Any] | None = None,
         action_knobs: ActionKnobs = None,
-        **kwargs: Any,
+        **options: Unpack[EpisodeOptions],
     ) -> None:
         chosen = levels_beside(action_knobs)
         shown = {"visible": visible, "show": order_shown(show), "knobs": fixed_knobs(knobs), "levels": chosen}
         self._shown: dict[str, Any] = shown
-        super().__init__(num_envs, **kwargs)
+        super().__init__(num_envs, max_episode_steps=max_episode_steps, **options)
         self.levels = chosen
         self.single_observation_space, self.single_action_space = request_spaces(visible, len(chosen))
         self.observation_space = batch_space(self.single_observation_space, num_envs)

@@ -8,7 +8,7 @@ consecutive requests of the trace and terminates when all have finished.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import gymnasium
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Stop
 from l3env.engine.segments import eviction_rule
-from l3env.envs.episodes import Episodes
+from l3env.envs.episodes import EpisodeOptions, Episodes
 from l3env.envs.observe.observer import FEATURES, Observer, action_space, levels_of, observation_space
 from l3env.envs.render import Renderer
 from l3env.errors import L3EnvError, PlanError
@@ -30,29 +30,19 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     Observation: Box(0, 1, (FEATURES_COUNT,)), see ``observe.FEATURES``. Action: MultiDiscrete, see ``observe.LEVELS``.
 
     Args:
-        system, model: preset names or TOML files; lists draw one for each episode, from all pairs.
-        trace: a trace spec or a list of them; a trace's requests are shared by the system's replicas in turn, this one
-            gets its part.
-        load, utilization: arrival rate as a multiple of the trace's own, or of what the reference policy sustains; a
-            range [low, high] draws it for each episode.
-        decision: where a step ends: "interval" (``interval_s`` of simulated time), "iteration", or "event" (an arrival,
-            a finish or a preemption, at the latest after ``interval_s``).
-        episode_requests: consecutive requests an episode serves; None: all.
-        reward: a name of ``reward.REWARDS`` or a function.
-        ttft_scale, tbt_scale: the SLO, as multiples of a request's uncontended latencies; or ranges.
-        slo_form: what the limit on the time between tokens is about: "mean-tbt", "p99-gap" or "token-deadlines".
-        predictor: name of a policy whose length predictor fills in predicted output lengths, e.g. "srtf-predicted".
-        prefix_cache: "off", or the rule by which cached prompt segments are given up: "lru", "lfu", "tree".
         action_knobs: the knobs that an action sets, by default those of ``observe.LEVELS``; also those of
             ``observe.MORE_LEVELS``. The others keep the defaults of ``Knobs``.
-        seed: of the trace, where it is generated.
         render_mode: "human" (a live panel in the terminal) or "rgb_array" (``render`` returns (H, W, 3) pixels).
     """
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012  # Gymnasium's
 
     def __init__(
-        self, *args: Any, render_mode: str | None = None, action_knobs: Sequence[str] | None = None, **kwargs: Any
+        self,
+        *,
+        render_mode: str | None = None,
+        action_knobs: Sequence[str] | None = None,
+        **options: Unpack[EpisodeOptions],
     ) -> None:
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise L3EnvError(
@@ -63,7 +53,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self.observation_space: gymnasium.spaces.Space[NDArray[np.float32]] = observation_space()
         self.levels = levels_of(action_knobs)
         self.action_space = action_space(self.levels)
-        self.episodes = Episodes.build(*args, **kwargs)
+        self.episodes = Episodes.build(**options)
         self.engine: Engine | None = None
 
     def reset(

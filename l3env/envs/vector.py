@@ -8,7 +8,7 @@ with seeds s, s + 1, ..., whatever the number of cores. Ended episodes start ane
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from gymnasium.utils import seeding
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Stop
 from l3env.engine.segments import eviction_rule
-from l3env.envs.episodes import Episodes
+from l3env.envs.episodes import EpisodeOptions, Episodes
 from l3env.envs.observe.observer import Observer, action_space, levels_of, observation_space
 from l3env.errors import PlanError
 from l3env.runs.metrics import totals
@@ -40,7 +40,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         *,
         max_episode_steps: int | None = None,
         action_knobs: Sequence[str] | None = None,
-        **kwargs: Any,
+        **options: Unpack[EpisodeOptions],
     ) -> None:
         self.num_envs = num_envs
         self.render_mode = None
@@ -50,7 +50,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         self.single_action_space = action_space(self.levels)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.episodes = Episodes.build(**kwargs)
+        self.episodes = Episodes.build(**options)
         rule = eviction_rule(self.episodes.prefix_cache)
         self.engine = Engine(self.episodes.pairs, num_envs, self.episodes.requests_count, prefix_cache=rule)
         self._observer = self._make_observer(self.engine)

@@ -72,6 +72,7 @@ class BasePolicy:
         return None
 
     def decide(self, view: View) -> Knobs | Plan:
+        """The one method a policy must have: settings that hold until the next decision, or the next iteration."""
         raise NotImplementedError
 
     def score_segments(self, segments: NDArray[np.void]) -> NDArray[np.float64]:

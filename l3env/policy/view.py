@@ -76,22 +76,27 @@ class View:
 
     @property
     def now_s(self) -> float:
+        """Simulated time."""
         return float(self._env["clock_s"])
 
     @property
     def waiting_count(self) -> int:
+        """Requests that have arrived and hold no memory."""
         return int(self._env["waiting_count"])
 
     @property
     def running_count(self) -> int:
+        """Requests that hold memory: prefilling, decoding, paused."""
         return int(self._env["running_count"])
 
     @property
     def arrived_count(self) -> int:
+        """Requests that have arrived so far."""
         return int(self._env["arrived_count"])
 
     @property
     def finished_count(self) -> int:
+        """Requests that have got all of their tokens."""
         return int(self._env["finished_count"])
 
     def waiting(self, limit: int = 64, order: Order = Order.FCFS) -> NDArray[np.void]:
@@ -147,10 +152,12 @@ class View:
 
     @property
     def decoding(self) -> NDArray[np.void]:
+        """Those of ``running`` that get tokens, as ROW_DTYPE rows."""
         return self.running[self.running["status"] == Status.DECODE]
 
     @property
     def paused(self) -> NDArray[np.void]:
+        """Those of ``running`` that keep their KV and get none."""
         return self.running[self.running["status"] == Status.PAUSED]
 
     def _rows(self, idx: NDArray[np.int64]) -> NDArray[np.void]:

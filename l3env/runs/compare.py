@@ -107,7 +107,8 @@ def compare(
 
     Args:
         policies: names, or ``file.py:Class``.
-        system, model: preset names or TOML files.
+        system: a preset's name or a TOML file.
+        model: likewise.
         trace: a trace spec, see ``load_trace``.
         load: arrival rates as multiples of the trace's own.
         utilization: instead, as multiples of what the reference policy serves at saturation on this system.

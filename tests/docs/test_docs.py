@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.docs.snippets import ROOT, Block, Runner, blocks_of, compare, lines_of, marks, pages, unmarked
@@ -62,9 +63,28 @@ def test_the_site_builds_without_warnings(tmp_path: Path) -> None:
     """Links, navigation and references of the API pages; needs the extra ``docs``."""
     for name in ("material", "mkdocstrings"):
         pytest.importorskip(name)
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     reference = (tmp_path / "site" / "reference" / "index.html").read_text(encoding="utf-8")
     assert 'id="l3env.Knobs"' in reference
     assert "headroom_frac" in reference
+    assert "episode_requests" in reference
+    assert (tmp_path / "site" / "results" / "planner.csv").exists()
+
+
+TABLES = {
+    "learning-grid": ("learning-grid", "learning-grid-left-out"),
+    "learning-requests": ("request-score", "request-score-left-out"),
+}
+
+
+@pytest.mark.parametrize("line", ["best heuristic", "best constant"])
+@pytest.mark.parametrize(("page", "table"), [(page, each) for page, tables in TABLES.items() for each in tables])
+def test_a_page_says_what_its_table_holds(page: str, table: str, line: str) -> None:
+    """The worst cell of a summary is that of the table which the page links to below it."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    above = text[: text.index(f"](results/{table}.csv)")]
+    row = [each for each in above.splitlines() if each.startswith(f"| {line} |")][-1]
+    cells = pd.read_csv(ROOT / "docs" / "results" / f"{table}.csv")
+    assert float(row.strip("| ").split("|")[-1]) == cells[f"vs {line}"].min()
