@@ -1,9 +1,9 @@
 """The one way kernels are compiled: numba, cached on disk under a hash of their sources.
 
 numba's own cache looks only at the file of the function it caches, so an edit in a callee elsewhere would leave stale
-machine code behind; a cache folder named after all that kernels are made of cannot: the modules that use this one, and
-the modules of the package that those import (their constants and array layouts). ``NUMBA_DISABLE_JIT=1`` runs kernels
-as Python.
+machine code behind. Here the kernels of each file have a cache folder named after all that they can be made of: the
+file, the files of the package that it imports (functions, constants, array layouts), and what those import in turn. So
+an edit compiles anew whatever it can reach, and nothing else. ``NUMBA_DISABLE_JIT=1`` runs kernels as Python.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+import llvmlite
 import numba
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -23,7 +25,8 @@ F = TypeVar("F", bound=Callable[..., object])
 # no wrappers for being called from Python: they would cost more compile time than the functions
 CALLED_FROM_KERNELS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 PACKAGE = Path(__file__).parent
-IMPORT = re.compile(r"^from l3env\.([a-z0-9_.]+) import", re.MULTILINE)
+IMPORT = re.compile(r"^from (l3env[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
+COMPILER = f"{numba.__version__} {llvmlite.__version__} {sys.version}"
 
 
 def cache_root() -> Path:
@@ -34,22 +37,36 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l3env"
 
 
-def _sources() -> list[Path]:
-    """The files that compiled code is made of: those that import this module, and what they import from the package."""
-    imports = {path: set(IMPORT.findall(path.read_text("utf-8"))) for path in PACKAGE.glob("**/*.py")}
-    compiled = {path: names for path, names in imports.items() if "jit" in names}
-    used = {PACKAGE.joinpath(*name.split(".")).with_suffix(".py") for names in compiled.values() for name in names}
-    return sorted(path for path in compiled.keys() | used if path.exists())
+@cache
+def imported(path: Path) -> frozenset[Path]:
+    """The files of the package that a file imports from."""
+    found: set[Path] = set()
+    for module, names in IMPORT.findall(path.read_text("utf-8")):
+        base = PACKAGE.joinpath(*module.split(".")[1:])
+        inner = [base / name for name in re.findall(r"\w+", names)] if base.is_dir() else []
+        places = [file for each in (base, *inner) for file in (each.with_suffix(".py"), each / "__init__.py")]
+        found.update(file for file in places if file.is_file())
+    return frozenset(found)
 
 
-def _source_hash() -> str:
-    digest = hashlib.sha256(f"{numba.__version__} {sys.version}".encode())
-    for path in _sources():
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+def sources(path: Path) -> list[Path]:
+    """A file and all of the package that it imports, directly or not."""
+    found: set[Path] = set()
+    left = [path]
+    while left:
+        if (file := left.pop()) not in found:
+            found.add(file)
+            left += imported(file)
+    return sorted(found)
 
 
-CACHE_DIR = cache_root() / "kernels" / _source_hash()
+@cache
+def cache_folder(path: Path) -> Path:
+    """Where the compiled kernels of a file are kept, as all its sources are now."""
+    digest = hashlib.sha256(COMPILER.encode())
+    for source in sources(path):
+        digest.update(str(source).encode() + source.read_bytes())
+    return cache_root() / "kernels" / f"{path.stem}-{digest.hexdigest()[:16]}"
 
 
 def kernel(function: F) -> F:
@@ -74,7 +91,7 @@ def rare(function: F) -> F:
 
 def _compile(function: F, **options: bool) -> F:
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(CACHE_DIR)
+    numba.config.CACHE_DIR = str(cache_folder(Path(function.__code__.co_filename)))
     try:
         # _nrt=False: kernels allocate nothing, so numba need not count references to the arrays passed around, which
         # cost 60 times more than the arithmetic
@@ -84,5 +101,6 @@ def _compile(function: F, **options: bool) -> F:
 
 
 def is_compiled() -> bool:
-    """Has this version of the sources been compiled and cached here before?"""
-    return bool(numba.config.DISABLE_JIT) or any(CACHE_DIR.glob("**/*.nbi"))
+    """Has the engine's loop, as its sources are now, been compiled and kept here before?"""
+    loop = PACKAGE / "engine" / "kernels" / "run.py"
+    return bool(numba.config.DISABLE_JIT) or any(cache_folder(loop).glob("**/*.nbi"))
