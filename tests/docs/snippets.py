@@ -11,7 +11,7 @@ namespace. A comment on the line before a block says otherwise:
     <!-- needs: MODULE -->      run only where that can be imported; ``trace NAME``: where that trace is at hand
     <!-- skip: REASON -->       not run, with a reason; a link to the test that runs it is one
 
-``python tests/docs/snippets.py PAGE ...`` runs pages and writes what is printed into them (not into "some" blocks).
+``python -m tests.docs.snippets PAGE ...`` runs pages and writes what is printed into them (not into "some" blocks).
 
 Blocks in other languages (yaml, toml, csv, json) need a mark; ``text`` ones that no mark claims are taken as they are.
 """
