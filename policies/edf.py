@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from l3env.choices import Order
 from l3env.policies.sarathi import TOKEN_BUDGET
 from l3env.policy.knobs import Knobs
@@ -11,12 +13,13 @@ from l3env.policy.protocol import FixedKnobs
 class Edf(FixedKnobs):
     """Sarathi-Serve's batching, earliest deadline first, the hopeless last."""
 
-    def __init__(self, token_budget: int = TOKEN_BUDGET) -> None:
+    def __init__(self, **knobs: Any) -> None:
         super().__init__(
             "edf",
             Knobs(
-                prefill_budget_tokens=token_budget,
+                prefill_budget_tokens=TOKEN_BUDGET,
                 budget_counts_decodes=True,
                 order=Order.EARLIEST_DEADLINE_HOPELESS_LAST,
             ),
+            **knobs,
         )

@@ -7,6 +7,8 @@ newest request is preempted and recomputed. On systems with PIM the KV lives the
 
 from __future__ import annotations
 
+from typing import Any
+
 from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 
@@ -16,5 +18,5 @@ MAX_BATCHED_TOKENS = 8192
 class Fcfs(FixedKnobs):
     """vLLM-like: prefill first."""
 
-    def __init__(self, max_batched_tokens: int = MAX_BATCHED_TOKENS) -> None:
-        super().__init__("fcfs", Knobs(prefill_budget_tokens=max_batched_tokens, prefill_first=True))
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__("fcfs", Knobs(prefill_budget_tokens=MAX_BATCHED_TOKENS, prefill_first=True), **knobs)

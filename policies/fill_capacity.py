@@ -6,6 +6,8 @@ lasts.
 
 from __future__ import annotations
 
+from typing import Any
+
 from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 
@@ -13,5 +15,5 @@ from l3env.policy.protocol import FixedKnobs
 class FillCapacity(FixedKnobs):
     """Admits greedily until memory is full."""
 
-    def __init__(self) -> None:
-        super().__init__("fill-capacity", Knobs(headroom_frac=0.0))
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__("fill-capacity", Knobs(headroom_frac=0.0), **knobs)

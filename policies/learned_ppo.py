@@ -6,6 +6,8 @@ network that ``l3env train`` wrote.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from l3env.policy.registry import make_policy
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 
+BEST = "best_model.npz"  # in the folder of a training run
 FILE = Path(__file__).parent / "data" / "learned-ppo.npz"
 
 
@@ -51,8 +54,21 @@ class Learned(BasePolicy):
 class LearnedPpo(Learned):
     """Trained over systems, models, traces and loads; not tuned for any."""
 
-    def __init__(self) -> None:
-        super().__init__(FILE, "learned-ppo")
+    def __init__(self, path: Path = FILE) -> None:
+        super().__init__(path, "learned-ppo")
+
+
+def resolve(base: str) -> Callable[..., Learned] | None:
+    """A training run's folder, or an exported network (``.npz``), as a policy; None for anything else.
+
+    Raises PolicyError for a folder without a network.
+    """
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / BEST).is_file():
+            raise PolicyError(f"policy {base!r}: a folder without {BEST}; expected one that l3env train wrote")
+        return functools.partial(Learned, path=path / BEST, name=path.resolve().name)
+    return functools.partial(Learned, path=path) if path.suffix == ".npz" else None
 
 
 def _checked_levels(network: Network, path: Path) -> Levels:

@@ -5,6 +5,8 @@ Not a real scheduler: an upper reference. The name says so, and only such names 
 
 from __future__ import annotations
 
+from typing import Any
+
 from l3env.policies.srtf_predicted import SHORTEST_REMAINING
 from l3env.policy.protocol import FixedKnobs
 
@@ -14,5 +16,5 @@ class OracleSrtf(FixedKnobs):
 
     wants_truth = True
 
-    def __init__(self) -> None:
-        super().__init__("oracle-srtf", SHORTEST_REMAINING)
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__("oracle-srtf", SHORTEST_REMAINING, **knobs)

@@ -6,6 +6,8 @@ arrival.
 
 from __future__ import annotations
 
+from typing import Any
+
 from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 
@@ -15,5 +17,5 @@ TOKEN_BUDGET = 512
 class Sarathi(FixedKnobs):
     """Stall-free batching under a token budget an iteration."""
 
-    def __init__(self, token_budget: int = TOKEN_BUDGET) -> None:
-        super().__init__("sarathi", Knobs(prefill_budget_tokens=token_budget, budget_counts_decodes=True))
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__("sarathi", Knobs(prefill_budget_tokens=TOKEN_BUDGET, budget_counts_decodes=True), **knobs)

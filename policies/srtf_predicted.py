@@ -7,6 +7,8 @@ residents. Waiting requests are ordered; running ones are not interrupted.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,8 +51,8 @@ def fit_bins(prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64])
 class SrtfPredicted(FixedKnobs):
     """Shortest predicted remaining work first."""
 
-    def __init__(self) -> None:
-        super().__init__("srtf-predicted", SHORTEST_REMAINING)
+    def __init__(self, **knobs: Any) -> None:
+        super().__init__("srtf-predicted", SHORTEST_REMAINING, **knobs)
         self._predict: LengthPredictor | None = None
 
     def prepare(self, system: Tables, training: Workload | None) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from l3env.errors import TraceError
+from l3env.reference import exists, parse
 from l3env.requests.registry import TraceFormat, formats, suggests
 from l3env.requests.workload import Workload
 from l3env.traces import (
@@ -133,7 +134,7 @@ def resolve(text: str, seed: int = 0) -> Workload | None:
     Seed 0 is the trace as it is. Other seeds draw generated workloads anew, and resample the fixed rows of a trace
     (``traces.resample``) after the window is cut. ``?seed=`` in the spec wins. Raises TraceError for what is wrong.
     """
-    base, _ = (text, "") if _exists(text) else spec.split(text)
+    base = parse(text, "trace", TraceError).base
     maker = _find(base, text)
     if maker is None:
         return None
@@ -148,14 +149,6 @@ def resolve(text: str, seed: int = 0) -> Workload | None:
     workload = spec.apply(workload, values, seed)
     workload.check()
     return workload
-
-
-def _exists(text: str) -> bool:
-    """Whether there is such a file or folder; False where the text cannot be a path."""
-    try:
-        return bool(text) and Path(text).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
 
 
 def _shown_name(base: str, text: str) -> str:
@@ -188,11 +181,10 @@ def _find(base: str, text: str) -> Maker | None:
         return _splice(base)
     if entry := read_manifest().get(base):
         return _named(entry)
-    if not _exists(base):
+    if not exists(base):
         return None
     path = Path(base).expanduser()
-    wanted = [item.partition("=")[2] for item in spec.split(text)[1].split("&") if item.startswith("format=")]
-    trace_format = find_format(path, wanted[0] if wanted and base != text else None)
+    trace_format = find_format(path, parse(text, "trace", TraceError).options.get("format"))
     maker = _of_file(path, trace_format, {}, {})
     return replace(maker, options={**maker.options, "format": str})
 

@@ -1,17 +1,16 @@
-"""The grammar of trace specs, ``NAME_OR_PATH[?key=value&key=value]``, and what its general keys do to a workload."""
+"""The keys that all traces take, ``NAME_OR_PATH[?key=value&key=value]``, and what they do to a workload."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 
 from l3env.errors import TraceError
+from l3env.reference import parse
 from l3env.requests.workload import Workload
 from l3env.traces.arrivals import KINDS, with_arrivals
 from l3env.traces.resample import resample
@@ -67,33 +66,12 @@ GENERAL: Mapping[str, Callable[[str], Any]] = {
 }
 
 
-def split(spec: str) -> tuple[str, str]:
-    """The name or path, and the options after the last ``?``."""
-    base, mark, query = spec.rpartition("?")
-    return (base, query) if mark else (spec, "")
-
-
 def parse_options(spec: str, extra: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
     """The spec's options by key, as typed values; ``extra`` are the keys of this trace besides the general ones.
 
-    Values may be percent-encoded. Raises TraceError that names the key, the value and what was expected.
+    Raises TraceError that names the key, the value and what was expected.
     """
-    parsers = {**GENERAL, **extra}
-    values: dict[str, Any] = {}
-    for item in filter(None, split(spec)[1].split("&")):
-        key, equals, text = item.partition("=")
-        if key not in parsers:
-            close = difflib.get_close_matches(key, parsers, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise TraceError(f"trace {spec!r}: unknown key {key!r}{hint}; expected one of {', '.join(sorted(parsers))}")
-        if not equals or not text:
-            raise TraceError(f"trace {spec!r}: key {key!r} has no value; expected {key}=VALUE")
-        if key in values:
-            raise TraceError(f"trace {spec!r}: key {key!r} is given twice; expected once")
-        try:
-            values[key] = parsers[key](_decode(text, key))
-        except ValueError as error:
-            raise TraceError(f"trace {spec!r}: key {key!r}: got {text!r}; expected {error}") from error
+    values = parse(spec, "trace", TraceError).values({**GENERAL, **extra})
     if "load" in values and "rate" in values:
         raise TraceError(f"trace {spec!r}: load and rate both set the speed of arrivals; expected one of them")
     if "cv" in values and values.get("arrivals") != "gamma":
@@ -103,10 +81,6 @@ def parse_options(spec: str, extra: Mapping[str, Callable[[str], Any]]) -> dict[
     if "period" in values and "swing" not in values:
         raise TraceError(f"trace {spec!r}: period needs swing=FIRST:SECOND")
     return values
-
-
-def _decode(text: str, key: str) -> str:
-    return text if key == "window" else unquote(text)  # a window's "%" means per cent
 
 
 def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:

@@ -125,11 +125,11 @@ def _results(folder: Path) -> Any:
 
 def _cost_function(prices: Path, systems: Iterable[str]) -> Any:
     """Row -> cost figures; all prices are looked up before anything runs."""
-    from l3env.machine.pair import named_spec
+    from l3env.machine.specs import named
     from l3env.study.cost import Prices, cost_figures
 
     known = Prices.from_toml(prices)
-    specs = {name: named_spec("system", name) for name in systems}
+    specs = {name: named("system", name) for name in systems}
     for spec in specs.values():
         known.dollars_per_hour(spec)
     return lambda row: cost_figures(row, specs[row["system"]], known)

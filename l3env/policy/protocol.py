@@ -6,9 +6,10 @@ predictor.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,13 +95,17 @@ class BasePolicy:
 
 
 class FixedKnobs(BasePolicy):
-    """A policy that sets its knobs once. Runs compiled from start to end."""
+    """A policy that sets its knobs once. Runs compiled from start to end.
+
+    Args:
+        changes: fields of ``knobs`` that differ, as in ``sarathi?prefill_budget_tokens=2048``.
+    """
 
     decision_interval_s = math.inf
 
-    def __init__(self, name: str, knobs: Knobs) -> None:
+    def __init__(self, name: str, knobs: Knobs, **changes: Any) -> None:
         self.name = name
-        self.knobs = knobs
+        self.knobs = dataclasses.replace(knobs, **changes)
 
     def decide(self, view: View) -> Knobs:
         return self.knobs

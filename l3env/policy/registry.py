@@ -1,26 +1,50 @@
-"""Policies by name: built in, registered, from an installed package, or from a file."""
+"""Policies by reference: built in, registered, from an installed package, from a file, or what a training run wrote.
+
+What a reference begins with: a name; ``file.py:Class``; ``package.module:Class``; or something that a resolver of the
+entry-point group ``l3env.policy_resolvers`` knows, such as the folder of a training run. Its options are the arguments
+of the class: ``sarathi?prefill_budget_tokens=2048``. A class whose arguments are ``**knobs`` takes the fields of Knobs.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import hashlib
+import importlib
 import importlib.util
 import inspect
 import sys
+import typing
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
+from typing import Any, Protocol, cast
 
-from l3env.errors import PolicyError
+from l3env.errors import L3EnvError, PolicyError
+from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import Policy
+from l3env.policy.sources import importable, source_files
+from l3env.reference import Reference, parameters, parse
 
 ENTRY_POINT_GROUP = "l3env.policies"
+RESOLVERS_GROUP = "l3env.policy_resolvers"
+
+Factory = Callable[..., Policy]
+PolicyLike = str | Policy | Factory
+"""What stands for a policy: a reference, a policy, or a class or function that makes one."""
 
 
-_registered: dict[str, Callable[[], Policy]] = {}
+class PolicyResolver(Protocol):
+    """Turns what a reference begins with into a factory, or None where it is nothing of its kind."""
+
+    def __call__(self, base: str) -> Factory | None: ...
 
 
-def register_policy(name: str, factory: Callable[[], Policy]) -> None:
+_registered: dict[str, Factory] = {}
+
+
+def register_policy(name: str, factory: Factory) -> None:
     """Makes a policy known under a name in this process (a package would use the ``l3env.policies`` entry points)."""
     _registered[name] = factory
 
@@ -30,31 +54,60 @@ def policy_names() -> list[str]:
     return sorted({*_registered, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
-def policy_factories() -> dict[str, Callable[[], Policy]]:
+def policy_factories() -> dict[str, Factory]:
     """Name -> factory of every policy known."""
-    found = {point.name: cast(Callable[[], Policy], point.load()) for point in entry_points(group=ENTRY_POINT_GROUP)}
+    found = {point.name: cast(Factory, point.load()) for point in entry_points(group=ENTRY_POINT_GROUP)}
     return found | _registered
 
 
-def make_policy(ref: str) -> Policy:
-    """A fresh policy by name, or from a file: ``my_policy.py:ClassName``.
+def make_policy(ref: PolicyLike) -> Policy:
+    """A fresh policy of a reference or a class; a policy itself is taken as it is.
 
     Raises:
-        PolicyError: unknown name, file or class, or something that is no policy.
+        PolicyError: unknown name, file, class or argument, or something that is no policy.
     """
-    if ".py:" in ref:
-        factory = _from_file(ref)
-    elif ref in _registered:
-        factory = _registered[ref]
-    else:
-        points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-        if ref not in points:
-            close = difflib.get_close_matches(ref, policy_names(), n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise PolicyError(f"unknown policy {ref!r}{hint}; there are: {', '.join(policy_names())}; or file.py:Class")
-        factory = points[ref].load()
-    policy = factory()
+    if not isinstance(ref, str):
+        made = ref() if inspect.isclass(ref) or not hasattr(ref, "decide") else ref
+        return check_policy(made, policy_name(ref))
+    reference = parse(ref, "policy", PolicyError)
+    factory = _factory(reference)
+    arguments = reference.arguments(factory, _more(factory))
+    try:
+        policy = factory(**arguments)
+    except L3EnvError:
+        raise
+    except Exception as error:
+        raise reference.wrong(f"cannot be made: {type(error).__name__}: {error}") from error
     return check_policy(policy, ref)
+
+
+def policy_name(ref: PolicyLike) -> str:
+    """What results call it: the reference, or the name of the policy."""
+    if isinstance(ref, str):
+        return ref
+    return str(getattr(ref, "name", None) or getattr(ref, "__name__", type(ref).__name__))
+
+
+def policy_files(ref: PolicyLike) -> tuple[Path, ...]:
+    """The files that a policy depends on, besides l3env's own sources: its module and what that imports from beside it,
+    and every file among its arguments, such as the weights of a training run.
+
+    Raises:
+        PolicyError: it cannot be found.
+    """
+    if isinstance(ref, str):
+        reference = parse(ref, "policy", PolicyError)
+        factory = _factory(reference)
+        given = reference.arguments(factory, _more(factory))
+    else:
+        factory, given = (ref if callable(ref) else type(ref)), {}
+    inner = factory
+    while isinstance(inner, functools.partial):
+        given = inner.keywords | given
+        inner = inner.func
+    defaults = {name: each.default for name, each in inspect.signature(factory).parameters.items()}
+    named = [value for value in {**defaults, **given}.values() if isinstance(value, Path)]
+    return tuple(dict.fromkeys([*source_files(inner), *(path for path in named if path.is_file())]))
 
 
 def check_policy(policy: Any, ref: str) -> Policy:
@@ -70,22 +123,65 @@ def check_policy(policy: Any, ref: str) -> Policy:
     return cast(Policy, policy)
 
 
-def _from_file(ref: str) -> Callable[[], Policy]:
-    file, _, attribute = ref.rpartition(":")
-    path = Path(file)
+def _factory(reference: Reference) -> Factory:
+    """What makes the policies of a reference."""
+    base = reference.base
+    if base in _registered:
+        return _registered[base]
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == base:
+            return cast(Factory, point.load())
+    for point in entry_points(group=RESOLVERS_GROUP):
+        found = cast(PolicyResolver, point.load())(base)
+        if found is not None:
+            return found
+    place, colon, attribute = base.rpartition(":")
+    if not colon:
+        close = difflib.get_close_matches(base, policy_names(), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise PolicyError(
+            f"unknown policy {base!r}{hint}; there are: {', '.join(policy_names())}; or file.py:Class, "
+            "package.module:Class, the folder of a training run"
+        )
+    module = _module_of_file(base, Path(place)) if place.endswith(".py") else _module(base, place)
+    factory = getattr(module, attribute, None)
+    if factory is None or not callable(factory):
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        raise PolicyError(f"{base}: {place} has no class {attribute!r}; it has {', '.join(classes) or 'none'}")
+    return cast(Factory, factory)
+
+
+def _more(factory: Factory) -> dict[str, Any]:
+    """Keys that a class takes as ``**knobs``: the fields of Knobs, those out of its signature aside."""
+    signature = inspect.signature(factory).parameters.values()
+    takes = any(each.kind is each.VAR_KEYWORD and each.name == "knobs" for each in signature)
+    own = parameters(factory)
+    return {name: hint for name, hint in typing.get_type_hints(Knobs).items() if takes and name not in own}
+
+
+def _module_of_file(ref: str, path: Path) -> ModuleType:
+    """Runs a file as a module of its own; what lies beside it can be imported meanwhile."""
     if not path.is_file():
-        raise PolicyError(f"{ref}: no such file {file!r}")
-    spec = importlib.util.spec_from_file_location(f"l3env_user_{path.stem}", path)
+        raise PolicyError(f"{ref}: no such file {str(path)!r}")
+    folder = path.resolve().parent
+    unique = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    spec = importlib.util.spec_from_file_location(f"l3env_user_{path.stem}_{unique}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        with importable(folder, first=True):
+            spec.loader.exec_module(module)
     except Exception as error:
         raise PolicyError(f"{ref}: {path} fails to import: {type(error).__name__}: {error}") from error
-    factory = getattr(module, attribute, None)
-    if factory is None or not callable(factory):
-        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
-        raise PolicyError(f"{ref}: {path} has no class {attribute!r}; it has {', '.join(classes) or 'none'}")
-    return cast(Callable[[], Policy], factory)
+    return module
+
+
+def _module(ref: str, name: str) -> ModuleType:
+    """A module that is installed, or that lies in the current folder."""
+    try:
+        with importable(Path.cwd(), first=False):
+            return importlib.import_module(name)
+    except Exception as error:
+        raise PolicyError(f"{ref}: module {name!r} fails to import: {type(error).__name__}: {error}") from error

@@ -16,7 +16,7 @@ import yaml
 
 from l3env.engine.engine import Slo
 from l3env.errors import L3EnvError
-from l3env.machine.pair import named_spec
+from l3env.machine.specs import named
 from l3env.machine.tables import DEFAULT_BLOCK_TOKENS
 from l3env.policy.registry import make_policy
 from l3env.requests.registry import load_trace
@@ -139,7 +139,7 @@ class StudyConfig:
             make_policy(ref)
         for kind, refs in (("system", self.systems), ("model", self.models)):
             for ref in refs:
-                named_spec(kind, ref)
+                named(kind, ref)
         for trace in self.traces:
             load_trace(trace)
 

@@ -16,7 +16,7 @@ def test_a_policy_takes_arguments() -> None:
     policy = policy_of("rmaxts?simulations=128&intrinsic=false&gamma=1.0")
     assert isinstance(policy, RMaxTS)
     assert (policy.simulations, policy.intrinsic, policy.gamma) == (128, False, 1.0)
-    assert policy_of("fcfs?max_batched_tokens=100").decide(None).prefill_budget_tokens == 100  # type: ignore[arg-type, union-attr]
+    assert policy_of("fcfs?prefill_budget_tokens=100").decide(None).prefill_budget_tokens == 100  # type: ignore[arg-type, union-attr]
 
 
 @pytest.mark.parametrize("ref", ["nobody?x=1", "rmaxts?depth=3", "rmaxts?simulations=many", "rmaxts?simulations"])

@@ -180,7 +180,7 @@ def test_nested_problems_carry_the_path_of_their_key():
         "name": "mine",
         "gpu": gpu_fields(hbm_bytes=0),
         "gpus_count": 1.5,
-        "gpu_link": "nvlink3",
+        "gpu_link": ["nvlink3"],
         "pim": "pim/dimm-pim-ddr3",
         "max_batched_tokens": 1,
     }
@@ -189,7 +189,7 @@ def test_nested_problems_carry_the_path_of_their_key():
     message = str(caught.value)
     assert "gpu.hbm_bytes = 0: expected > 0" in message
     assert "gpus_count = 1.5: expected a whole number" in message
-    assert "gpu_link = 'nvlink3': expected a table or the name of a link" in message
+    assert "gpu_link = ['nvlink3']: expected a table or the name of a link" in message
     assert "pim: unknown pim 'dimm-pim-ddr3' (did you mean 'dimm-pim-ddr4-3200'?)" in message
 
 

@@ -23,7 +23,7 @@ from l3env.machine.dimm.stored import load_fit
 from l3env.machine.specs import AttentionForm, ModelSpec, PimSpec
 from l3env.units import FP16_BYTES
 
-FITS = {"dimm-bank": "dimm-pim-ddr4-3200", "dimm-rank": "rank-pim-ddr4-3200"}
+SAME_SPEED_FRAC = 1e-3  # a fit is of a memory, and holds for no other: ranks that differ by less are the same
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,19 @@ class RankModel:
 
 
 def rank_model(pim: PimSpec, model: ModelSpec) -> RankModel | None:
-    """Looks up the fit; None where there is none: not DIMM ranks of 8 x 16 banks, heads not 128 x 16 bit, or an N_gqa
-    that was not fitted. A rank of another speed or N_cmr scales all times alike."""
-    fit = load_fit(FITS[pim.kind]) if is_dimm(pim) else None
+    """Looks up the fit that the PIM names; None where there is none: not DIMM ranks of 8 x 16 banks, heads not 128 x 16
+    bit, or an N_gqa that was not fitted. Another N_cmr scales all times alike.
+
+    Raises:
+        SpecError: the fit is of a memory of another speed.
+    """
+    fit = load_fit(pim.fit) if is_dimm(pim) and pim.fit else None
+    if fit is not None and abs(rank_bytes_per_s(pim) / fit.rank_bytes_per_s - 1) > SAME_SPEED_FRAC:
+        raise SpecError(
+            f"{pim.name}: fit = {pim.fit!r} is of {fit.pim}, whose ranks stream {fit.rank_bytes_per_s:.4g} bytes/s; "
+            f"these stream {rank_bytes_per_s(pim):.4g}: expected a fit of this memory (l3env.experiments.fit_pim makes "
+            "one), or none, for the closed form"
+        )
     kind = fit.find(model.gqa_group_count) if fit else None
     known = (pim.chips_per_rank_count, pim.banks_per_chip_count, model.head_size, model.bytes_per_kv_element)
     if model.mla is not None or fit is None or kind is None or known != (8, 16, 128, FP16_BYTES):

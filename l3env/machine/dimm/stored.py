@@ -1,11 +1,14 @@
-"""The fitted linear models as stored with the presets: ``presets/pim_fit/NAME.toml``, one ``[[kind]]`` an attention."""
+"""The fitted linear models of a rank: ``presets/pim_fit/NAME.toml`` or a file like it, a ``[[kind]]`` an attention."""
 
 from __future__ import annotations
 
+import difflib
 import functools
 import tomllib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from l3env.errors import SpecError
 from l3env.machine.specs import PRESET_DIR
 
 FIT_DIR = PRESET_DIR / "pim_fit"
@@ -40,8 +43,8 @@ class RankFit:
     """All kinds fitted for one PIM preset.
 
     Attributes:
-        pim: name of the preset.
-        rank_bytes_per_s: what the rank streams with rows open; times scale with it.
+        pim: name of the preset that was simulated.
+        rank_bytes_per_s: what its rank streams with rows open.
         macs_per_element_count: N_cmr of the fit.
     """
 
@@ -55,14 +58,23 @@ class RankFit:
 
 
 @functools.cache
-def load_fit(pim: str) -> RankFit | None:
-    """The stored fit of a PIM preset, None where there is none."""
-    path = FIT_DIR / f"{pim}.toml"
+def load_fit(ref: str) -> RankFit:
+    """The fit that a PIM spec names: ``pim_fit/NAME``, or a TOML file. Raises SpecError for what is wrong with it."""
+    name = ref.removeprefix("pim_fit/")
+    path = Path(ref) if ref.endswith(".toml") else FIT_DIR / f"{name}.toml"
     if not path.is_file():
-        return None
-    raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    kinds = tuple(Kind(**kind) for kind in raw["kind"])
-    return RankFit(raw["pim"], raw["rank_bytes_per_s"], raw["macs_per_element_count"], kinds)
+        names = sorted(each.stem for each in FIT_DIR.glob("*.toml"))
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f" (did you mean 'pim_fit/{close[0]}'?)" if close else ""
+        raise SpecError(
+            f"unknown fit {ref!r}{hint}; there are: {', '.join(names)}; or a file of experiments/fit_pim.py"
+        )
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        kinds = tuple(Kind(**kind) for kind in raw["kind"])
+        return RankFit(raw["pim"], raw["rank_bytes_per_s"], raw["macs_per_element_count"], kinds)
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+        raise SpecError(f"{path}: not a fit as experiments/fit_pim.py writes it: {error!r}") from None
 
 
 def to_toml(fit: RankFit, header: str) -> str:

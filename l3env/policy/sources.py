@@ -1,0 +1,84 @@
+"""Source files behind a policy: its own module, and the modules beside it that it imports, and they import."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import l3env.errors
+
+HOUSE = Path(l3env.errors.__file__).resolve().parent
+
+
+def source_files(made_by: Any) -> tuple[Path, ...]:
+    """The files of a class or function, in order of discovery; none for what is l3env's own, or was typed in."""
+    module = sys.modules.get(getattr(made_by, "__module__", None) or "")
+    file = getattr(module, "__file__", None)
+    if file is None or inspect.ismodule(made_by):
+        return ()
+    path = Path(file).resolve()
+    if HOUSE in path.parents or (module is not None and module.__name__.split(".")[0] == "l3env"):
+        return ()
+    package = module.__name__.count(".") if module is not None and module.__package__ else 0
+    package += path.name == "__init__.py"
+    root = path.parents[package]
+    return tuple(imported(path, root))
+
+
+def imported(path: Path, root: Path) -> list[Path]:
+    """A file and those under ``root`` that it imports, directly or not."""
+    found, left = [path], [path]
+    while left:
+        for each in _imports(left.pop(), root):
+            if each not in found:
+                found.append(each)
+                left.append(each)
+    return found
+
+
+def _imports(path: Path, root: Path) -> Iterator[Path]:
+    """Files of the import statements of one file."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield from _files(root, name.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1] if node.level else root
+            parts = node.module.split(".") if node.module else []
+            yield from _files(folder, parts)
+            for name in node.names:
+                yield from _files(folder, [*parts, name.name])
+
+
+def _files(folder: Path, parts: list[str]) -> Iterator[Path]:
+    """The modules of a dotted name under a folder, those of the packages it lies in included."""
+    for depth in range(1, len(parts) + 1):
+        place = folder.joinpath(*parts[:depth])
+        for file in (place.with_name(place.name + ".py"), place / "__init__.py"):
+            if file.is_file():
+                yield file
+
+
+@contextlib.contextmanager
+def importable(folder: Path, *, first: bool) -> Iterator[None]:
+    """Modules in a folder can be imported meanwhile: last of all, or first and then forgotten, so that another folder's
+    may have the same names."""
+    entry, before = str(folder), set(sys.modules)
+    sys.path.insert(0 if first else len(sys.path), entry)
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)
+        for name in set(sys.modules) - before if first else ():
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and folder in Path(file).resolve().parents:
+                del sys.modules[name]
