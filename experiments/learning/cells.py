@@ -23,9 +23,7 @@ from l3env.errors import L3EnvError
 from l3env.experiments.train.windows import in_window
 from l3env.machine.pair import compile_pair
 from l3env.machine.tables import Tables
-from l3env.policies.learned_ppo import Learned
-from l3env.policy.protocol import Policy
-from l3env.policy.registry import make_policy, policy_factories, policy_names
+from l3env.policy.registry import make_policy
 from l3env.requests.registry import load_trace
 from l3env.requests.workload import Workload
 from l3env.runs.capacity import load_at_capacity
@@ -75,9 +73,7 @@ class Job:
 
     Attributes:
         name: what rows call the policy.
-        refs: what to run: names, names with arguments (``rmaxts?simulations=128&intrinsic=false``, values as JSON),
-            ``file.py:Class`` or networks (``.npz``); several (of several training seeds) take the
-            workload seeds in turn.
+        refs: what to run, references of policies; several (of several training seeds) take the workload seeds in turn.
     """
 
     cell: Cell
@@ -89,23 +85,6 @@ class Job:
     def key(self) -> str:
         """The same for the same work."""
         return json.dumps(asdict(self), sort_keys=True)
-
-
-def policy_of(ref: str) -> Policy:
-    """A fresh policy: a network file, a name with arguments, or as ``make_policy`` has it."""
-    if ref.endswith(".npz"):
-        return Learned(Path(ref))
-    name, _, arguments = ref.partition("?")
-    if not arguments:
-        return make_policy(ref)
-    factories: dict[str, Callable[..., Policy]] = dict(policy_factories())
-    if name not in factories:
-        raise L3EnvError(f"{ref}: unknown policy {name!r}; there are: {', '.join(policy_names())}")
-    pairs = (pair.partition("=")[::2] for pair in arguments.split("&"))
-    try:
-        return factories[name](**{key: json.loads(value) for key, value in pairs})
-    except (TypeError, json.JSONDecodeError) as error:
-        raise L3EnvError(f"{ref}: expected NAME?ARGUMENT=JSON&...: {error}") from None
 
 
 @functools.lru_cache(maxsize=8)
@@ -136,7 +115,7 @@ def run_job(job: Job) -> list[Row]:
     training = requests(cell, cell.training_window)
     rows = []
     for seed in range(job.seeds_count):
-        policy = policy_of(job.refs[seed % len(job.refs)])
+        policy = make_policy(job.refs[seed % len(job.refs)])
         start_s = time.perf_counter()
         outcome = run_policy(
             tables, requests(cell, cell.window, seed), policy, slo=Slo(), training=training, record=False

@@ -3,7 +3,14 @@
 from l3env.policy.knobs import Knobs, knob_names
 from l3env.policy.plan import Plan
 from l3env.policy.protocol import BasePolicy, FixedKnobs, LengthPredictor, Policy
-from l3env.policy.registry import check_policy, make_policy, policy_factories, policy_names, register_policy
+from l3env.policy.registry import (
+    check_policy,
+    make_policy,
+    policy_factories,
+    policy_files,
+    policy_names,
+    register_policy,
+)
 from l3env.policy.view import PoolView, View
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "knob_names",
     "make_policy",
     "policy_factories",
+    "policy_files",
     "policy_names",
     "register_policy",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,23 +18,26 @@ def source_files(made_by: Any) -> tuple[Path, ...]:
     """The files of a class or function, in order of discovery; none for what is l3env's own, or was typed in."""
     module = sys.modules.get(getattr(made_by, "__module__", None) or "")
     file = getattr(module, "__file__", None)
-    if file is None or inspect.ismodule(made_by):
+    if module is None or file is None or module.__name__.partition(".")[0] == HOUSE.name:
         return ()
     path = Path(file).resolve()
-    if HOUSE in path.parents or (module is not None and module.__name__.split(".")[0] == "l3env"):
-        return ()
-    package = module.__name__.count(".") if module is not None and module.__package__ else 0
-    package += path.name == "__init__.py"
-    root = path.parents[package]
-    return tuple(imported(path, root))
+    depth = module.__name__.count(".") + (path.name == "__init__.py") if module.__package__ else 0
+    root = path.parents[depth]
+    if depth == 0 and root.name in ("site-packages", "dist-packages"):
+        return (path,)
+    return tuple(imported(path, root, root / module.__name__.partition(".")[0] if depth else root))
 
 
-def imported(path: Path, root: Path) -> list[Path]:
-    """A file and those under ``root`` that it imports, directly or not."""
+def imported(path: Path, root: Path, within: Path) -> list[Path]:
+    """A file and those of a folder that it imports, directly or not, l3env's own left out.
+
+    Args:
+        root: where the names of modules begin.
+    """
     found, left = [path], [path]
     while left:
         for each in _imports(left.pop(), root):
-            if each not in found:
+            if each not in found and within in each.parents and HOUSE not in each.parents:
                 found.append(each)
                 left.append(each)
     return found

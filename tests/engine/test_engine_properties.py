@@ -374,6 +374,8 @@ def test_a_faster_part_never_lengthens_an_iteration_of_the_same_plan(part):
         if getattr(system, device) is None:
             return
         changes = {f"{device}__{rate}": 1.5 * getattr(getattr(system, device), rate)}
+        if part == "PIM memory":  # a fit is of one memory: the faster one follows the closed form, which is no slower
+            changes["pim__fit"] = None
         upgraded = compile_tables(specs.load(f"system/{system.name}", **changes), case.tables.model).arrays
         tables = case.tables.arrays
         coef = upgraded.coef.copy()

@@ -7,22 +7,23 @@ from pathlib import Path
 import pytest
 
 from l3env.errors import L3EnvError
-from l3env.experiments.learning.cells import PLANNING, Cell, policy_of, run_jobs
+from l3env.experiments.learning.cells import PLANNING, Cell, run_jobs
 from l3env.experiments.learning.planner import CONSTANTS, jobs_of, studied_cells, table
 from l3env.policies.rmaxts import RMaxTS
+from l3env.policy.registry import make_policy
 
 
 def test_a_policy_takes_arguments() -> None:
-    policy = policy_of("rmaxts?simulations=128&intrinsic=false&gamma=1.0")
+    policy = make_policy("rmaxts?simulations=128&intrinsic=false&gamma=1.0")
     assert isinstance(policy, RMaxTS)
     assert (policy.simulations, policy.intrinsic, policy.gamma) == (128, False, 1.0)
-    assert policy_of("fcfs?prefill_budget_tokens=100").decide(None).prefill_budget_tokens == 100  # type: ignore[arg-type, union-attr]
+    assert make_policy("fcfs?prefill_budget_tokens=100").decide(None).prefill_budget_tokens == 100  # type: ignore[arg-type, union-attr]
 
 
 @pytest.mark.parametrize("ref", ["nobody?x=1", "rmaxts?depth=3", "rmaxts?simulations=many", "rmaxts?simulations"])
 def test_bad_arguments_are_one_clear_error(ref: str) -> None:
     with pytest.raises(L3EnvError, match=ref.split("?")[0]):
-        policy_of(ref)
+        make_policy(ref)
 
 
 def test_with_no_trial_left_for_the_tree_it_is_the_best_constant(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ def test_a_long_context_takes_seconds_at_most():
 
 # --- the linear model
 
-STORED = {name: load_fit(name) for name in ("dimm-pim-ddr4-3200", "rank-pim-ddr4-3200")}
+STORED = {name: load_fit(f"pim_fit/{name}") for name in ("dimm-pim-ddr4-3200", "rank-pim-ddr4-3200")}
 SHORT_GRID = fit.equal_batches(lengths=(128, 300, 777, 2048, 10_000), batches=(1, 3, 16, 64))
 
 
@@ -354,8 +354,14 @@ def test_a_stored_fit_reads_back(tmp_path, monkeypatch):
     whole = STORED["dimm-pim-ddr4-3200"]
     mine = RankFit("mine", whole.rank_bytes_per_s, 8, whole.kinds[:2])
     (tmp_path / "mine.toml").write_text(to_toml(mine, "a test"))
-    assert load_fit("mine") == mine
-    assert load_fit("no-such-fit") is None
+    assert load_fit("pim_fit/mine") == load_fit(str(tmp_path / "mine.toml")) == mine
+    with pytest.raises(
+        SpecError, match=r"unknown fit 'pim_fit/min' \(did you mean 'pim_fit/mine'\?\); there are: mine"
+    ):
+        load_fit("pim_fit/min")
+    (tmp_path / "other.toml").write_text('pim = "mine"\n')
+    with pytest.raises(SpecError, match=r"other\.toml: not a fit .*rank_bytes_per_s|other\.toml: not a fit .*kind"):
+        load_fit(str(tmp_path / "other.toml"))
 
 
 @pytest.mark.parametrize("model_name", ["gpt-175b", "qwen-72b", "llama-3-8b"])
@@ -381,13 +387,18 @@ def test_the_engines_coefficients_are_the_simulated_attention_of_all_layers(syst
     assert predicted_s == pytest.approx(model.layers_count * layer_s, rel=0.02)
 
 
-def test_times_scale_with_the_rank_and_fall_back_to_the_closed_form():
+def test_a_fit_is_of_one_memory_and_without_one_there_is_the_closed_form():
     device, model = specs.load("pim/dimm-pim-ddr4-3200"), specs.load("model/qwen-72b")
     rate = costs.layout(device, model, 2).lane_bytes_per_s
     twice = dataclasses.replace(device, internal_bytes_per_s=2 * device.internal_bytes_per_s)
     for times in (costs.lane_token_s, costs.lane_request_s):
-        assert times(twice, model, 2 * rate) == pytest.approx(times(device, model, rate) / 2)
-    assert costs.batch_s(twice, model) == pytest.approx(costs.batch_s(device, model) / 2)
+        with pytest.raises(
+            SpecError, match=r"is of dimm-pim-ddr4-3200, whose ranks stream 2\.032e\+11 bytes/s; these stream 4"
+        ):
+            times(twice, model, 2 * rate)
+    closed = dataclasses.replace(twice, fit=None)
+    assert costs.lane_token_s(closed, model, 2 * rate) == model.kv_bytes_per_token / (2 * rate)
+    assert costs.lane_request_s(closed, model, 2 * rate) == costs.batch_s(closed, model) == 0
     small = dataclasses.replace(model, head_size=64)
     assert costs.lane_token_s(device, small, rate) == costs.stream_token_s(device, small, rate)
     assert costs.lane_request_s(device, small, rate) == costs.batch_s(device, small) == 0

@@ -16,6 +16,7 @@ in tokens, in closed form.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 from l3env.errors import SpecError
@@ -62,6 +63,8 @@ def layout(pim: PimSpec, model: ModelSpec, replicas_count: int) -> Layout:
     """
     bandwidth = pim.internal_bytes_per_s * pim.internal_utilisation_frac / replicas_count
     capacity = pim.capacity_bytes / replicas_count
+    if is_dimm(pim) and pim.fit is None:
+        warnings.warn(f"{pim.name}: no fit is named, so attention in its ranks follows the closed form", stacklevel=2)
     if not is_dimm(pim):
         return Layout((0,), (capacity,), bandwidth)
     if pim.channels_count % replicas_count:

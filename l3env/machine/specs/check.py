@@ -16,8 +16,8 @@ import msgspec
 
 from l3env.errors import SpecError
 from l3env.machine.specs.devices import DramSpec, GpuSpec, LinkSpec, PimSpec
-from l3env.machine.specs.model import LatentSpec, ModelSpec, MoeSpec
 from l3env.machine.specs.system import ExpertParallelSpec, SystemSpec
+from l3env.machine.specs.transformer import LatentSpec, ModelSpec, MoeSpec
 
 KINDS: dict[str, type] = {
     "gpu": GpuSpec,
