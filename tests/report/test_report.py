@@ -389,7 +389,25 @@ def test_pictures_without_time_lines_and_requests(tmp_path: Path) -> None:
     bare = Comparison(made.config, made.results, {}, {})
     write_results(bare, tmp_path)
     assert_picture(tmp_path / "timeline.png")
+    said = [[text.get_text() for text in axes.texts] for axes in timeline_figure(bare).axes]
+    assert said == [["not recorded"]] * (3 * made.results["policy"].nunique())
+    assert not any(axes.lines for axes in timeline_figure(bare).axes)
     json.dumps(to_json(bare), allow_nan=False)
+
+
+def test_timeline_draws_what_was_recorded() -> None:
+    """A row a policy; its own line is drawn last, over those of the others, and shows its frame's means over bins."""
+    made = comparison()
+    frames = {policy: made.timelines[cell_key(policy, 1.0, 0)] for policy in ("fcfs", "l3")}
+    horizon_s = max(float(frame["end_s"].max()) for frame in frames.values())
+    panels = np.reshape(timeline_figure(made).axes, (len(frames), 3))
+    for (policy, frame), row in zip(frames.items(), panels, strict=True):
+        expected = binned(frame, horizon_s)
+        assert policy in row[0].get_ylabel()
+        drawn = [axes.lines[-1].get_ydata() for axes in row]
+        for values, name in zip(drawn, ("kv_hbm_frac", "batch_count", "waiting_count"), strict=True):
+            np.testing.assert_array_equal(values, getattr(expected, name))
+        assert [len(axes.lines) for axes in row] == [1, len(frames), len(frames)]
 
 
 def test_timeline_shows_the_highest_load() -> None:
