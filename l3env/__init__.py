@@ -13,9 +13,9 @@ from l3env.policy.registry import make_policy, register_policy
 from l3env.policy.view import View
 from l3env.requests.registry import load_trace
 from l3env.requests.workload import Workload
-from l3env.runs.capacity import capacity_requests_per_s
 from l3env.runs.compare import compare
 from l3env.runs.driver import run_policy
+from l3env.runs.saturation import capacity_requests_per_s
 
 __version__ = "0.1.0"
 

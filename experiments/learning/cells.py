@@ -26,8 +26,8 @@ from l3env.machine.tables import Tables
 from l3env.policy.registry import make_policy
 from l3env.requests.registry import load_trace
 from l3env.requests.workload import Workload
-from l3env.runs.capacity import load_at_capacity
 from l3env.runs.driver import run_policy
+from l3env.runs.saturation import load_at_capacity
 
 TRAINING_WINDOW, EVALUATION_WINDOW = "0%:60%", "60%:100%"
 SLOW = ("l3", "best-constant", "rmaxts")  # started first, so that no core waits for them at the end

@@ -46,7 +46,7 @@ def tune(
     from l3env.machine.pair import compile_pair
     from l3env.policies.best_constant import knobs_to_json
     from l3env.requests.registry import load_trace
-    from l3env.runs.capacity import load_at_capacity
+    from l3env.runs.saturation import load_at_capacity
     from l3env.search.tune import Cell
     from l3env.search.tune import tune as search
 

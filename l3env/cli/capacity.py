@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from l3env.cli.shared import (
+    Fresh,
+    Jobs,
     Json,
     announce_compilation,
+    end,
     err,
+    exclusive,
     finite,
     names,
     plain_table,
     print_json,
     progress_bar,
 )
-from l3env.cli.study import Workers, plain_rows, start_backend
+from l3env.cli.study import plain_rows, start_backend
 from l3env.errors import L3EnvError
 
 PricesFile = Annotated[Path | None, typer.Option("--prices", help="TOML with your prices; l3env cost shows one.")]
@@ -26,6 +31,7 @@ COST_COLUMNS = ("dollars_per_hour", "power_w", "tokens_per_dollar", "dollars_per
 
 
 def capacity(
+    context: typer.Context,
     system: Annotated[str, typer.Option(help="Presets or TOML files, with commas between.")] = "l3-dgx-a100",
     model: Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")] = "gpt-175b",
     trace: Annotated[str, typer.Option(help="A name (l3env traces list), a file, or a spec.")] = "azure-conv-2023",
@@ -37,45 +43,63 @@ def capacity(
     tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
     ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
     tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
+    slo_form: Annotated[str, typer.Option(help="SLO on tokens: mean-tbt, p99-gap or token-deadlines.")] = "mean-tbt",
+    prefix_cache: Annotated[str, typer.Option(help="off, lru, lfu, tree or score; see l3env compare.")] = "off",
     prices: PricesFile = None,
     backend: Annotated[str, typer.Option(help="loky (local processes) or ray.")] = "loky",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
-    jobs: Workers = -1,
+    jobs: Jobs = -1,
+    out: Annotated[Path | None, typer.Option(help="Folder that keeps what is found, for the next time.")] = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """The highest load at which a share of requests meets the SLO, with its 95 % interval over seeds."""
     if seeds < 1:
         raise L3EnvError(f"--seeds {seeds}; expected at least 1")
+    exclusive(context, "ttft_s", "ttft_scale")
+    exclusive(context, "tbt_s", "tbt_scale")
     announce_compilation(compile_now=True)
     from l3env.engine.engine import Slo
-    from l3env.study.capacity import CapacityJob, capacities
+    from l3env.runs.capacity import capacities
+    from l3env.runs.grid import Grid
+    from l3env.runs.store import Store
 
-    slo = Slo(ttft_scale, tbt_scale, ttft_s, tbt_s)
-    work = [
-        CapacityJob(policy, machine, model, trace, seed, target, tolerance, slo)
-        for machine in names(system, "--system")
-        for policy in names(policies, "--policies")
-        for seed in range(seeds)
-    ]
+    slo = Slo(ttft_scale, tbt_scale, ttft_s, tbt_s, slo_form)
+    lists = names(policies, "--policies"), names(system, "--system"), (model,), (trace,)
+    grid = Grid(*lists, utilizations=(1.0,), seeds_count=seeds, slo=slo, prefix_cache=prefix_cache)
+    grid.check()
     costs = None if prices is None else _cost_function(prices, names(system, "--system"))
-    start_backend(backend, address, jobs)
+    workers = start_backend(backend, address, jobs)
+    store = None if out is None else Store(out)
+    if store is not None:
+        store.begin(fresh=fresh)
+    cells = [replace(cell, record=False) for cell in grid.cells()]
+    asked = {"target_frac": target, "tolerance_frac": tolerance}
     with progress_bar("searching") as progress:
-        rows = capacities(work, backend=backend, workers_count=jobs, progress=progress)
+        rows = capacities(cells, **asked, store=store, workers=workers, progress=progress)
     if costs is not None:
-        rows = [row | costs(row) for row in rows]
+        rows = [row if row["error"] else row | costs(row) for row in rows]
+    failed = [row for row in rows if row["error"]]
     if as_json:
         print_json([{key: finite(value) for key, value in row.items() if key != "brackets"} for row in rows])
+        end(failed)
         return
-    err.print(f"{model} · {trace} · {target:.0%} of requests within the SLO · {seeds} seeds", highlight=False)
+    stood_in = " (embedded profile)" if any(row["stands_in_for"] for row in rows) else ""
+    err.print(f"{model} · {trace}{stood_in} · {target:.0%} of requests within the SLO · {seeds} seeds", highlight=False)
     heads = ("policy", "system", "load", "95 % interval", "requests/s", "95 % interval", "tok/s", "J/token")
     table = plain_table(*heads, *(("tok/$", "tok/J") if costs else ()))
     for row in rows:
+        if row["error"]:
+            continue
         spans = [[row[f"capacity_{kind}{end}"] for end in ("", "_low", "_high")] for kind in ("load", "requests_per_s")]
-        cells = [text for mid, low, high in spans for text in (f"{mid:.3g}", f"{low:.3g} to {high:.3g}")]
+        shown = [text for mid, low, high in spans for text in (f"{mid:.3g}", f"{low:.3g} to {high:.3g}")]
         extra = [f"{row[name]:,.3g}" for name in ("tokens_per_dollar", "tokens_per_joule")] if costs else []
         figures = f"{row['output_tokens_per_s']:,.0f}", f"{row['energy_j_per_token']:.3g}"
-        table.add_row(row["policy"], row["system"], *cells, *figures, *extra)
+        table.add_row(row["policy"], row["system"], *shown, *figures, *extra)
     err.print(table)
+    for row in failed:
+        err.print(f"{row['policy']} on {row['system']}: {row['error']}", style="red", highlight=False, soft_wrap=True)
+    end(failed)
 
 
 def cost(
@@ -84,7 +108,7 @@ def cost(
     as_json: Json = False,
 ) -> None:
     """Tokens per dollar and per joule of every run in a folder, at your prices; without any, an example of prices."""
-    from l3env.study.cost import EXAMPLE
+    from l3env.runs.cost import EXAMPLE
 
     if run is None or prices is None:
         err.print("Give a folder and prices: l3env cost runs/first --prices prices.toml. Prices look like this:\n")
@@ -126,7 +150,7 @@ def _results(folder: Path) -> Any:
 def _cost_function(prices: Path, systems: Iterable[str]) -> Any:
     """Row -> cost figures; all prices are looked up before anything runs."""
     from l3env.machine.specs import named
-    from l3env.study.cost import Prices, cost_figures
+    from l3env.runs.cost import Prices, cost_figures
 
     known = Prices.from_toml(prices)
     specs = {name: named("system", name) for name in systems}

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, err, numbers, print_json, progress_bar
+from l3env.cli.shared import (
+    Fresh,
+    Jobs,
+    Json,
+    announce_compilation,
+    end,
+    err,
+    exclusive,
+    names,
+    numbers,
+    print_json,
+    progress_bar,
+    say_taken,
+)
 from l3env.errors import L3EnvError
 
 DEFAULT_POLICIES = (
@@ -18,6 +30,7 @@ DEMO_POLICIES = "fcfs,sarathi,l3,edf,sjf-prompt,srtf-predicted"
 
 
 def compare(
+    context: typer.Context,
     system: Annotated[str, typer.Option(help="A preset (l3env systems) or a TOML file.")] = "l3-dgx-a100",
     model: Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")] = "gpt-175b",
     trace: Annotated[str, typer.Option(help="A name (l3env traces list), a file, or a spec.")] = "azure-conv-2023",
@@ -27,7 +40,11 @@ def compare(
         str | None, typer.Option(help="Instead of --load: times what the reference policy serves at saturation.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seed 0 is the trace itself, the others are resampled.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder for results and pictures; resumes what is there.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results and pictures; what is there and unchanged is not run again.")
+    ] = None,
+    fresh: Fresh = False,
+    jobs: Jobs = 1,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,
     ttft_scale: Annotated[float, typer.Option(help="SLO: TTFT, times the request's own uncontended one.")] = 5.0,
     tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
@@ -47,18 +64,25 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compares scheduling policies on the same workloads."""
-    announce_compilation()
+    exclusive(context, "load", "utilization")
+    exclusive(context, "ttft_s", "ttft_scale")
+    exclusive(context, "tbt_s", "tbt_scale")
+    exclusive(context, "config", *(context.params.keys() - {"config", "out", "fresh", "jobs", "as_json"}))
+    announce_compilation(compile_now=jobs != 1)
     from l3env.engine.engine import Slo
-    from l3env.runs.compare import CompareConfig
+    from l3env.runs.grid import Grid
+    from l3env.runs.store import read_config
 
     if config is not None:
-        wanted = CompareConfig.from_json(_read_config(config))
+        wanted = Grid.from_json(read_config(config))
+        if not wanted.one_machine:
+            raise L3EnvError(f"{config}: several systems, models or traces; expected one of each, or use l3env sweep")
     else:
-        wanted = CompareConfig(
-            tuple(name.strip() for name in policies.split(",") if name.strip()),
-            system,
-            model,
-            trace,
+        wanted = Grid(
+            names(policies, "--policies"),
+            (system,),
+            (model,),
+            (trace,),
             () if utilization else tuple(numbers(load, "--load")),
             tuple(numbers(utilization, "--utilization")) if utilization else (),
             seeds,
@@ -67,39 +91,33 @@ def compare(
             training=training,
             prefix_cache=prefix_cache,
         )
-    run_and_report(wanted, out, as_json)
+    run_and_report(wanted, out, as_json, fresh=fresh, jobs=jobs)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise L3EnvError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise L3EnvError(f"{path}: expected an object, as in the config.json that a comparison writes")
-    return raw
-
-
-def run_and_report(config: Any, out: Path | None, as_json: bool) -> None:
-    """Runs a comparison with a progress bar; prints the table or JSON; writes the folder."""
+def run_and_report(grid: Any, out: Path | None, as_json: bool, *, fresh: bool = False, jobs: int = 1) -> None:
+    """Runs a comparison with a progress bar; prints the table or JSON; writes the folder. A failed run: exit code 1."""
     from l3env import report
     from l3env.report import html
-    from l3env.runs.compare import run_comparison
+    from l3env.runs.compare import read_comparison, run_grid
+    from l3env.runs.workers import Workers
 
     with progress_bar("comparing") as progress:
-        comparison = run_comparison(config, out=out, progress=progress)
+        comparison = run_grid(grid, out=out, fresh=fresh, workers=Workers(count=jobs), progress=progress)
+    say_taken(comparison.taken_count, len(comparison.results), out)
     if as_json:
         print_json(report.to_json(comparison))
     else:
         report.terminal_table(comparison, err)
     if out is not None:
         with err.status("drawing ..."):
-            report.write_results(comparison, out)
-            html.write_html(html.of_comparison(comparison, f"Comparison {out.name}"), out / "report.html")
+            shown = read_comparison(out)
+            report.write_results(shown, out)
+            html.write_html(shown, f"Comparison {out.name}", out / "report.html")
         err.print(
             f"written: {out}/results.csv, report.html, config.json, requests/*.parquet and pictures (*.png)",
             highlight=False,
         )
+    end(comparison.failed)
 
 
 def demo(
@@ -108,20 +126,20 @@ def demo(
 ) -> None:
     """The main job in a minute: six policies on an embedded trace profile, three loads, GPT-175B on GPUs + DIMM-PIM."""
     announce_compilation()
-    from l3env.runs.compare import CompareConfig
+    from l3env.runs.grid import Grid
 
     err.print(
         "Workload: profile:azure-conv-2023, 1,500 requests drawn from fitted statistics of the Azure conversation "
         "trace (not the trace itself; `l3env traces list` shows the real ones and how to get them).",
         highlight=False,
     )
-    config = CompareConfig(
+    grid = Grid(
         tuple(DEMO_POLICIES.split(",")),
-        "l3-dgx-a100",
-        "gpt-175b",
-        "profile:azure-conv-2023?n=1500",
+        ("l3-dgx-a100",),
+        ("gpt-175b",),
+        ("profile:azure-conv-2023?n=1500",),
         (),
         (0.5, 0.8, 1.1),
         3,
     )
-    run_and_report(config, out, as_json)
+    run_and_report(grid, out, as_json)

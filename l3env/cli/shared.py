@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,9 @@ PIPED_WIDTH = 140  # columns where stderr is no terminal
 err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; -1: one a core.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")]
+SHOWN_FAILURES = 5
 TEXT_COLUMNS = ("what", "module", "licence", "decides", "GPUs", "PIM", "here", "profile", "value", "model", "trace")
 
 
@@ -98,6 +102,14 @@ def repeated_command() -> str:
     return shlex.join(["l3env", *sys.argv[1:]])
 
 
+def exclusive(context: typer.Context, option: str, *others: str) -> None:
+    """Raises L3EnvError where an option and one of the others, which it contradicts, are both given."""
+    given = [n for n in (option, *others) if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"]
+    if option in given and len(given) > 1:
+        shown = [f"--{name.replace('_', '-')}" for name in given]
+        raise L3EnvError(f"{shown[0]} and {', '.join(shown[1:])} contradict each other; expected one of them")
+
+
 def plain_table(*columns: str) -> Table:
     """A plain table: the first column and texts to the left, numbers to the right and never broken."""
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -110,3 +122,15 @@ def plain_table(*columns: str) -> Table:
 def finite(value: Any) -> Any:
     """None for what JSON has no number for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say_taken(taken_count: int, count: int, folder: Path | None) -> None:
+    """How many results were there already."""
+    if folder is not None:
+        err.print(f"{taken_count:,} of {count:,} taken from {folder}", highlight=False, soft_wrap=True)
+
+
+def end(failed: Any) -> None:
+    """Ends a command with code 1 where runs have failed. ``failed``: their rows."""
+    if len(failed):
+        raise typer.Exit(1)

@@ -7,11 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, err, finite, print_json, progress_bar
+from l3env.cli.shared import (
+    SHOWN_FAILURES,
+    Fresh,
+    Jobs,
+    Json,
+    announce_compilation,
+    end,
+    err,
+    finite,
+    print_json,
+    progress_bar,
+    say_taken,
+)
 from l3env.errors import L3EnvError
-
-SHOWN_FAILURES = 5
-Workers = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; -1: one a core.")]
 
 
 def sweep(
@@ -19,62 +28,64 @@ def sweep(
     out: Annotated[Path | None, typer.Option(help="Folder; resumes what is there. By default runs/NAME.")] = None,
     backend: Annotated[str, typer.Option(help="loky (local processes) or ray.")] = "loky",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; without it Ray starts here.")] = None,
-    jobs: Workers = -1,
-    retry_failed: Annotated[bool, typer.Option(help="Run cells again that failed.")] = False,
+    jobs: Jobs = -1,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Runs policies x systems x models x traces x loads x seeds; resumes; failed cells do not stop the others."""
     announce_compilation(compile_now=True)
     from l3env.files import write_text
-    from l3env.report.html import of_study, write_html
-    from l3env.study import StudyConfig, run_study
-    from l3env.study.store import read_config
+    from l3env.report.html import write_html
+    from l3env.runs.compare import read_comparison, run_grid
+    from l3env.runs.grid import Grid
+    from l3env.runs.store import read_config
 
     is_json = study.suffix == ".json"
-    config = StudyConfig.from_json(read_config(study)) if is_json else StudyConfig.from_yaml(study)
+    grid = Grid.from_json(read_config(study)) if is_json else Grid.from_yaml(study)
     folder = out or (study.parent if is_json else Path("runs") / study.stem)
-    start_backend(backend, address, jobs)
+    workers = start_backend(backend, address, jobs)
     with progress_bar("sweeping") as progress:
-        store = run_study(
-            config, folder, backend=backend, workers_count=jobs, retry_failed=retry_failed, progress=progress
-        )
-    results = store.results()
-    write_text(folder / "results.csv", results.to_csv(index=False))
+        found = run_grid(grid, out=folder, fresh=fresh, workers=workers, progress=progress)
+    say_taken(found.taken_count, len(found.results), folder)
     if as_json:
-        print_json({"config": config.to_json(), "results": plain_rows(results)})
-    failed = results[results["error"].notna()]
-    err.print(f"{len(results) - len(failed):,} runs done, {len(failed):,} failed", highlight=False)
-    for row in failed.head(SHOWN_FAILURES).to_dict("records"):
+        print_json({"config": grid.to_json(), "results": plain_rows(found.results)})
+    err.print(f"{len(found.done):,} runs done, {len(found.failed):,} failed", highlight=False)
+    for row in found.failed.head(SHOWN_FAILURES).to_dict("records"):
         err.print(f"  {row['key']}: {row['error']}", highlight=False, soft_wrap=True)
     with err.status("drawing ..."):
-        write_html(of_study(store, f"Study {folder.name}"), folder / "report.html")
+        shown = read_comparison(folder)
+        write_text(folder / "results.csv", shown.results.to_csv(index=False))
+        write_html(shown, f"Study {folder.name}", folder / "report.html")
     err.print(
         f"written: {folder}/results.csv, report.html, config.json and the datasets", highlight=False, soft_wrap=True
     )
+    end(found.failed)
 
 
-def report(folder: Annotated[Path, typer.Argument(help="Folder of a study.")]) -> None:
-    """Draws the page of a study again, finished or not."""
-    from l3env.report.html import of_study, write_html
-    from l3env.study import StudyStore
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a comparison or study.")]) -> None:
+    """Draws the page of a folder again, finished or not."""
+    from l3env.report.html import write_html
+    from l3env.runs.compare import read_comparison
 
-    path = write_html(of_study(StudyStore.open(folder), f"Study {folder.name}"), folder / "report.html")
+    path = write_html(read_comparison(folder), f"Study {folder.name}", folder / "report.html")
     err.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
-def start_backend(backend: str, address: str | None, jobs: int) -> None:
-    """Makes a joblib backend ready. Raises L3EnvError for an unknown one, or Ray where it is not installed."""
+def start_backend(backend: str, address: str | None, jobs: int) -> Any:
+    """Workers of a joblib backend, made ready. Raises L3EnvError for an unknown one, and Ray where it is not there."""
     if backend not in ("loky", "threading", "sequential", "ray"):
         raise L3EnvError(f"--backend {backend!r}; expected loky, threading, sequential or ray")
     if address is not None and backend != "ray":
         raise L3EnvError("--address is for --backend ray")
-    if backend != "ray":
-        return
-    try:
-        from l3env.study import ray_backend
-    except ModuleNotFoundError as error:
-        raise L3EnvError(f"--backend ray needs Ray ({error}): pip install 'l3env[sweep]'") from None
-    ray_backend.connect(address, jobs)
+    from l3env.runs.workers import Workers
+
+    if backend == "ray":
+        try:
+            from l3env.runs import ray_backend
+        except ModuleNotFoundError as error:
+            raise L3EnvError(f"--backend ray needs Ray ({error}): pip install 'l3env[sweep]'") from None
+        ray_backend.connect(address, jobs)
+    return Workers(backend, jobs)
 
 
 def plain_rows(frame: Any) -> list[dict[str, Any]]:

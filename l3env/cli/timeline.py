@@ -29,8 +29,8 @@ def timeline(
     from l3env.policy.registry import make_policy
     from l3env.requests.registry import load_trace
     from l3env.runs import timeline as drawing
-    from l3env.runs.capacity import load_at_capacity
     from l3env.runs.driver import training_window
+    from l3env.runs.saturation import load_at_capacity
 
     tables, whole = compile_pair(system, model), load_trace(trace)
     if not 0 <= replica < tables.replicas_count:

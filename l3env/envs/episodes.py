@@ -25,8 +25,8 @@ from l3env.policy.protocol import Policy
 from l3env.policy.registry import make_policy
 from l3env.requests.registry import load_trace
 from l3env.requests.workload import Workload
-from l3env.runs.capacity import load_at_capacity
 from l3env.runs.driver import predictions, replica_shares, training_window
+from l3env.runs.saturation import load_at_capacity
 
 DECISIONS = {"iteration": Until.ITERATIONS, "interval": Until.TIME, "event": Until.EVENT}
 OPTIONS = ("workload", "start", "replica", "load", "utilization", "system", "model", "trace")

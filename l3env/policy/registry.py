@@ -24,7 +24,7 @@ from typing import Any, Protocol, cast
 from l3env.errors import L3EnvError, PolicyError
 from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import Policy
-from l3env.policy.sources import importable, source_files
+from l3env.policy.sources import data_files, importable, source_files
 from l3env.reference import Reference, parameters, parse
 
 ENTRY_POINT_GROUP = "l3env.policies"
@@ -90,7 +90,7 @@ def policy_name(ref: PolicyLike) -> str:
 
 def policy_files(ref: PolicyLike) -> tuple[Path, ...]:
     """The files that a policy depends on, besides l3env's own sources: its module and what that imports from beside it,
-    and every file among its arguments, such as the weights of a training run.
+    the data files that these name, and every file among its arguments, such as the weights of a training run.
 
     Raises:
         PolicyError: it cannot be found.
@@ -107,7 +107,20 @@ def policy_files(ref: PolicyLike) -> tuple[Path, ...]:
         inner = inner.func
     defaults = {name: each.default for name, each in inspect.signature(factory).parameters.items()}
     named = [value for value in {**defaults, **given}.values() if isinstance(value, Path)]
-    return tuple(dict.fromkeys([*source_files(inner), *(path for path in named if path.is_file())]))
+    sources = source_files(inner)
+    named += [file for source in sources for file in data_files(source)]
+    return tuple(dict.fromkeys([*sources, *(path for path in named if path.is_file())]))
+
+
+def policy_module(ref: PolicyLike) -> Path | None:
+    """The file of a policy's class; None for one that more than its sources and reference make up: an object, or a
+    function of this process with values of its own. Raises PolicyError where it cannot be found."""
+    factory: Any = _factory(parse(ref, "policy", PolicyError)) if isinstance(ref, str) else ref
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    written = inspect.isclass(factory) or (inspect.isfunction(factory) and factory.__closure__ is None)
+    file = getattr(sys.modules.get(factory.__module__), "__file__", None) if written else None
+    return None if file is None else Path(file)
 
 
 def check_policy(policy: Any, ref: str) -> Policy:

@@ -1,9 +1,11 @@
-"""Source files behind a policy: its own module, and the modules beside it that it imports, and they import."""
+"""Source files behind a policy: its own module, the modules beside it that it imports, and they import, and the data
+files that these name. What a policy reads besides is not seen."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import l3env.errors
 
+FILE_NAME = re.compile(r"[\w./-][\w./ -]{0,199}")
 HOUSE = Path(l3env.errors.__file__).resolve().parent
 
 
@@ -70,15 +73,30 @@ def _files(folder: Path, parts: list[str]) -> Iterator[Path]:
                 yield file
 
 
+def data_files(path: Path) -> list[Path]:
+    """Files that a module's string literals name, from its folder or from folders in it that they name, too."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return []
+    constants = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    texts = sorted({text for text in constants if isinstance(text, str) and FILE_NAME.fullmatch(text)})
+    places = [path.parent, *(path.parent / text for text in texts if (path.parent / text).is_dir())]
+    named = [place / text for text in texts if Path(text).suffix for place in places]
+    return [file for file in named if file.is_file()]
+
+
 @contextlib.contextmanager
 def importable(folder: Path, *, first: bool) -> Iterator[None]:
     """Modules in a folder can be imported meanwhile: last of all, or first and then forgotten, so that another folder's
     may have the same names."""
-    entry, before = str(folder), set(sys.modules)
+    entry, before, kept = str(folder), set(sys.modules), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # byte code is found by seconds and size, so a quick edit would not be seen
     sys.path.insert(0 if first else len(sys.path), entry)
     try:
         yield
     finally:
+        sys.dont_write_bytecode = kept
         sys.path.remove(entry)
         for name in set(sys.modules) - before if first else ():
             file = getattr(sys.modules[name], "__file__", None)

@@ -12,6 +12,7 @@ Know About the Bootstrap", section 3.2 (narrowness bias), who corrects the perce
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from l3env.report.names import cell_key, loads_of, unique, utilization_of
+from l3env.report.names import loads_of, unique, utilization_of
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -53,12 +54,12 @@ class Units:
     counts: NDArray[np.float64]  # (K, P, M)
 
 
-def intervals(results: pd.DataFrame, requests: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def intervals(results: pd.DataFrame, requests: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """95 % intervals per policy, load and figure.
 
     Args:
         results: one row per policy, load and seed.
-        requests: requests by cell key; needed where there are fewer than three seeds.
+        requests: requests by the rows' ``key``; needed where there are fewer than three seeds.
 
     Returns:
         Columns ``INTERVAL_COLUMNS``. Differences are policy minus the best policy of that figure and load, paired; NaN
@@ -86,7 +87,7 @@ def seed_units(group: pd.DataFrame, policies: list[str]) -> Units:
     return Units("seeds", SEED_FIGURES, np.where(known, values, 0.0), known.astype(float))
 
 
-def request_units(group: pd.DataFrame, policies: list[str], requests: dict[str, pd.DataFrame]) -> Units:
+def request_units(group: pd.DataFrame, policies: list[str], requests: Mapping[str, pd.DataFrame]) -> Units:
     """A unit per block of consecutive requests, the blocks of several seeds one after the other.
 
     Goodput counts requests that met their SLO, at the run's own requests per makespan.
@@ -95,7 +96,7 @@ def request_units(group: pd.DataFrame, policies: list[str], requests: dict[str, 
     shape = (len(policies), len(REQUEST_FIGURES))
     for seed in sorted(set(group["seed"])):
         cells = group[group["seed"] == seed]
-        frames = {policy: requests.get(cell_key(policy, _load(cells), int(seed))) for policy in policies}
+        frames = {policy: requests.get(key) for policy, key in zip(cells["policy"], cells["key"], strict=True)}
         count = max(
             (int(frame["row"].max()) + 1 for frame in frames.values() if frame is not None and len(frame)), default=0
         )
@@ -121,10 +122,6 @@ def request_units(group: pd.DataFrame, policies: list[str], requests: dict[str, 
 def block_size(requests_count: int) -> int:
     """Requests in a block."""
     return max(min(BLOCK_REQUESTS, requests_count // MIN_BLOCKS), -(-requests_count // MAX_BLOCKS), 1)
-
-
-def _load(cells: pd.DataFrame) -> float:
-    return float(cells["load"].iloc[0])
 
 
 def _request_values(frame: pd.DataFrame, makespan_s: float) -> list[NDArray[np.float64]]:

@@ -22,7 +22,7 @@ from l3env.runs.compare import Comparison
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """``config``, ``results`` (a row per policy, load and seed) and ``intervals``; strict JSON, null for NaN."""
-    rows = intervals(comparison.results, comparison.requests)
+    rows = intervals(comparison.done, comparison.requests)
     return {
         "config": plain(comparison.config.to_json()),
         "results": plain(contract_order(comparison.results).to_dict("records")),
@@ -50,7 +50,7 @@ def write_results(comparison: Comparison, out: Path) -> list[Path]:
         The files, in the order of writing: ``load_curve.png`` is among them where there are several loads.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = intervals(comparison.results, comparison.requests)
+    rows = intervals(comparison.done, comparison.requests)
     written = []
     for name, frame in (("results.csv", contract_order(comparison.results)), ("intervals.csv", rows)):
         write_text(out / name, frame.to_csv(index=False))
@@ -61,7 +61,9 @@ def write_results(comparison: Comparison, out: Path) -> list[Path]:
         "timeline.png": lambda: timeline(comparison),
         "utilisation.png": lambda: plots.utilisation(comparison),
     }
-    if len(loads_of(comparison.results)) > 1:
+    if comparison.done.empty:
+        return written
+    if len(loads_of(comparison.done)) > 1:
         pictures["load_curve.png"] = lambda: plots.load_curve(comparison, rows)
     for name, draw in pictures.items():
         save(draw, out / name)

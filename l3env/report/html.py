@@ -9,8 +9,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,14 +20,13 @@ from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
 from l3env.files import write_text
-from l3env.report.bootstrap import HIGHER_IS_BETTER, MIN_SEEDS, intervals
+from l3env.report.bootstrap import HIGHER_IS_BETTER, intervals
 from l3env.report.folder import plain
-from l3env.report.names import cell_key, loads_of, policy_labels, unique, utilization_of
+from l3env.report.names import loads_of, policy_labels, stand_in, unique, utilization_of
 from l3env.report.over_time import bin_means, binned
 from l3env.report.plots import LATENCY_TITLES, cdf
 from l3env.report.style import COLOURS
 from l3env.runs.compare import Comparison
-from l3env.study.store import StudyStore
 
 PAGE = Path(__file__).parent / "page"
 CDF_POINTS = 120
@@ -56,46 +54,13 @@ TIME_TITLES = {
 SCENARIO = ["system", "model", "trace"]
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a page is made of.
-
-    Attributes:
-        results: a row per run, with a column ``key``; failed ones have an ``error``.
-        requests, timeline: of a run that did not fail, by its key.
-        config: what repeats it, as ``config.json`` has it.
-        command: which command does.
-    """
-
-    title: str
-    results: pd.DataFrame
-    requests: Callable[[str], pd.DataFrame | None]
-    timeline: Callable[[str], pd.DataFrame | None]
-    config: dict[str, Any]
-    command: str
-
-
-def of_study(store: StudyStore, title: str) -> Source:
-    """A study on disk."""
-    config = store.config.to_json()
-    return Source(title, store.results(), store.requests, store.timeline, config, "l3env sweep config.json")
-
-
-def of_comparison(comparison: Comparison, title: str) -> Source:
-    """A comparison in memory."""
-    rows = comparison.results
-    keys = [cell_key(p, load, s) for p, load, s in zip(rows["policy"], rows["load"], rows["seed"], strict=True)]
-    command = "l3env compare --config config.json"
-    frames, lines, config = comparison.requests, comparison.timelines, comparison.config.to_json()
-    return Source(title, rows.assign(key=keys, error=None), frames.get, lines.get, config, command)
-
-
-def write_html(source: Source, path: Path) -> Path:
+def write_html(comparison: Comparison, title: str, path: Path) -> Path:
     """Writes the page, whole or not at all."""
-    data = plain(page_data(source))
+    data = plain(page_data(comparison))
+    command = "l3env compare --config config.json" if comparison.config.one_machine else "l3env sweep config.json"
     parts = {
-        "title": html.escape(source.title),
-        "command": html.escape(source.command),
+        "title": html.escape(title),
+        "command": html.escape(command),
         "style": (PAGE / "report.css").read_text(encoding="utf-8"),
         "script": (PAGE / "report.js").read_text(encoding="utf-8"),
         "plotly": get_plotlyjs(),
@@ -105,17 +70,16 @@ def write_html(source: Source, path: Path) -> Path:
     return path
 
 
-def page_data(source: Source) -> dict[str, Any]:
+def page_data(comparison: Comparison) -> dict[str, Any]:
     """All that the page shows."""
-    failed = source.results[source.results["error"].notna()]
-    done = source.results[source.results["error"].isna()]
-    labels = policy_labels(source.results["policy"])
+    done, failed = comparison.done, comparison.failed
+    labels = policy_labels(comparison.config.policies)
     places = {policy: i for i, policy in enumerate(labels)}
     by_utilization = "utilization" in done and done["utilization"].notna().all()
     seeds = int(done["seed"].nunique()) if len(done) else 0
     return {
         "facts": f"{len(done):,} runs, {seeds} seed{'s' if seeds != 1 else ''}, {len(failed):,} failed",
-        "config": json.dumps(source.config, indent=2),
+        "config": json.dumps(comparison.config.to_json(), indent=2),
         "policies": [
             {"ref": policy, "label": labels[policy], "colour": COLOURS[i % len(COLOURS)]}
             for policy, i in places.items()
@@ -126,20 +90,24 @@ def page_data(source: Source) -> dict[str, Any]:
         ],
         "x_title": "utilization (times what the machine serves)" if by_utilization else "load (times the trace's rate)",
         "time_titles": TIME_TITLES,
-        "groups": list(_groups(source, done, places)),
+        "groups": list(_groups(comparison, done, places)),
         "failed": [{"run": row["key"], "error": row["error"]} for row in failed.to_dict("records")],
     }
 
 
-def _groups(source: Source, done: pd.DataFrame, places: dict[str, int]) -> Iterator[dict[str, Any]]:
+def _groups(comparison: Comparison, done: pd.DataFrame, places: dict[str, int]) -> Iterator[dict[str, Any]]:
     """A group is a system, model, trace and load."""
     for names, scenario in done.groupby(SCENARIO, sort=False):
-        spans = _spans(source, scenario)
+        spans = _spans(comparison, scenario)
         for load in loads_of(scenario):
             rows = scenario[scenario["load"] == load]
             level = utilization_of(scenario, load)
             by_load = math.isnan(level)
-            head = dict(zip(SCENARIO, names, strict=True)) | {"load": load, "x": load if by_load else level}
+            head = dict(zip(SCENARIO, names, strict=True)) | {
+                "trace": f"{names[2]}{stand_in(rows)}",
+                "load": load,
+                "x": load if by_load else level,
+            }
             head["level"] = f"load {load:.4g}" if by_load else f"utilization {level:.4g}"
             policies = unique(rows["policy"])
             horizon_s = float(rows["makespan_s"].max())
@@ -148,8 +116,8 @@ def _groups(source: Source, done: pd.DataFrame, places: dict[str, int]) -> Itera
                     {
                         "policy": places[policy],
                         "figures": {name: _figure(rows, spans, policy, load, name) for name in FIGURES},
-                        "cdf": _latencies(source, rows[rows["policy"] == policy]),
-                        "time": _over_time(source, rows[rows["policy"] == policy], horizon_s),
+                        "cdf": _latencies(comparison, rows[rows["policy"] == policy]),
+                        "time": _over_time(comparison, rows[rows["policy"] == policy], horizon_s),
                     }
                     for policy in policies
                 ],
@@ -163,15 +131,9 @@ def _groups(source: Source, done: pd.DataFrame, places: dict[str, int]) -> Itera
             }
 
 
-def _spans(source: Source, scenario: pd.DataFrame) -> dict[tuple[str, float, str], tuple[float, float]]:
+def _spans(comparison: Comparison, scenario: pd.DataFrame) -> dict[tuple[str, float, str], tuple[float, float]]:
     """Intervals of a scenario by policy, load and figure."""
-    frames: dict[str, pd.DataFrame] = {}
-    if scenario["seed"].nunique() < MIN_SEEDS:  # these are resampled request by request
-        for row in scenario.to_dict("records"):
-            frame = source.requests(row["key"])
-            if frame is not None:
-                frames[cell_key(row["policy"], row["load"], row["seed"])] = frame
-    rows = intervals(scenario, frames)
+    rows = intervals(scenario, comparison.requests)
     keys = zip(rows["policy"], rows["load"].astype(float), rows["figure"], strict=True)
     return dict(zip(keys, zip(rows["low"], rows["high"], strict=True), strict=True))
 
@@ -185,10 +147,10 @@ def _figure(
     return {"mean": float(known.mean()) if known.size else math.nan, "low": low, "high": high}
 
 
-def _latencies(source: Source, runs: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
+def _latencies(comparison: Comparison, runs: pd.DataFrame) -> dict[str, dict[str, list[float]]]:
     """Distribution of each latency over the requests of all seeds."""
-    found = [source.requests(key) for key in runs["key"]]
-    frames = [frame for frame in found if frame is not None and len(frame)]
+    found = [comparison.requests[key] for key in runs["key"] if key in comparison.requests]
+    frames = [frame for frame in found if len(frame)]
     curves = {}
     for name in LATENCY_TITLES:
         x, y = cdf(frames, name)
@@ -197,9 +159,9 @@ def _latencies(source: Source, runs: pd.DataFrame) -> dict[str, dict[str, list[f
     return curves
 
 
-def _over_time(source: Source, runs: pd.DataFrame, horizon_s: float) -> dict[str, list[float]] | None:
+def _over_time(comparison: Comparison, runs: pd.DataFrame, horizon_s: float) -> dict[str, list[float]] | None:
     """Curves of TIME_TITLES for the first seed; None where the run was not recorded."""
-    frame = source.timeline(runs.sort_values("seed")["key"].iloc[0])
+    frame = comparison.timelines.get(runs.sort_values("seed")["key"].iloc[0])
     if frame is None or frame.empty:
         return None
     means = binned(frame, horizon_s)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 
 import numpy as np
 import pandas as pd
 
-from l3env.runs.compare import Cell, Comparison
+from l3env.runs.compare import Comparison
 
 LATENCIES = ("ttft", "tbt", "tpot", "e2e")
 CONTRACT_COLUMNS: tuple[str, ...] = (
@@ -55,7 +55,7 @@ def short_name(spec: str) -> str:
 
 def loads_of(results: pd.DataFrame) -> list[float]:
     """The loads of a comparison, ascending."""
-    return sorted({float(load) for load in results["load"]})
+    return sorted({float(load) for load in results["load"].dropna()})
 
 
 def load_label(results: pd.DataFrame, load: float) -> str:
@@ -77,7 +77,14 @@ def heading(comparison: Comparison, load: float | None = None) -> str:
     config, results = comparison.config, comparison.results
     shown = loads_of(results) if load is None else [load]
     text = load_label(results, shown[0]) if len(shown) == 1 else f"{len(shown)} loads"
-    return " · ".join([short_name(config.system), short_name(config.model), short_name(config.trace), text])
+    names = [", ".join(map(short_name, each)) for each in (config.systems, config.models, config.traces)]
+    return " · ".join([*names[:2], names[2] + stand_in(results), text])
+
+
+def stand_in(results: pd.DataFrame) -> str:
+    """What follows a trace's name where its embedded profile was served in its place."""
+    stood_in = "stands_in_for" in results and results["stands_in_for"].notna().any()
+    return " (embedded profile)" if stood_in else ""
 
 
 def has_pim(results: pd.DataFrame) -> bool:
@@ -85,16 +92,13 @@ def has_pim(results: pd.DataFrame) -> bool:
     return bool(np.nansum(results[["pim_busy_frac", "kv_pim_peak_frac"]].to_numpy(dtype=float)) > 0)
 
 
-def cell_key(policy: str, load: float, seed: int) -> str:
-    """Key of a run in ``Comparison.requests`` and ``Comparison.timelines``."""
-    return Cell(policy, load, None, seed).key
-
-
-def cell_frames(frames: dict[str, pd.DataFrame], results: pd.DataFrame, policy: str, load: float) -> list[pd.DataFrame]:
+def cell_frames(
+    frames: Mapping[str, pd.DataFrame], results: pd.DataFrame, policy: str, load: float
+) -> list[pd.DataFrame]:
     """The frames of a policy at a load, seed by seed; without those that are not there."""
     mask = (results["policy"] == policy) & (results["load"] == load)
-    keys = unique(cell_key(policy, load, int(seed)) for seed in sorted(results.loc[mask, "seed"]))
-    return [frames[key] for key in keys if key in frames and len(frames[key])]
+    found = [frames[key] for key in results[mask].sort_values("seed")["key"] if key in frames]
+    return [frame for frame in found if len(frame)]
 
 
 def mean_of(results: pd.DataFrame, policy: str, load: float, figure: str) -> float:

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
-from l3env.report.names import cell_key, has_pim, heading, loads_of
+from l3env.report.names import cell_frames, has_pim, heading, loads_of
 from l3env.report.style import legend_below, looks, say
 from l3env.runs.compare import Comparison
 
@@ -39,11 +39,12 @@ class Binned:
 
 def timeline(comparison: Comparison) -> Figure:
     """KV occupancy, batch and queue over time, a row per policy: the first seed, the highest load."""
-    results = comparison.results
+    results = comparison.done
     load, seed = max(loads_of(results)), int(results["seed"].min())
     look, pim = looks(results["policy"]), has_pim(results)
-    frames = {policy: comparison.timelines.get(cell_key(policy, load, seed)) for policy in look}
-    known = {policy: frame for policy, frame in frames.items() if frame is not None and len(frame)}
+    first = results[results["seed"] == seed]
+    frames = {policy: cell_frames(comparison.timelines, first, policy, load) for policy in look}
+    known = {policy: found[0] for policy, found in frames.items() if found}
     horizon_s = max((float(frame["end_s"].max()) for frame in known.values()), default=0.0)
     lines = {policy: binned(frame, horizon_s) for policy, frame in known.items()}
     unit_s, unit = next((pair for pair in TIME_UNITS if horizon_s > 10 * pair[0]), TIME_UNITS[-1])

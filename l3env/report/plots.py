@@ -33,7 +33,7 @@ def shown_loads(results: pd.DataFrame) -> list[float]:
 
 def latency_cdf(comparison: Comparison) -> Figure:
     """Share of requests whose latency is at most x; a row per load. Rejected requests never get there."""
-    results, loads = comparison.results, shown_loads(comparison.results)
+    results, loads = comparison.done, shown_loads(comparison.done)
     look = looks(results["policy"])
     figure = Figure(figsize=(12, 1.3 + 3.1 * len(loads) + 0.25 * math.ceil(len(look) / 6)))
     figure.suptitle(heading(comparison, loads[0] if len(loads) == 1 else None))
@@ -88,7 +88,7 @@ def _log_time_axis(axes: Axes) -> None:
 
 def utilisation(comparison: Comparison) -> Figure:
     """Share of the makespan that each device is busy, waits for the other within an iteration, or has no work."""
-    results, loads = comparison.results, shown_loads(comparison.results)
+    results, loads = comparison.done, shown_loads(comparison.done)
     look, devices = looks(results["policy"]), ("gpu", "pim") if has_pim(results) else ("gpu",)
     figure = Figure(figsize=(2.5 + 4.2 * max(len(loads), 1.6), 1.4 + 0.2 * (len(devices) + 1) * (len(look) + 1)))
     figure.suptitle(heading(comparison, loads[0] if len(loads) == 1 else None))
@@ -144,7 +144,7 @@ def _shares(results: pd.DataFrame, policy: str, load: float, device: str) -> tup
 
 def goodput(comparison: Comparison, rows: pd.DataFrame) -> Figure:
     """Bars with 95 % intervals; a panel per load."""
-    results, loads = comparison.results, shown_loads(comparison.results)
+    results, loads = comparison.done, shown_loads(comparison.done)
     look = looks(results["policy"])
     figure = Figure(figsize=(2.5 + 4.2 * max(len(loads), 1.4), 1.3 + 0.36 * len(look)))
     figure.suptitle(heading(comparison, loads[0] if len(loads) == 1 else None))
@@ -184,7 +184,7 @@ def _error(rows: pd.DataFrame, policy: str, load: float, value: float) -> tuple[
 
 def load_curve(comparison: Comparison, rows: pd.DataFrame) -> Figure:
     """Throughput, goodput with its interval, and TTFT p99 against load."""
-    results, loads = comparison.results, loads_of(comparison.results)
+    results, loads = comparison.done, loads_of(comparison.done)
     look = looks(results["policy"])
     figure = Figure(figsize=(12, 4.2 + 0.25 * math.ceil(len(look) / 6)))
     figure.suptitle(heading(comparison))

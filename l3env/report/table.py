@@ -15,6 +15,7 @@ from rich.text import Text
 
 from l3env.report.bootstrap import GOODPUT, intervals
 from l3env.report.names import (
+    contract_order,
     decimals,
     has_pim,
     heading,
@@ -77,8 +78,8 @@ COLUMNS = (
 
 def terminal_table(comparison: Comparison, console: Console) -> None:
     """Prints the comparison; columns that do not fit the console's width are left out, the least important first."""
-    results = comparison.results
-    half_widths = _goodput_half_widths(intervals(results, comparison.requests))
+    results = contract_order(comparison.results)
+    half_widths = _goodput_half_widths(intervals(comparison.done, comparison.requests))
     columns = [column for column in COLUMNS if not column.pim or has_pim(results)]
     table = _table(comparison, columns, half_widths)
     while max(column.rank for column in columns) > 0 and _width(console, table) > console.width:
@@ -88,6 +89,10 @@ def terminal_table(comparison: Comparison, console: Console) -> None:
     console.print(Text(heading(comparison), style="bold"))
     console.print(Text(_facts(comparison), style="dim"))
     console.print(table)
+    labels = policy_labels(comparison.config.policies)
+    for row in comparison.failed.to_dict("records"):
+        text = f"{labels[row['policy']]}, load {row['load']:.3g}, seed {row['seed']}: {row['error']}"
+        console.print(Text(text, style="red"), soft_wrap=True)
 
 
 def _width(console: Console, table: Table) -> int:
@@ -98,13 +103,14 @@ def _facts(comparison: Comparison) -> str:
     """The line below the heading: how much was run, which SLO, what ± is."""
     results, slo = comparison.results, comparison.config.slo
     seeds = int(results["seed"].nunique())
-    requests = float(results["requests_count"].mean())
+    requests = float(contract_order(comparison.done)["requests_count"].mean())
     limits = [
         f"{name} ≤ {limit:g} s" if limit is not None else f"{name} ≤ {scale:g}x uncontended"
         for name, limit, scale in (("TTFT", slo.ttft_s, slo.ttft_scale), ("TBT", slo.tbt_s, slo.tbt_scale))
     ]
+    form = "" if slo.form == "mean-tbt" else f" ({slo.form})"
     return (
-        f"{requests:,.0f} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)} · "
+        f"{requests:,.0f} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form} · "
         "± half the bootstrap 95 % interval"
     )
 
@@ -116,8 +122,8 @@ def _goodput_half_widths(rows: pd.DataFrame) -> dict[tuple[str, float], float]:
 
 
 def _table(comparison: Comparison, columns: list[Column], half_widths: dict[tuple[str, float], float]) -> Table:
-    results = comparison.results
-    loads, labels = loads_of(results), policy_labels(results["policy"])
+    results = contract_order(comparison.results)
+    loads, labels = loads_of(results), policy_labels(comparison.config.policies)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     if len(loads) > 1:
         table.add_column("load", no_wrap=True)

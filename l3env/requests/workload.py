@@ -105,6 +105,12 @@ class Workload:
         """(N - 1) / span; infinite where all requests arrive at once."""
         return (len(self) - 1) / self.span_s if self.span_s > 0 else float("inf")
 
+    @property
+    def stand_ins(self) -> list[str]:
+        """Real traces that are not on this machine and whose embedded profiles serve instead."""
+        parts = [self.source, *self.source.get("parts", ())]
+        return [str(part["stands_in_for"]) for part in parts if "stands_in_for" in part]
+
     def check(self) -> None:
         """Raises WorkloadError with workload, row and field for the first thing that is wrong."""
         count = len(self)

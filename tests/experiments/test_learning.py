@@ -28,8 +28,8 @@ from l3env.policies.learned_ppo import Learned
 from l3env.policies.network import Network
 from l3env.policy.registry import make_policy
 from l3env.requests.registry import load_trace
-from l3env.runs.capacity import load_at_capacity
 from l3env.runs.driver import run_policy
+from l3env.runs.saturation import load_at_capacity
 from l3env.search.tune import ACTIONS, probe
 
 TRACE = "profile:azure-conv-2023?n=300"

@@ -18,9 +18,9 @@ import pandas as pd
 import pytest
 
 from l3env.report.bootstrap import intervals
-from l3env.report.html import FIGURES, Source, of_comparison, of_study, page_data, write_html
-from l3env.runs.compare import compare
-from l3env.study import StudyConfig, StudyStore, run_study
+from l3env.report.html import FIGURES, page_data, write_html
+from l3env.runs.compare import Comparison, compare, run_grid
+from l3env.runs.grid import Grid
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
@@ -83,7 +83,7 @@ def browse(path: Path, **choice: str) -> tuple[Tables, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyStore, Path]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path]:
     """A small study with its page; one policy fails on every run."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "mine.py").write_text(
@@ -92,9 +92,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyStore, Path]:
         encoding="utf-8",
     )
     policies = (*POLICIES, f"{folder}/mine.py:Broken")
-    config = StudyConfig(policies, SYSTEMS, ("llama-3-8b",), TRACES, LOADS, seeds_count=3)
-    store = run_study(config, folder / "out", backend="sequential")
-    return store, write_html(of_study(store, "Study <of> two"), folder / "out" / "report.html")
+    config = Grid(policies, SYSTEMS, ("llama-3-8b",), TRACES, LOADS, seeds_count=3)
+    found = run_grid(config, out=folder / "out")
+    return found, write_html(found, "Study <of> two", folder / "out" / "report.html")
 
 
 def chosen(results: pd.DataFrame, **names: object) -> pd.DataFrame:
@@ -113,14 +113,14 @@ def chosen(results: pd.DataFrame, **names: object) -> pd.DataFrame:
     ],
 )
 def test_the_page_shows_what_the_dataset_says(
-    study: tuple[StudyStore, Path], system: str, trace: str, load: float, figure: str
+    study: tuple[Comparison, Path], system: str, trace: str, load: float, figure: str
 ) -> None:
     store, path = study
     page, console = browse(path, system=system, trace=trace, level=f"load {load:g}", figure=figure, scope="scenario")
     assert console == []
     assert page.plots >= 5
     shown = {row[0]: row[1:] for row in page.rows["ranking"][1:]}
-    rows = chosen(store.results(), system=system, trace=trace)
+    rows = chosen(store.results, system=system, trace=trace)
     here = rows[rows["load"] == load]
     spans = intervals(rows, {}).query("load == @load and figure == @figure").set_index("policy")
     assert set(shown) == set(POLICIES)
@@ -141,7 +141,7 @@ def test_the_page_shows_what_the_dataset_says(
 
 
 @needs_browser
-def test_failures_are_shown_and_text_is_escaped(study: tuple[StudyStore, Path]) -> None:
+def test_failures_are_shown_and_text_is_escaped(study: tuple[Comparison, Path]) -> None:
     store, path = study
     page, console = browse(path)
     assert console == []
@@ -155,7 +155,7 @@ def test_failures_are_shown_and_text_is_escaped(study: tuple[StudyStore, Path]) 
 
 
 @needs_browser
-def test_choosing_in_the_form_redraws(study: tuple[StudyStore, Path], tmp_path: Path) -> None:
+def test_choosing_in_the_form_redraws(study: tuple[Comparison, Path], tmp_path: Path) -> None:
     """As a user does: another system from the list."""
     store, path = study
     click = "const list = document.querySelector('select[name=system]'); list.value = 'gpu-dgx-a100'; list.onchange();"
@@ -166,14 +166,14 @@ def test_choosing_in_the_form_redraws(study: tuple[StudyStore, Path], tmp_path: 
     page, console = browse(acted)
     assert console == []
     assert "system=gpu-dgx-a100" in str(page.body["data-drawn"])
-    rows = chosen(store.results(), system="gpu-dgx-a100", trace=TRACES[0], load=40.0, policy="edf")
+    rows = chosen(store.results, system="gpu-dgx-a100", trace=TRACES[0], load=40.0, policy="edf")
     assert {row[0]: row[1] for row in page.rows["ranking"][1:]}["edf"] == pytest.approx(
         rows["goodput_requests_per_s"].mean()
     )
 
 
 @needs_browser
-def test_errors_and_requests_would_be_noticed(study: tuple[StudyStore, Path], tmp_path: Path) -> None:
+def test_errors_and_requests_would_be_noticed(study: tuple[Comparison, Path], tmp_path: Path) -> None:
     """The checks above can fail: a script's error, and any request, show on the console."""
     text = study[1].read_text(encoding="utf-8")
     for broken in ("<script>undefined.x</script>", '<img src="http://example.com/x.png">'):
@@ -185,14 +185,14 @@ def test_errors_and_requests_would_be_noticed(study: tuple[StudyStore, Path], tm
 def test_page_of_a_comparison(tmp_path: Path) -> None:
     """One seed: intervals from blocks of requests; curves from the requests and time lines."""
     made = compare(["fcfs", "edf"], "l3-dgx-a100", "llama-3-8b", TRACES[0], load=30.0)
-    data = page_data(of_comparison(made, "t"))
+    data = page_data(made)
     (group,) = data["groups"]
     spans = intervals(made.results, made.requests).query("figure == 'slo_attainment_frac'").set_index("policy")
     for place, name in enumerate(("fcfs", "edf")):
         found = group["policies"][place]
         shown = found["figures"]["slo_attainment_frac"]
         assert (shown["low"], shown["high"]) == pytest.approx((spans.loc[name, "low"], spans.loc[name, "high"]))
-        requests = made.requests[f"{name}.load30.seed0"]
+        requests = made.requests[made.results.iloc[place]["key"]]
         curve = found["cdf"]["ttft_s"]
         for x, y in zip(curve["x"], curve["y"], strict=True):
             assert abs((requests["ttft_s"] <= x * (1 + 1e-4)).mean() - y) <= 2 / 120 + 1e-4
@@ -201,12 +201,13 @@ def test_page_of_a_comparison(tmp_path: Path) -> None:
         assert np.mean(found["time"]["gpu_busy_frac"]) <= 1
         horizon_s = made.results["makespan_s"].max()
         assert busy * horizon_s / row["makespan_s"] == pytest.approx(row["gpu_busy_frac"] * row["makespan_s"], rel=0.02)
-    assert write_html(of_comparison(made, "t"), tmp_path / "report.html").stat().st_size > 1e6
+    assert write_html(made, "t", tmp_path / "report.html").stat().st_size > 1e6
 
 
-def nothing() -> Source:
+def nothing() -> Comparison:
     row = {"key": "a", "policy": "fcfs", "system": "s", "model": "m", "trace": "t", "load": 1.0, "seed": 0}
-    return Source("t", pd.DataFrame([row | {"error": "SpecError: no"}]), {}.get, {}.get, {}, "c")
+    config = Grid(("fcfs",), ("s",), ("m",), ("t",), (1.0,))
+    return Comparison(config, pd.DataFrame([row | {"error": "SpecError: no"}]), {}, {})
 
 
 def test_page_of_nothing() -> None:
@@ -219,6 +220,6 @@ def test_page_of_nothing() -> None:
 
 @needs_browser
 def test_page_of_nothing_in_the_browser(tmp_path: Path) -> None:
-    page, console = browse(write_html(nothing(), tmp_path / "report.html"))
+    page, console = browse(write_html(nothing(), "t", tmp_path / "report.html"))
     assert console == []
     assert page.rows["failed"][1] == ["a", "SpecError: no"]

@@ -20,14 +20,15 @@ from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 from l3env.report import CONTRACT_COLUMNS, intervals, terminal_table, to_json, write_results
 from l3env.report.bootstrap import GOODPUT, block_size
-from l3env.report.names import cell_key, heading, number, policy_labels, short_name
+from l3env.report.names import heading, number, policy_labels, short_name
 from l3env.report.over_time import BINS_COUNT, bin_means, binned
 from l3env.report.over_time import timeline as timeline_figure
 from l3env.report.plots import _shares, cdf
 from l3env.report.style import looks
 from l3env.requests.workload import Workload
-from l3env.runs.compare import CompareConfig, Comparison
+from l3env.runs.compare import Comparison
 from l3env.runs.driver import run_policy
+from l3env.runs.grid import Grid
 
 PICTURES = ("goodput.png", "latency_cdf.png", "timeline.png", "utilisation.png")
 MAKESPAN_S = 100.0
@@ -85,6 +86,10 @@ def result_row(frame: pd.DataFrame, pim: bool) -> dict[str, Any]:
     return row
 
 
+def grid(policies: tuple[str, ...], model: str, trace: str, loads: tuple[float, ...], seeds_count: int = 1) -> Grid:
+    return Grid(policies, ("l3-dgx-a100",), (model,), (trace,), loads, seeds_count=seeds_count)
+
+
 def comparison(
     policies: tuple[str, ...] = ("fcfs", "l3"),
     loads: tuple[float, ...] = (1.0,),
@@ -94,16 +99,17 @@ def comparison(
     pim: bool = True,
     utilization: float | None = None,
 ) -> Comparison:
-    config = CompareConfig(policies, "l3-dgx-a100", "qwen-72b", "azure-conv-2023", loads, seeds_count=seeds_count)
+    config = grid(policies, "qwen-72b", "azure-conv-2023", loads, seeds_count)
     rows, requests, timelines = [], {}, {}
     for load in loads:
         for seed in range(seeds_count):
             for i, policy in enumerate(policies):
                 rng = np.random.default_rng([seed, i])
-                key = cell_key(policy, load, seed)
+                key = f"{policy}, {load}, {seed}"
                 requests[key] = request_frame(rng, requests_count, slowness=load * (1 + i))
                 timelines[key] = timeline_frame(rng, 2)
-                identity = {"policy": policy, "system": config.system, "model": config.model, "trace": config.trace}
+                identity: dict[str, Any] = {"key": key, "policy": policy, "system": config.systems[0]}
+                identity |= {"model": config.models[0], "trace": config.traces[0], "stands_in_for": None, "error": None}
                 identity |= {"load": load, "utilization": utilization, "seed": seed}
                 rows.append(identity | result_row(requests[key], pim))
     return Comparison(config, pd.DataFrame(rows), requests, timelines)
@@ -144,7 +150,7 @@ def test_json_is_strict_and_in_contract_order() -> None:
     assert found["results"][0]["ttft_p99_s"] is None
     assert found["results"][1]["energy_j_per_token"] is None
     assert found["results"][0]["queue_mean_count"] == 3.0
-    assert CompareConfig.from_json(found["config"]) == made.config
+    assert Grid.from_json(found["config"]) == made.config
     assert {row["figure"] for row in found["intervals"]} >= {GOODPUT, "ttft_mean_s", "e2e_mean_s"}
 
 
@@ -207,8 +213,8 @@ def test_intervals_over_requests_cover_the_true_mean(correlation: float) -> None
     for p in range(policies_count):
         frame = request_frame(rng, count, 1.0)
         frame["ttft_s"] = 5 + series[:, p]
-        rows.append({"policy": f"p{p}", "load": 1.0, "seed": 0, "makespan_s": 10.0})
-        requests[cell_key(f"p{p}", 1.0, 0)] = frame
+        rows.append({"key": p, "policy": f"p{p}", "load": 1.0, "seed": 0, "makespan_s": 10.0})
+        requests[p] = frame
     found = figure_rows(intervals(pd.DataFrame(rows), requests), "ttft_mean_s")
     covered = ((found["low"] <= 5) & (found["high"] >= 5)).mean()
     assert 0.88 <= covered <= 0.99
@@ -398,7 +404,7 @@ def test_pictures_without_time_lines_and_requests(tmp_path: Path) -> None:
 def test_timeline_draws_what_was_recorded() -> None:
     """A row a policy; its own line is drawn last, over those of the others, and shows its frame's means over bins."""
     made = comparison()
-    frames = {policy: made.timelines[cell_key(policy, 1.0, 0)] for policy in ("fcfs", "l3")}
+    frames = {policy: made.timelines[f"{policy}, 1.0, 0"] for policy in ("fcfs", "l3")}
     horizon_s = max(float(frame["end_s"].max()) for frame in frames.values())
     panels = np.reshape(timeline_figure(made).axes, (len(frames), 3))
     for (policy, frame), row in zip(frames.items(), panels, strict=True):
@@ -509,9 +515,8 @@ def test_report_of_a_real_run(tmp_path: Path) -> None:
     identity = {"policy": "fcfs", "system": "l3-dgx-a100", "model": "gpt-89b", "trace": "w", "load": 1.0, "seed": 0}
     row = identity | outcome.metrics | {"wall_s": 0.1}
     assert set(CONTRACT_COLUMNS) <= set(row)
-    key = cell_key("fcfs", 1.0, 0)
-    config = CompareConfig(("fcfs",), "l3-dgx-a100", "gpt-89b", "w")
-    made = Comparison(config, pd.DataFrame([row]), {key: outcome.requests}, {key: outcome.timeline})
+    config = grid(("fcfs",), "gpt-89b", "w", (1.0,))
+    made = Comparison(config, pd.DataFrame([row | {"key": "a"}]), {"a": outcome.requests}, {"a": outcome.timeline})
     rows = figure_rows(intervals(made.results, made.requests), GOODPUT)
     assert rows["mean"].iloc[0] == pytest.approx(outcome.metrics[GOODPUT])
     json.dumps(to_json(made), allow_nan=False)

@@ -17,28 +17,34 @@ import l3env
 from l3env import FixedKnobs, Knobs, Workload
 from l3env.engine.state import GAP_BINS, GAP_LOW_S, GAP_RATIO
 from l3env.errors import L3EnvError
-from l3env.runs.capacity import capacity_requests_per_s
-from l3env.runs.compare import CellStore, CompareConfig, compare, run_comparison
+from l3env.runs.compare import Comparison, compare
 from l3env.runs.driver import run_policy
+from l3env.runs.grid import Grid
 from l3env.runs.metrics import gap_quantile_s
+from l3env.runs.saturation import capacity_requests_per_s
 
 TRACE = "profile:azure-conv-2023?n=150"
 PAIR = ("l3-dgx-a100", "gpt-175b")
+
+
+def key_of(comparison: Comparison, policy: str, load: float, seed: int = 0) -> str:
+    rows = comparison.results.query("policy == @policy and load == @load and seed == @seed")
+    return str(rows["key"].item())
 
 
 def test_every_policy_gets_the_same_requests() -> None:
     comparison = compare(["fcfs", "edf"], *PAIR, TRACE, load=0.4, seeds=2)
     columns = ["arrival_s", "prompt_tokens", "output_tokens"]
     for seed in (0, 1):
-        first, second = (comparison.requests[f"{name}.load0.4.seed{seed}"][columns] for name in ("fcfs", "edf"))
+        first, second = (comparison.requests[key_of(comparison, n, 0.4, seed)][columns] for n in ("fcfs", "edf"))
         pd.testing.assert_frame_equal(first, second)
-    zero, one = (comparison.requests[f"fcfs.load0.4.seed{seed}"]["arrival_s"] for seed in (0, 1))
+    zero, one = (comparison.requests[key_of(comparison, "fcfs", 0.4, seed)]["arrival_s"] for seed in (0, 1))
     assert not np.allclose(zero, one)
 
 
 def test_load_scales_arrivals() -> None:
     comparison = compare(["fcfs"], *PAIR, TRACE, load=[0.25, 0.5])
-    slow, fast = (comparison.requests[f"fcfs.load{load}.seed0"]["arrival_s"] for load in ("0.25", "0.5"))
+    slow, fast = (comparison.requests[key_of(comparison, "fcfs", load)]["arrival_s"] for load in (0.25, 0.5))
     np.testing.assert_allclose(slow, 2 * fast)
 
 
@@ -65,7 +71,7 @@ def test_utilization_is_a_load_relative_to_capacity() -> None:
 def test_metrics_follow_from_the_requests() -> None:
     """The figures of a row, recomputed from its requests."""
     comparison = compare(["sarathi"], *PAIR, TRACE, load=0.4)
-    row, requests = comparison.results.iloc[0], comparison.requests["sarathi.load0.4.seed0"]
+    row, requests = comparison.results.iloc[0], comparison.requests[key_of(comparison, "sarathi", 0.4)]
     assert row["makespan_s"] == pytest.approx(requests["finish_s"].max())
     assert row["output_tokens_per_s"] == pytest.approx(requests["output_tokens"].sum() / row["makespan_s"])
     assert row["ttft_p99_s"] == pytest.approx(np.quantile(requests["ttft_s"], 0.99))
@@ -87,39 +93,11 @@ def test_gap_quantiles_against_numpy() -> None:
     assert np.isnan(gap_quantile_s(np.zeros(GAP_BINS, np.int64), 0.5))
 
 
-def test_finished_cells_are_not_run_again_and_a_killed_run_goes_on(tmp_path: Path) -> None:
-    config = CompareConfig(("fcfs", "edf"), *PAIR, TRACE, (0.4,))
-    calls: list[str] = []
-
-    def stop_after_one(done: int, total: int, what: str) -> None:
-        if done == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_comparison(config, out=tmp_path, progress=stop_after_one)
-    assert len(list((tmp_path / "cells").glob("*.json"))) == 1
-    kept = json.loads((tmp_path / "cells" / "fcfs.load0.4.seed0.json").read_text())
-    comparison = run_comparison(config, out=tmp_path, progress=lambda done, total, what: calls.append(what))
-    assert comparison.results.iloc[0]["wall_s"] == kept["wall_s"]  # read, not run again
-    whole = run_comparison(config)
-    same = [column for column in whole.results if column != "wall_s"]
-    pd.testing.assert_frame_equal(comparison.results[same], whole.results[same], check_dtype=False)
-    for key, frame in whole.requests.items():
-        pd.testing.assert_frame_equal(comparison.requests[key], frame)
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
-    CellStore(tmp_path, CompareConfig(("fcfs",), *PAIR, TRACE))
-    with pytest.raises(L3EnvError, match="another configuration"):
-        CellStore(tmp_path, CompareConfig(("edf",), *PAIR, TRACE))
-
-
 def test_config_round_trip() -> None:
-    config = CompareConfig(("fcfs", "edf"), *PAIR, TRACE, (0.5, 1.0), (), 3, 4)
-    assert CompareConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    grid = Grid(("fcfs", "edf"), (PAIR[0],), (PAIR[1],), (TRACE,), (0.5, 1.0), (), 3, 4)
+    assert Grid.from_json(json.loads(json.dumps(grid.to_json()))) == grid
     with pytest.raises(L3EnvError, match="polices"):
-        CompareConfig.from_json({**config.to_json(), "polices": []})
+        Grid.from_json({**grid.to_json(), "polices": []})
 
 
 def test_cli_compare_prints_the_contract(tmp_path: Path, run_cli: Callable[..., Any]) -> None:
@@ -170,6 +148,9 @@ def test_cli_compare_prints_the_contract(tmp_path: Path, run_cli: Callable[..., 
         (("compare", "--model", "gpt4"), "unknown model 'gpt4'"),
         (("compare", "--trace", "azur-conv"), "azur-conv"),
         (("compare", "--load", "fast"), "--load 'fast'"),
+        (("compare", "--load", "1", "--utilization", "0.9"), "--load and --utilization contradict each other"),
+        (("compare", "--ttft-s", "1", "--ttft-scale", "5"), "--ttft-s and --ttft-scale contradict each other"),
+        (("compare", "--config", "c.json", "--policies", "edf"), "--config and --policies contradict each other"),
         (("compare", "--load", "-1"), "expected numbers > 0"),
         (("compare", "--model", "gpt-175b", "--tp", "1"), "does not fit"),
         (("compare", "--config", "none.json"), "none.json: cannot be read"),

@@ -18,15 +18,18 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from l3env import Knobs, Slo, Workload, compare, compile_pair, load
+from l3env import Knobs, Workload, compare, compile_pair, load
 from l3env.errors import L3EnvError
 from l3env.policy.protocol import BasePolicy, FixedKnobs
 from l3env.policy.registry import register_policy
 from l3env.policy.view import View
+from l3env.runs.capacity import Bracket, bracket, capacities, interval
+from l3env.runs.cell import Cell
+from l3env.runs.compare import run_grid
+from l3env.runs.cost import Prices, cost_figures
 from l3env.runs.driver import run_policy
-from l3env.study import StudyConfig, StudyStore, run_study
-from l3env.study.capacity import Bracket, CapacityJob, bracket, capacities, interval
-from l3env.study.cost import Prices, cost_figures
+from l3env.runs.grid import Grid
+from l3env.runs.workers import Workers
 from l3env.traces.canonical import save
 
 TRACE = "profile:azure-conv-2023?n=60"
@@ -46,14 +49,19 @@ def study_file(folder: Path, text: str = TEXT) -> Path:
     return path
 
 
-def dataset(folder: Path) -> dict[str, bytes]:
-    """Every file of a study but the log, by its path."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+def dataset(folder: Path) -> dict[str, object]:
+    """Every frame of a study, and its rows but for where and how long each ran, by path."""
+    found: dict[str, object] = {}
+    for path in (path for path in folder.rglob("*") if path.is_file() and path.parent != folder):
+        name = str(path.relative_to(folder))
+        found[name] = path.read_bytes() if path.suffix == ".parquet" else json.loads(path.read_text())
+        if isinstance(found[name], dict):
+            found[name] |= {"wall_s": 0, "host": ""}
+    return found
 
 
 def test_a_study_is_the_grid_of_its_lists(tmp_path: Path) -> None:
-    config = StudyConfig.from_yaml(study_file(tmp_path))
+    config = Grid.from_yaml(study_file(tmp_path))
     cells = list(config.cells())
     assert len(cells) == 2 * 2 * 1 * 1 * 2 * 2
     assert len({cell.key for cell in cells}) == len(cells)
@@ -64,21 +72,21 @@ def test_a_study_is_the_grid_of_its_lists(tmp_path: Path) -> None:
         for load in (0.5, 2.0)
         for seed in (0, 1)
     }
-    assert StudyConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert Grid.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_cells_of_similar_names_have_files_of_their_own() -> None:
     names = ("x" * 60 + "/a?n=1", "y" * 60 + "/a?n=1", "a?n=1", "a_n=1")
-    config = StudyConfig(("fcfs",), ("gpu-dgx-a100",), ("llama-3-8b",), names, (1.0,))
+    config = Grid(("fcfs",), ("gpu-dgx-a100",), ("llama-3-8b",), names, (1.0,))
     keys = [cell.key for cell in config.cells()]
     assert len(set(keys)) == 4
     assert all(len(key) < 240 and "/" not in key for key in keys)
 
 
 def test_a_study_gives_what_compare_gives(tmp_path: Path) -> None:
-    config = StudyConfig(("fcfs", "edf"), ("l3-dgx-a100",), ("llama-3-8b",), (TRACE,), (), (0.7,), 2)
-    store = run_study(config, tmp_path, backend="sequential")
-    found = store.results()
+    config = Grid(("fcfs", "edf"), ("l3-dgx-a100",), ("llama-3-8b",), (TRACE,), (), (0.7,), 2)
+    study = run_grid(config, out=tmp_path)
+    found = study.results
     wanted = compare(["fcfs", "edf"], "l3-dgx-a100", "llama-3-8b", TRACE, utilization=0.7, seeds=2)
     columns = [name for name in wanted.results if name != "wall_s"]
     assert found["error"].isna().all()
@@ -86,9 +94,8 @@ def test_a_study_gives_what_compare_gives(tmp_path: Path) -> None:
     assert found.groupby("seed")["requests_sha256"].nunique().tolist() == [1, 1]  # the same for every policy
     assert found["requests_sha256"].nunique() == 2
     first = found.iloc[0]
-    key = f"fcfs.load{first['load']:.6g}.seed0"
-    pd.testing.assert_frame_equal(store.requests(first["key"]), wanted.requests[key])
-    pd.testing.assert_frame_equal(store.timeline(first["key"]), wanted.timelines[key])
+    pd.testing.assert_frame_equal(study.requests[first["key"]], wanted.requests[first["key"]])
+    pd.testing.assert_frame_equal(study.timelines[first["key"]], wanted.timelines[first["key"]])
 
 
 def test_a_failed_cell_is_recorded_and_stops_nothing(tmp_path: Path) -> None:
@@ -105,22 +112,19 @@ def test_a_failed_cell_is_recorded_and_stops_nothing(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "l3env/presets/system/gpu-dgx-a100.toml").read_text(encoding="utf-8")
     small.write_text(text.replace("gpus_count = 8", "gpus_count = 2"), encoding="utf-8")
     assert load(f"system:{small}").gpus_count == 2
-    config = StudyConfig(("fcfs", "broken"), (str(small), "gpu-dgx-a100"), ("gpt-175b",), (TRACE,), (1.0,))
-    store = run_study(config, tmp_path / "out", backend="sequential")
-    results = store.results().set_index(["policy", "system"])
+    config = Grid(("fcfs", "broken"), (str(small), "gpu-dgx-a100"), ("gpt-175b",), (TRACE,), (1.0,))
+    results = run_grid(config, out=tmp_path / "out").results.set_index(["policy", "system"])
     assert results["error"].isna().sum() == 1
     assert "SpecError" in results.loc[("fcfs", str(small)), "error"]
     assert results.loc[("broken", "gpu-dgx-a100"), "error"] == "ZeroDivisionError: mine"
     assert results.loc[("fcfs", "gpu-dgx-a100"), "finished_count"] == 60
-    texts = list((tmp_path / "out" / "errors").iterdir())
-    assert len(texts) == 1  # bad input needs no traceback
-    assert "in decide" in texts[0].read_text(encoding="utf-8")
-    assert store.missing() == []
-    assert [cell.policy for cell in store.missing(retry_failed=True)] == ["fcfs", "broken", "broken"]
+    texts = [json.loads(path.read_text())["traceback"] for path in (tmp_path / "out" / "cells").iterdir()]
+    (text,) = filter(None, texts)  # bad input needs none
+    assert "in decide" in text
     register_policy("broken", lambda: FixedKnobs("broken", Knobs()))  # mended
-    again = run_study(config, tmp_path / "out", backend="sequential", retry_failed=True).results()
-    assert again["error"].isna().sum() == 2
-    assert list((tmp_path / "out" / "errors").iterdir()) == []
+    again = run_grid(config, out=tmp_path / "out")
+    assert again.results["error"].isna().sum() == 2
+    assert again.taken_count == 1  # what failed is run again
 
 
 def test_a_run_that_takes_its_process_down_fails_alone(tmp_path: Path) -> None:
@@ -130,8 +134,8 @@ def test_a_run_that_takes_its_process_down_fails_alone(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     deadly = f"{tmp_path}/mine.py:Deadly"
-    config = StudyConfig(("fcfs", deadly, "edf"), ("gpu-dgx-a100",), ("llama-3-8b",), (TRACE,), (1.0,))
-    results = run_study(config, tmp_path / "out", backend="loky", workers_count=2).results()
+    config = Grid(("fcfs", deadly, "edf"), ("gpu-dgx-a100",), ("llama-3-8b",), (TRACE,), (1.0,))
+    results = run_grid(config, out=tmp_path / "out", workers=Workers("loky", 2)).results
     assert len(results) == 3
     failed = results["error"].notna()
     assert (failed == (results["policy"] == deadly)).all()
@@ -162,7 +166,7 @@ def test_a_killed_sweep_resumes_to_the_same_dataset(tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen([*command, str(killed)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(killed.glob("cells/*.parquet"))) < 8 and process.poll() is None and time.monotonic() < deadline:
+    while len(list(killed.glob("cells/*.json"))) < 8 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     workers = children(process.pid)
     process.send_signal(signal.SIGKILL)
@@ -171,16 +175,16 @@ def test_a_killed_sweep_resumes_to_the_same_dataset(tmp_path: Path) -> None:
     while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(alive(pid) for pid in workers)  # nothing is left behind
-    half = len(list(killed.glob("cells/*.parquet")))
+    half = len(list(killed.glob("cells/*.json")))
     assert 8 <= half < 16
-    (killed / "requests" / "torn.parquet.part").write_bytes(b"half a file")
-    config = StudyConfig.from_yaml(path)
+    (killed / "requests" / ".torn.part").write_bytes(b"half a file")
+    config = Grid.from_yaml(path)
     seen: list[int] = []
-    run_study(config, killed, backend="sequential", progress=lambda done, total, what: seen.append(done))
+    run_grid(config, out=killed, progress=lambda done, total, what: seen.append(done))
     assert seen == list(range(half, 17))
-    run_study(config, whole, backend="sequential")
+    run_grid(config, out=whole)
     assert dataset(killed) == dataset(whole)
-    assert len(dataset(whole)) == 1 + 3 * 16
+    assert len(dataset(whole)) == 3 * 16
 
 
 @pytest.mark.slow
@@ -191,14 +195,8 @@ def test_ray_gives_the_same_dataset(tmp_path: Path, run_cli: Callable[..., Any])
     run_cli("sweep", str(path), "--backend", "sequential", "--out", str(tmp_path / "here" / "study"))
     found = dataset(tmp_path / "ray" / "study")
     assert found == dataset(tmp_path / "here" / "study")
-    assert {"results.csv", "report.html", "config.json"} < set(found)
-
-
-def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
-    config = StudyConfig.from_yaml(study_file(tmp_path))
-    StudyStore(tmp_path / "out", config)
-    with pytest.raises(L3EnvError, match="another study"):
-        StudyStore(tmp_path / "out", StudyConfig(("edf",), config.systems, config.models, config.traces, (1.0,)))
+    assert len(found) == 3 * 16
+    assert {"results.csv", "report.html", "config.json"} <= {path.name for path in (tmp_path / "ray/study").iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -219,7 +217,7 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
 def test_study_files_are_checked(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     path = study_file(tmp_path, TEXT.replace(*change))
     with pytest.raises(L3EnvError) as caught:
-        StudyConfig.from_yaml(path)
+        Grid.from_yaml(path)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -233,9 +231,9 @@ def test_study_files_are_checked(tmp_path: Path, change: tuple[str, str], messag
     ],
 )
 def test_names_are_checked_before_anything_runs(tmp_path: Path, change: tuple[str, str], message: str) -> None:
-    config = StudyConfig.from_yaml(study_file(tmp_path, TEXT.replace(*change)))
+    config = Grid.from_yaml(study_file(tmp_path, TEXT.replace(*change)))
     with pytest.raises(L3EnvError) as caught:
-        run_study(config, tmp_path / "out", backend="sequential")
+        run_grid(config, out=tmp_path / "out")
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -252,14 +250,14 @@ def test_an_interrupted_sweep_says_so_and_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "l3env.cli", "sweep", str(path), "-j", "2", "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     deadline = time.monotonic() + 120
-    while len(list(out.glob("cells/*.parquet"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while len(list(out.glob("cells/*.json"))) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted; what was finished is kept" in shown
     assert "Traceback" not in shown
-    assert 3 <= len(list(out.glob("cells/*.parquet"))) < 1600
+    assert 3 <= len(list(out.glob("cells/*.json"))) < 1600
 
 
 # capacity
@@ -306,23 +304,21 @@ def test_capacity_of_a_queue_by_hand(tmp_path: Path) -> None:
     count = 200 * replicas
     arrival_s = np.repeat(np.arange(200) * gap_s, replicas)
     path = save(Workload.build("even", arrival_s, np.full(count, 3000), np.ones(count, int)), tmp_path / "even.csv")
-    job = CapacityJob("serial", "gpu-dgx-a100", "llama-3-8b", str(path), 0, 0.5, 0.001, Slo())
-    (row,) = capacities([job], backend="sequential")
+    cell = Cell("serial", "gpu-dgx-a100", "llama-3-8b", str(path), utilization=1.0)
+    (row,) = capacities([cell], target_frac=0.5, tolerance_frac=0.001)
     wanted = 10 / (1 - 4 / 99)
     assert row["capacity_load_low"] <= wanted <= row["capacity_load_high"]
     assert row["capacity_load"] == pytest.approx(wanted, rel=0.001)
 
 
 def test_capacity_meets_the_target_just_so(tmp_path: Path) -> None:
-    jobs = [
-        CapacityJob("sarathi", "l3-dgx-a100", "llama-3-8b", "profile:azure-conv-2023?n=300", seed, 0.9, 0.05, Slo())
-        for seed in (0, 1, 2)
-    ]
-    (row,) = capacities(jobs, backend="sequential")
+    trace = "profile:azure-conv-2023?n=300"
+    cells = Grid(("sarathi",), ("l3-dgx-a100",), ("llama-3-8b",), (trace,), (), (1.0,), 3).cells()
+    (row,) = capacities(cells, tolerance_frac=0.05)
     tried = [(b["seed"], b["low"], True) for b in row["brackets"]]
     tried += [(b["seed"], b["high"], False) for b in row["brackets"]]
     for seed, level, met in tried:
-        found = compare(["sarathi"], "l3-dgx-a100", "llama-3-8b", jobs[0].trace, load=level, seeds=seed + 1).results
+        found = compare(["sarathi"], "l3-dgx-a100", "llama-3-8b", trace, load=level, seeds=seed + 1).results
         assert (found["slo_attainment_frac"].iloc[-1] >= 0.9) == met
     lows = np.log([b["low"] for b in row["brackets"]])
     reach = stats.t.ppf(0.975, 2) * lows.std(ddof=1) / math.sqrt(3)

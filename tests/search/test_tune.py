@@ -18,11 +18,11 @@ from l3env.machine.pair import compile_pair
 from l3env.policies.best_constant import BestConstant, BestConstantGlobal, knobs_to_json, read_knobs
 from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
-from l3env.policy.registry import make_policy
+from l3env.policy.registry import make_policy, register_policy
 from l3env.requests.registry import load_trace
-from l3env.runs.capacity import load_at_capacity
-from l3env.runs.compare import CompareConfig, run_comparison
+from l3env.runs.compare import compare
 from l3env.runs.driver import run_policy
+from l3env.runs.saturation import load_at_capacity
 from l3env.search.tune import ACTIONS, GRID, Cell, serve, tune
 
 TRACE = "profile:azure-conv-2023?n=150"
@@ -140,13 +140,13 @@ def test_a_comparison_trains_at_the_cells_load(tmp_path: Path, monkeypatch: pyte
         def prepare(self, system: object, training: object) -> None:
             seen.append(training.rate_per_s)  # type: ignore[attr-defined]
 
-    monkeypatch.setattr("l3env.runs.compare.make_policy", lambda ref: Spy() if ref == "spy" else make_policy(ref))
+    register_policy("spy", Spy)
     base = load_trace(TRACE)
-    run_comparison(CompareConfig(("spy",), "l3-dgx-a100", "gpt-175b", TRACE, (0.5, 2.0)))
+    compare(["spy"], "l3-dgx-a100", "gpt-175b", TRACE, load=(0.5, 2.0))
     assert seen == pytest.approx([0.5 * base.head(30).rate_per_s, 2.0 * base.head(30).rate_per_s])
     seen.clear()
     other = f"{TRACE}&load=3"
-    run_comparison(CompareConfig(("spy",), "l3-dgx-a100", "gpt-175b", TRACE, (), (0.9,), training=other))
+    compare(["spy"], "l3-dgx-a100", "gpt-175b", TRACE, utilization=0.9, training=other)
     tables, training = compile_pair("l3-dgx-a100", "gpt-175b"), load_trace(other)
     assert seen == pytest.approx([0.9 * load_at_capacity(tables, training) * training.rate_per_s])
 

@@ -1,0 +1,97 @@
+"""Many calls at once over joblib: here, in local processes, or on any backend that joblib knows (Ray: many machines).
+
+Results do not depend on which.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
+
+from joblib import Parallel, cpu_count, delayed, parallel_config
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+from l3env.threads import at_most
+
+WATCH_S = 1.0  # between looks at whether the parent is alive
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does the work.
+
+    Attributes:
+        backend: of joblib: ``sequential`` (this process), ``loky`` (local processes), ``threading``, or one registered.
+        count: how many at a time; -1: as many as the backend has cores.
+    """
+
+    backend: str = "loky"
+    count: int = -1
+
+
+HERE = Workers("sequential", 1)
+
+
+def each(
+    function: Callable[[Item], Result], items: Sequence[Item], workers: Workers = HERE
+) -> Iterator[tuple[int, Result | None]]:
+    """(place of the item, its result) as they come; None for one that took its process down (out of memory, a crash).
+
+    Which one it was cannot be seen from outside, so those that were under way are called again, one by one.
+    """
+    if workers.backend == "sequential" or workers.count == 1:
+        yield from ((place, function(item)) for place, item in enumerate(items))
+        return
+    left = dict(enumerate(items))
+    under_way = 3 * max(workers.count, cpu_count() if workers.count < 0 else 1)
+    while left:
+        try:
+            for place, result in _spread_out(function, left, workers):
+                del left[place]
+                yield place, result
+        except TerminatedWorkerError:
+            for place in list(left)[:under_way]:
+                yield place, _alone(function, left.pop(place))
+
+
+def _alone(function: Callable[[Item], Result], item: Item) -> Result | None:
+    """The result from a process of its own, None where it dies."""
+    try:
+        return next(_spread_out(function, {0: item}, Workers("loky", 2)))[1]  # one worker would be this process
+    except TerminatedWorkerError:
+        return None
+
+
+def _spread_out(
+    function: Callable[[Item], Result], items: dict[int, Item], workers: Workers
+) -> Iterator[tuple[int, Result]]:
+    with parallel_config(backend=workers.backend, n_jobs=workers.count):
+        parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
+        yield from parallel(delayed(_call)(function, place, item, os.getpid()) for place, item in items.items())
+
+
+def _call(function: Callable[[Item], Result], place: int, item: Item, caller_pid: int) -> tuple[int, Result]:
+    """What a worker runs. It ends with its parent: a killed command would leave idle workers behind."""
+    if os.getppid() == caller_pid:
+        _end_with_parent(caller_pid)
+    with at_most(1):  # a process a core: the engine's own threads would compete
+        return place, function(item)
+
+
+@cache
+def _end_with_parent(parent_pid: int) -> None:
+    """Watches, once a process, whether the parent is still there."""
+
+    def watch() -> None:
+        while os.getppid() == parent_pid:
+            time.sleep(WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
