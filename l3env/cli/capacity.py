@@ -13,10 +13,19 @@ from l3env.cli.shared import (
     Fresh,
     Jobs,
     Json,
+    Model,
+    Policies,
+    PrefixCache,
+    SloForm,
+    TbtLimit,
+    TbtScale,
+    Trace,
+    TtftLimit,
+    TtftScale,
     announce_compilation,
+    asked_slo,
     end,
     err,
-    exclusive,
     finite,
     names,
     plain_table,
@@ -33,18 +42,18 @@ COST_COLUMNS = ("dollars_per_hour", "power_w", "tokens_per_dollar", "dollars_per
 def capacity(
     context: typer.Context,
     system: Annotated[str, typer.Option(help="Presets or TOML files, with commas between.")] = "l3-dgx-a100",
-    model: Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")] = "gpt-175b",
-    trace: Annotated[str, typer.Option(help="A name (l3env traces list), a file, or a spec.")] = "azure-conv-2023",
-    policies: Annotated[str, typer.Option(help="Names with commas between, or file.py:Class.")] = "sarathi,l3-model",
+    model: Model = "gpt-175b",
+    trace: Trace = "azure-conv-2023",
+    policies: Policies = "sarathi,l3-model",
     target: Annotated[float, typer.Option(help="Share of requests that must meet the SLO.")] = 0.9,
     seeds: Annotated[int, typer.Option(help="Seed 0 is the trace itself; the spread gives the interval.")] = 5,
     tolerance: Annotated[float, typer.Option(help="Width of each seed's bracket, relative.")] = 0.02,
-    ttft_scale: Annotated[float, typer.Option(help="SLO: TTFT, times the request's own uncontended one.")] = 5.0,
-    tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
-    ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
-    tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
-    slo_form: Annotated[str, typer.Option(help="SLO on tokens: mean-tbt, p99-gap or token-deadlines.")] = "mean-tbt",
-    prefix_cache: Annotated[str, typer.Option(help="off, lru, lfu, tree or score; see l3env compare.")] = "off",
+    ttft_scale: TtftScale = 5.0,
+    tbt_scale: TbtScale = 5.0,
+    ttft_s: TtftLimit = None,
+    tbt_s: TbtLimit = None,
+    slo_form: SloForm = "mean-tbt",
+    prefix_cache: PrefixCache = "off",
     prices: PricesFile = None,
     backend: Annotated[str, typer.Option(help="loky (local processes) or ray.")] = "loky",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
@@ -56,17 +65,13 @@ def capacity(
     """The highest load at which a share of requests meets the SLO, with its 95 % interval over seeds."""
     if seeds < 1:
         raise L3EnvError(f"--seeds {seeds}; expected at least 1")
-    exclusive(context, "ttft_s", "ttft_scale")
-    exclusive(context, "tbt_s", "tbt_scale")
     announce_compilation(compile_now=True)
-    from l3env.engine.engine import Slo
     from l3env.runs.capacity import capacities
     from l3env.runs.grid import Grid
     from l3env.runs.store import Store
 
-    slo = Slo(ttft_scale, tbt_scale, ttft_s, tbt_s, slo_form)
     lists = names(policies, "--policies"), names(system, "--system"), (model,), (trace,)
-    grid = Grid(*lists, utilizations=(1.0,), seeds_count=seeds, slo=slo, prefix_cache=prefix_cache)
+    grid = Grid(*lists, utilizations=(1.0,), seeds_count=seeds, slo=asked_slo(context), prefix_cache=prefix_cache)
     grid.check()
     costs = None if prices is None else _cost_function(prices, names(system, "--system"))
     workers = start_backend(backend, address, jobs)
@@ -84,22 +89,30 @@ def capacity(
         print_json([{key: finite(value) for key, value in row.items() if key != "brackets"} for row in rows])
         end(failed)
         return
-    stood_in = " (embedded profile)" if any(row["stands_in_for"] for row in rows) else ""
-    err.print(f"{model} · {trace}{stood_in} · {target:.0%} of requests within the SLO · {seeds} seeds", highlight=False)
+    _show_capacities(rows, f"{target:.0%} of requests within the SLO · {seeds} seeds", priced=costs is not None)
+    end(failed)
+
+
+def _show_capacities(rows: list[dict[str, Any]], goal: str, *, priced: bool) -> None:
+    """The table, and below it what failed."""
+    first = rows[0]
+    stood_in = " (embedded profile)" if first["stands_in_for"] else ""
+    err.print(f"{first['model']} · {first['trace']}{stood_in} · {goal}", highlight=False)
     heads = ("policy", "system", "load", "95 % interval", "requests/s", "95 % interval", "tok/s", "J/token")
-    table = plain_table(*heads, *(("tok/$", "tok/J") if costs else ()))
+    table = plain_table(*heads, *(("tok/$", "tok/J") if priced else ()))
     for row in rows:
         if row["error"]:
             continue
         spans = [[row[f"capacity_{kind}{end}"] for end in ("", "_low", "_high")] for kind in ("load", "requests_per_s")]
         shown = [text for mid, low, high in spans for text in (f"{mid:.3g}", f"{low:.3g} to {high:.3g}")]
-        extra = [f"{row[name]:,.3g}" for name in ("tokens_per_dollar", "tokens_per_joule")] if costs else []
+        extra = [f"{row[name]:,.3g}" for name in ("tokens_per_dollar", "tokens_per_joule")] if priced else []
         figures = f"{row['output_tokens_per_s']:,.0f}", f"{row['energy_j_per_token']:.3g}"
         table.add_row(row["policy"], row["system"], *shown, *figures, *extra)
     err.print(table)
-    for row in failed:
-        err.print(f"{row['policy']} on {row['system']}: {row['error']}", style="red", highlight=False, soft_wrap=True)
-    end(failed)
+    for row in rows:
+        if row["error"]:
+            text = f"{row['policy']} on {row['system']}: {row['error']}"
+            err.print(text, style="red", highlight=False, soft_wrap=True)
 
 
 def cost(

@@ -11,7 +11,17 @@ from l3env.cli.shared import (
     Fresh,
     Jobs,
     Json,
+    Model,
+    Policies,
+    PrefixCache,
+    SloForm,
+    TbtLimit,
+    TbtScale,
+    Trace,
+    TtftLimit,
+    TtftScale,
     announce_compilation,
+    asked_slo,
     end,
     err,
     exclusive,
@@ -32,44 +42,36 @@ DEMO_POLICIES = "fcfs,sarathi,l3,edf,sjf-prompt,srtf-predicted"
 def compare(
     context: typer.Context,
     system: Annotated[str, typer.Option(help="A preset (l3env systems) or a TOML file.")] = "l3-dgx-a100",
-    model: Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")] = "gpt-175b",
-    trace: Annotated[str, typer.Option(help="A name (l3env traces list), a file, or a spec.")] = "azure-conv-2023",
-    policies: Annotated[str, typer.Option(help="Names with commas between, or file.py:Class.")] = DEFAULT_POLICIES,
+    model: Model = "gpt-175b",
+    trace: Trace = "azure-conv-2023",
+    policies: Policies = DEFAULT_POLICIES,
     load: Annotated[str, typer.Option(help="Times the trace's own arrival rate; several with commas.")] = "1.0",
     utilization: Annotated[
         str | None, typer.Option(help="Instead of --load: times what the reference policy serves at saturation.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seed 0 is the trace itself, the others are resampled.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results and pictures; what is there and unchanged is not run again.")
+        Path | None, typer.Option(help="Folder for results; what it holds unchanged is not run again.")
     ] = None,
     fresh: Fresh = False,
     jobs: Jobs = 1,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,
-    ttft_scale: Annotated[float, typer.Option(help="SLO: TTFT, times the request's own uncontended one.")] = 5.0,
-    tbt_scale: Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")] = 5.0,
-    ttft_s: Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")] = None,
-    tbt_s: Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")] = None,
-    slo_form: Annotated[str, typer.Option(help="SLO on tokens: mean-tbt, p99-gap or token-deadlines.")] = "mean-tbt",
+    ttft_scale: TtftScale = 5.0,
+    tbt_scale: TbtScale = 5.0,
+    ttft_s: TtftLimit = None,
+    tbt_s: TbtLimit = None,
+    slo_form: SloForm = "mean-tbt",
     training: Annotated[
-        str | None, typer.Option(help="Trace of earlier requests to learn from, by default the first fifth.")
+        str | None, typer.Option(help="Earlier requests to learn from; by default the first fifth.")
     ] = None,
-    prefix_cache: Annotated[
-        str,
-        typer.Option(
-            help="Share KV of equal prompt beginnings (traces with prefix ids): off, lru, lfu, tree or score."
-        ),
-    ] = "off",
+    prefix_cache: PrefixCache = "off",
     config: Annotated[Path | None, typer.Option(help="A config.json of an earlier run: repeats it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compares scheduling policies on the same workloads."""
     exclusive(context, "load", "utilization")
-    exclusive(context, "ttft_s", "ttft_scale")
-    exclusive(context, "tbt_s", "tbt_scale")
     exclusive(context, "config", *(context.params.keys() - {"config", "out", "fresh", "jobs", "as_json"}))
     announce_compilation(compile_now=jobs != 1)
-    from l3env.engine.engine import Slo
     from l3env.runs.grid import Grid
     from l3env.runs.store import read_config
 
@@ -87,7 +89,7 @@ def compare(
             tuple(numbers(utilization, "--utilization")) if utilization else (),
             seeds,
             tp,
-            slo=Slo(ttft_scale, tbt_scale, ttft_s, tbt_s, slo_form),
+            slo=asked_slo(context),
             training=training,
             prefix_cache=prefix_cache,
         )

@@ -26,6 +26,15 @@ PIPED_WIDTH = 140  # columns where stderr is no terminal
 err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+Model = Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")]
+Trace = Annotated[str, typer.Option(help="A name (l3env traces list), a file, or a spec.")]
+Policies = Annotated[str, typer.Option(help="Names with commas between, or file.py:Class.")]
+TtftScale = Annotated[float, typer.Option(help="SLO: TTFT, times the request's own uncontended one.")]
+TbtScale = Annotated[float, typer.Option(help="SLO: mean time between tokens, likewise.")]
+TtftLimit = Annotated[float | None, typer.Option(help="SLO: TTFT in seconds instead.")]
+TbtLimit = Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")]
+SloForm = Annotated[str, typer.Option(help="SLO on tokens: mean-tbt, p99-gap or token-deadlines.")]
+PrefixCache = Annotated[str, typer.Option(help="Share KV of equal prompt beginnings: off, lru, lfu, tree or score.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; -1: one a core.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")]
 SHOWN_FAILURES = 5
@@ -87,6 +96,16 @@ def numbers(text: str, option: str, count: int | None = None) -> list[float]:
     if count is not None and len(values) != count:
         raise L3EnvError(f"{option} {text!r}; expected {count} number{'s' if count > 1 else ''}")
     return values
+
+
+def asked_slo(context: typer.Context) -> Any:
+    """The SLO of a command's options. Raises L3EnvError where a limit is given both ways."""
+    from l3env.engine.engine import Slo
+
+    exclusive(context, "ttft_s", "ttft_scale")
+    exclusive(context, "tbt_s", "tbt_scale")
+    asked = context.params
+    return Slo(*(asked[name] for name in ("ttft_scale", "tbt_scale", "ttft_s", "tbt_s", "slo_form")))
 
 
 def names(text: str, option: str) -> tuple[str, ...]:
