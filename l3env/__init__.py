@@ -7,7 +7,7 @@ from l3env.engine.engine import Slo
 from l3env.machine.pair import compile_pair
 from l3env.machine.specs import load
 from l3env.policy.knobs import Knobs
-from l3env.policy.plan import Plan
+from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import BasePolicy, FixedKnobs, Policy
 from l3env.policy.registry import make_policy, register_policy
 from l3env.policy.view import View
@@ -28,6 +28,7 @@ __all__ = [
     "PimForm",
     "Plan",
     "Policy",
+    "Scored",
     "Slo",
     "SubBatching",
     "Victim",

@@ -53,7 +53,7 @@ def sources() -> dict[str, ast.Module]:
 
 @cache
 def graph() -> grimp.ImportGraph:
-    return grimp.build_graph("l3env")
+    return grimp.build_graph("l3env", cache_dir=None)
 
 
 def rooms() -> set[str]:

@@ -15,7 +15,7 @@ from l3env.policy.registry import policy_names
 
 CONSTANTS = ("best-constant", "best-constant-global", "best-constant-in-order")
 LEARNED = "learned"
-NO_OPPONENT = ("random", "rmaxts", "learned-ppo", "request-score", *CONSTANTS)  # besides oracles
+NO_OPPONENT = ("random", "rmaxts", "learned-ppo", "request-score", "requests-agent", *CONSTANTS)  # besides oracles
 
 
 def heuristics() -> tuple[str, ...]:

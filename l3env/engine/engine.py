@@ -8,16 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.choices import Eviction, SloForm
+from l3env.choices import Eviction, SloForm, Status
 from l3env.engine import state as st
 from l3env.engine.kernels import look, plan, run
 from l3env.engine.kernels.plan import Fault
 from l3env.engine.kernels.run import Stop, Until
+from l3env.engine.kernels.scores import set_scores
 from l3env.engine.segments import Known, Segments, add_prefixes, open_cache, segments
 from l3env.errors import PlanError, WorkloadError
 from l3env.machine.tables import TableArrays, Tables, stack
 from l3env.requests.workload import Workload
 from l3env.threads import share_out
+
+RUNNING = (Status.PREFILL, Status.DECODE, Status.PAUSED)
 
 FAULT_TEXT = {
     Fault.UNKNOWN_REQUEST: "there is no such request; expected an index from the view",
@@ -244,6 +247,15 @@ class Engine:
         env["stop"][e] = Stop.RUNNING
         run.expect(self.state, e, first, first + rows.size)
         return rows
+
+    def score_requests(self, e: int, requests: NDArray[np.int64], scores: NDArray[np.float64]) -> None:
+        """Gives present requests of environment ``e`` their scores. Raises PlanError for one that is not present."""
+        known = (requests >= 0) & (requests < self.state.env["requests_count"][e])
+        present = np.isin(self.state.req["status"][e, requests[known]], (Status.WAITING, *RUNNING))
+        if not known.all() or not present.all():
+            wrong = np.concatenate([requests[~known], requests[known][~present]])
+            raise PlanError(f"scored: request {wrong[0]} neither waits nor runs")
+        set_scores(self.state, e, e + 1, requests[None], scores[None])
 
     def score_with(self, e: int, weights: NDArray[np.float64]) -> None:
         """Environment ``e`` is scheduled by a scorer from here on, until it is reset.

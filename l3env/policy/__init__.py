@@ -1,7 +1,7 @@
-"""The contract with policies: a Policy looks at a View and returns Knobs or a Plan."""
+"""The contract with policies: a Policy looks at a View and returns Knobs, a Plan or scores."""
 
 from l3env.policy.knobs import Knobs, knob_names
-from l3env.policy.plan import Plan
+from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import BasePolicy, FixedKnobs, LengthPredictor, Policy
 from l3env.policy.registry import (
     check_policy,
@@ -21,6 +21,7 @@ __all__ = [
     "Plan",
     "Policy",
     "PoolView",
+    "Scored",
     "View",
     "check_policy",
     "knob_names",

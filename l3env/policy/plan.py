@@ -1,4 +1,4 @@
-"""Plan: one iteration, said in full."""
+"""What a policy may decide beside Knobs: scores of requests, or one iteration, said in full."""
 
 from __future__ import annotations
 
@@ -10,8 +10,36 @@ from numpy.typing import NDArray
 
 from l3env.engine.kernels.plan import ANY_PIM, AUTO, DECOMPRESSED, Op
 from l3env.errors import PlanError
+from l3env.policy.knobs import Knobs
 
 PLACES = {"auto": AUTO, "pim": ANY_PIM, "pim-decompressed": DECOMPRESSED, "hbm": 0}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Knobs, and a score for some requests, from -1 to 1. A score stays until it is given anew; without one it is 0.
+
+    With ``Order.BY_SCORE`` waiting requests are admitted from the highest score down, and held back below 0 while
+    anything runs; with ``Victim.LOWEST_SCORE`` the running request with the lowest score is preempted first. Ties go to
+    the earlier request.
+
+    Attributes:
+        requests: indices of the View.
+        scores: one for each.
+    """
+
+    knobs: Knobs
+    requests: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+    def checked(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Both as arrays. Raises PlanError for another number of scores, or one that is not from -1 to 1."""
+        requests, scores = np.asarray(self.requests, np.int64), np.asarray(self.scores, np.float64)
+        if requests.shape != scores.shape or requests.ndim != 1 or not (np.abs(scores) <= 1).all():
+            raise PlanError(
+                f"scored: {scores.size} scores for {requests.size} requests; expected one each, from -1 to 1"
+            )
+        return requests, scores
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a scheduling policy is: it looks at a View and returns Knobs or a Plan.
+"""What a scheduling policy is: it looks at a View and returns Knobs, with scores of requests if it likes, or a Plan.
 
 Only a policy whose name starts with ``oracle-`` may ask for the truth (``wants_truth``), and it gets it as its length
 predictor.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from l3env.engine.engine import Slo
 from l3env.machine.tables import Tables
 from l3env.policy.knobs import Knobs
-from l3env.policy.plan import Plan
+from l3env.policy.plan import Plan, Scored
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 
@@ -29,6 +29,7 @@ class Policy(Protocol):
 
     name: str
     decision_interval_s: float
+    decides_at_events: bool
     wants_truth: bool
     slo: Slo
 
@@ -36,7 +37,7 @@ class Policy(Protocol):
 
     def predictor(self) -> LengthPredictor | None: ...
 
-    def decide(self, view: View) -> Knobs | Plan: ...
+    def decide(self, view: View) -> Knobs | Scored | Plan: ...
 
     def figures(self) -> dict[str, float]: ...
 
@@ -48,12 +49,14 @@ class BasePolicy:
         name: what tables call it.
         decision_interval_s: simulated time for which returned Knobs hold; 0 decides at every iteration, infinity once.
             After a Plan the policy is always asked again at the next iteration.
+        decides_at_events: it is asked at every arrival, finish and preemption, too.
         wants_truth: the predictor is the true output length; only for names that start with ``oracle-``.
         slo: the objective of the run; set before ``prepare``.
     """
 
     name = "unnamed"
     decision_interval_s = 0.0
+    decides_at_events = False
     wants_truth = False
     slo = Slo()
 
@@ -72,7 +75,7 @@ class BasePolicy:
         ``kernels.scorer``. Asked for once, after ``prepare``."""
         return None
 
-    def decide(self, view: View) -> Knobs | Plan:
+    def decide(self, view: View) -> Knobs | Scored | Plan:
         """The one method a policy must have: settings that hold until the next decision, or the next iteration."""
         raise NotImplementedError
 

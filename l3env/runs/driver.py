@@ -17,6 +17,7 @@ from l3env.errors import PolicyError
 from l3env.machine.pair import compile_pair
 from l3env.machine.tables import Tables
 from l3env.policy.knobs import Knobs
+from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import FixedKnobs, Policy
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
@@ -124,6 +125,7 @@ class Driver:
         if weights is not None:
             engine.score_with(e, weights)
         self._held_until_s = -math.inf  # the knobs that stand hold until then
+        self._happened_count = 0  # when they were decided
         self._frozen = 0
 
     def wake(self) -> Stop:
@@ -143,15 +145,10 @@ class Driver:
         """
         engine, e = self.engine, self.e
         before_s = float(engine.state.env["clock_s"][e])
+        at_events = getattr(self.policy, "decides_at_events", False)
         plan = None
-        if before_s >= self._held_until_s:
-            self._score_segments()
-            decision = self.policy.decide(View(engine, e))
-            if isinstance(decision, Knobs):
-                decision.write(engine.knobs, e)
-                self._held_until_s = before_s + self.policy.decision_interval_s
-            else:
-                plan = decision
+        if before_s >= self._held_until_s or (at_events and happened_count(engine, e) != self._happened_count):
+            plan = self._decide()
         if plan is not None:
             stop = engine.step_plan(
                 e,
@@ -167,13 +164,28 @@ class Driver:
             stop = run_watched(engine, e, Until.ITERATIONS, 1, self.watch)
         else:
             limit_s = min(limit_s, self._held_until_s)
-            stop = run_watched(engine, e, _until(limit_s, events), limit_s, self.watch)
+            stop = run_watched(engine, e, _until(limit_s, events or at_events), limit_s, self.watch)
             if not events:  # no decision while there is nothing to decide, as in the environments
                 stop = self.wake()
         self._frozen = self._frozen + 1 if float(engine.state.env["clock_s"][e]) == before_s else 0
         if self._frozen > STALL_ITERATIONS:
             raise stuck(engine, e, self.policy)
         return stop
+
+    def _decide(self) -> Plan | None:
+        """Asks the policy: a plan for the next iteration, or None where knobs and scores now stand."""
+        engine, e = self.engine, self.e
+        self._score_segments()
+        decision = self.policy.decide(View(engine, e))
+        if isinstance(decision, Plan):
+            return decision
+        if isinstance(decision, Scored):
+            engine.score_requests(e, *decision.checked())
+            decision = decision.knobs
+        decision.write(engine.knobs, e)
+        self._held_until_s = float(engine.state.env["clock_s"][e]) + self.policy.decision_interval_s
+        self._happened_count = happened_count(engine, e)
+        return None
 
     def _score_segments(self) -> None:
         """Asks the policy what cached segments are worth, where they are given up by that."""
@@ -190,6 +202,12 @@ class Driver:
         if scores.shape != rows.shape or not np.isfinite(scores).all():
             raise PolicyError(f"policy {self.policy.name!r}: score_segments must return one finite number per row")
         score_segments(state, self.e, rows["segment"], scores)
+
+
+def happened_count(engine: Engine, e: int) -> int:
+    """Arrivals, finishes and preemptions so far."""
+    env = engine.state.env[e]
+    return int(env["arrived_count"] + env["finished_count"] + env["preemptions_count"])
 
 
 def _until(limit_s: float, events: bool) -> Until:
@@ -213,9 +231,14 @@ def run_watched(engine: Engine, e: int, until: Until, limit: float, watch: Calla
         return engine.run(e, until, limit)
     env = engine.state.env[e]
     last_count = int(env["iterations_count"]) + (limit if until == Until.ITERATIONS else math.inf)
-    last_s = limit if until == Until.TIME else math.inf
+    last_s = limit if until in (Until.TIME, Until.EVENT) else math.inf
+    before_count = happened_count(engine, e)
     while True:
         stop = engine.run(e, Until.TIME, 0.0)  # a limit in the past: one iteration, or one wait
         watch()
         if stop != Stop.RUNNING or env["iterations_count"] >= last_count or env["clock_s"] >= last_s:
             return stop
+        if until == Until.EVENT:
+            engine.await_work(e, e + 1)  # lets in who has arrived
+            if happened_count(engine, e) != before_count:
+                return engine.stop(e)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.choices import Order, Status
-from l3env.engine.kernels.heap import first_items, push, remove
+from l3env.choices import Status
+from l3env.engine.kernels.heap import first_items
 from l3env.engine.kernels.memory import emitted_now, kv_now
-from l3env.engine.kernels.queue import build_order, latest_start_s, waiting_key
+from l3env.engine.kernels.queue import build_order, latest_start_s
 from l3env.engine.state import NOWHERE
 from l3env.envs.observe.features import squash
 from l3env.envs.observe.step import set_knob
@@ -90,21 +90,6 @@ def write_requests(t, s, marks, order, first, last, seen, frontier, rows):
                     rows[e, i, k] = 0.0
             else:
                 write_request(t, s, e, seen[e, i], marks[e], rows[e, i])
-
-
-@kernel
-def set_scores(s, first, last, seen, scores):
-    """Gives the visible requests of environments first..last - 1 their scores ((E, 2 K), as ``seen``)."""
-    for e in range(first, last):
-        for i in range(seen.shape[1]):
-            r = seen[e, i]
-            if r == NOWHERE:
-                continue
-            s.req[e, r]["score"] = scores[e, i]
-            if s.req[e, r]["status"] == Status.WAITING and s.env[e]["heaps_built"] >> Order.BY_SCORE & 1:
-                remove(s.heap[e, Order.BY_SCORE], s.heap_len[e], Order.BY_SCORE, r)
-                key = waiting_key(s.req, e, r, Order.BY_SCORE)
-                push(s.heap[e, Order.BY_SCORE], s.heap_len[e], Order.BY_SCORE, r, key)
 
 
 @kernel

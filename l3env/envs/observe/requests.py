@@ -11,6 +11,7 @@ one entry a knob, from -1 (its first level) to 1 (its last).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gymnasium
@@ -21,12 +22,15 @@ from l3env.choices import Order, Victim
 from l3env.engine.engine import Engine
 from l3env.engine.kernels import plan, run
 from l3env.engine.kernels.run import Until
+from l3env.engine.kernels.scores import set_scores
 from l3env.envs.observe.features import write_features
-from l3env.envs.observe.listed import ROW_FEATURES, set_beside, set_scores, write_requests
+from l3env.envs.observe.listed import ROW_FEATURES, set_beside, write_requests
 from l3env.envs.observe.observer import FEATURES_COUNT, Levels, Observer, levels_of, observation_space
 from l3env.envs.observe.step import ACTION
 from l3env.errors import PlanError
 from l3env.policy.knobs import Knobs
+from l3env.policy.plan import Scored
+from l3env.policy.view import View
 
 DEFAULT_VISIBLE = 16
 
@@ -98,6 +102,42 @@ def levels_beside(action_knobs: ActionKnobs) -> Levels:
     return {name: tuple(values) for name, values in given.items()}
 
 
+class ViewRequestObserver:
+    """What an agent of the environment would see and do, for a policy in the offline runner: one a replica's run."""
+
+    def __init__(
+        self,
+        *,
+        visible: int = DEFAULT_VISIBLE,
+        show: str = "arrival",
+        knobs: Mapping[str, Any] | None = None,
+        action_knobs: ActionKnobs = None,
+        has_predictor: bool = False,
+    ) -> None:
+        self._knobs, self._levels = fixed_knobs(knobs), levels_beside(action_knobs)
+        self._settings: dict[str, Any] = {"visible": visible, "show": order_shown(show), "has_predictor": has_predictor}
+        self._observer: RequestObserver | None = None
+
+    def look(self, view: View) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_]]:
+        """(observation, mask) of one environment, as of the batched one: (1, ...) each."""
+        engine, self._e = view._engine, view._e
+        if self._observer is None:
+            self._observer = RequestObserver(engine, knobs=self._knobs, levels=self._levels, **self._settings)
+        observer, e = self._observer, self._e
+        return observer.shown(observer.look(e, e + 1)), observer.masks()[e : e + 1]
+
+    def scored(self, actions: NDArray[Any]) -> Scored:
+        """(1, 2 K + knobs) an action, as the environment takes it -> a decision about the requests just shown."""
+        assert self._observer is not None
+        seen = self._observer.seen[self._e]
+        shown = seen >= 0
+        beside = {}
+        for (name, values), entry in zip(self._levels.items(), actions[0, seen.size :], strict=True):
+            place = int((float(entry) + 1.0) * 0.5 * len(values))
+            beside[name] = values[min(place, len(values) - 1)]
+        return Scored(replace(self._knobs, **beside), seen[shown], np.asarray(actions[0, : seen.size][shown], float))
+
+
 class RequestObserver(Observer):
     """As ``Observer``, with rows of requests behind the features and scores (then ``levels``) for actions."""
 
@@ -167,7 +207,7 @@ class RequestObserver(Observer):
         state, rows = self._room()
 
         def share(first: int, last: int) -> None:
-            set_scores(engine.state, first, last, self.seen, actions)
+            set_scores(engine.state, first, last, self.seen[first:last], actions[first:last])
             if self._beside.size:
                 set_beside(engine.knobs, first, last, self._beside, self._beside_values, self._counts, actions)
             run.run(engine.tables, engine.state, engine.knobs, first, last, int(until), limits)

@@ -1,4 +1,4 @@
-"""The agent of ``l3env/ServingRequests-v0``: what it does with what it sees, its search, its evaluation."""
+"""The requests agent: what it does with what it sees; in the offline runner the same as in the environment."""
 
 from __future__ import annotations
 
@@ -7,39 +7,38 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from l3env import FixedKnobs, Knobs, run_policy
-from l3env.envs.observe.observer import FEATURES
-from l3env.envs.observe.requests import REQUEST_FEATURES
-from l3env.envs.requests import ServingRequestsEnv
-from l3env.errors import L3EnvError
-from l3env.experiments.learning import requests_agent as module
-from l3env.experiments.learning.cells import Cell, requests
-from l3env.experiments.learning.evolve import Task
-from l3env.experiments.learning.requests_agent import (
+from l3env.experiments.learning.evolve_agent import environment, serve
+from l3env.policies.requests_agent import (
     BUDGETS,
     FILE,
     FIXED,
-    FIXED_ORDER,
     GENES,
+    SETTINGS,
     SHARES,
     START,
     Agent,
+    RequestsAgent,
     entries,
-    environment,
-    evaluate,
     read_agent,
-    run_cell,
-    search,
-    serve,
-    table,
     weights_of,
     with_fixed_order,
 )
-from l3env.machine.pair import compile_pair
-from l3env.requests.workload import Workload
 
-CELL = Cell("l3-dgx-a100", "qwen-72b", "profile:azure-conv-2023?n=200", 1.0)  # two replicas, HBM and PIM
+from l3env import FixedKnobs, Knobs, make_policy, run_policy
+from l3env.engine.engine import Engine
+from l3env.envs.observe.observer import FEATURES
+from l3env.envs.observe.requests import REQUEST_FEATURES
+from l3env.envs.requests import ServingRequestsEnv
+from l3env.errors import PlanError, PolicyError
+from l3env.machine.pair import compile_pair
+from l3env.policies import requests_agent as module
+from l3env.policy.plan import Scored
+from l3env.requests.registry import load_trace
+from l3env.requests.workload import Workload
+from l3env.runs.driver import replica_shares
+from l3env.runs.timeline import record
+
+SYSTEM, MODEL, TRACE = "l3-dgx-a100", "qwen-72b", "profile:azure-conv-2023?n=200"  # two replicas, HBM and PIM
 NAMES = [name for name, _ in FEATURES]
 
 
@@ -100,24 +99,71 @@ def test_entries_stand_for_the_nearest_level() -> None:
     assert ((chosen + 1) / 2 * 5).astype(int).tolist() == [0, 0, 1, 2, 4]
 
 
-def test_an_agent_without_weights_is_fixed_knobs_in_order_of_arrival() -> None:
-    """All scores equal, the usual budget, half of the KV in HBM: the offline runner gives the same, both replicas."""
-    (row,) = run_cell(CELL, {"none": weights_of({})}, 0)
+def served(weights: np.ndarray, workload: Workload) -> list[dict[str, float]]:
+    """Metrics of every replica's share, through the batched environment."""
+    shares = replica_shares(workload, compile_pair(SYSTEM, MODEL).replicas_count)
+    envs = environment(1, system=SYSTEM, model=MODEL, trace=TRACE, episode_requests=None)
+    return [serve(envs, Agent(weights), {"workload": workload.select(rows)})[0][0] for rows in shares]
+
+
+@pytest.mark.parametrize("load", [0.5, 3.0])
+def test_a_run_is_what_the_environment_gives(load: float) -> None:
+    """Both replicas, decision by decision: the same requests at the same times, so the same figures to the last bit."""
+    workload = load_trace(TRACE).at_load(load)
+    parts = served(read_agent(), workload)
+    outcome = run_policy(compile_pair(SYSTEM, MODEL), workload, make_policy("requests-agent"))
+    met = sum(part["slo_attainment_frac"] * part["requests_count"] for part in parts)
+    assert outcome.metrics["slo_attainment_frac"] * len(workload) == pytest.approx(met, rel=1e-12)
+    for name in ("requests_count", "iterations_count", "preemptions_count"):
+        assert outcome.metrics[name] == sum(part[name] for part in parts), name
+    assert outcome.metrics["makespan_s"] == max(part["makespan_s"] for part in parts)
+    assert outcome.metrics["iterations_count"] > 100
+
+
+def test_watching_a_run_changes_nothing() -> None:
+    workload = load_trace(TRACE).head(60).at_load(2.0)
+    tables = compile_pair(SYSTEM, MODEL)
+    (rows, _) = replica_shares(workload, tables.replicas_count)
+    _, watched = record(tables, workload, make_policy("requests-agent"), replica=0)
+    alone = served(read_agent(), workload)[0]
+    assert watched.metrics["requests_count"] == rows.size
+    for name in ("makespan_s", "iterations_count", "slo_attainment_frac"):
+        assert watched.metrics[name] == alone[name]
+
+
+def test_without_weights_it_is_fixed_knobs_in_order_of_arrival(tmp_path: Path) -> None:
+    """All scores equal, the usual budget, half of the KV in HBM."""
+    (tmp_path / "none.json").write_text('{"weights": {}}')
+    workload = load_trace(TRACE)
     knobs = Knobs(prefill_budget_tokens=362, hbm_share_frac=0.5, **FIXED)  # type: ignore[arg-type]
-    offline = run_policy(compile_pair(CELL.system, CELL.model), requests(CELL, CELL.window), FixedKnobs("x", knobs))
-    assert row["slo_attainment_frac"] == pytest.approx(offline.metrics["slo_attainment_frac"], rel=1e-12)
-    assert row["requests_count"] == offline.metrics["requests_count"]
-    assert row["makespan_s"] == offline.metrics["makespan_s"]
+    agent, fixed = (
+        run_policy(compile_pair(SYSTEM, MODEL), workload, policy).metrics
+        for policy in (RequestsAgent(tmp_path / "none.json"), FixedKnobs("x", knobs))
+    )
+    for name in ("slo_attainment_frac", "makespan_s", "iterations_count"):
+        assert agent[name] == fixed[name]
+
+
+def test_scores_are_checked() -> None:
+    engine = Engine(compile_pair(SYSTEM, MODEL), 1, 3)
+    engine.reset(0, Workload.build("three", [0.0, 0.0, 9.0], [16] * 3, [2] * 3))
+    engine.score_requests(0, *Scored(Knobs(), np.array([1, 0]), np.array([0.5, -1.0])).checked())
+    assert engine.state.req["score"][0].tolist() == [-1.0, 0.5, 0.0]
+    for requests, scores in (([0, 1], [0.5]), ([0], [1.5]), ([0], [np.nan])):
+        with pytest.raises(PlanError, match="from -1 to 1"):
+            Scored(Knobs(), np.array(requests), np.array(scores)).checked()
+    for absent in (2, 3, -1):  # still to arrive, and not there at all
+        with pytest.raises(PlanError, match=f"request {absent} neither waits nor runs"):
+            engine.score_requests(0, np.array([0, absent]), np.zeros(2))
 
 
 def test_goodput_is_what_the_requests_say() -> None:
     """Counted by hand from the times of all requests, under the agent that the search starts from."""
-    workload = requests(CELL, CELL.window).head(60)
-    envs = environment(1, system=CELL.system, model=CELL.model, trace=CELL.trace, episode_requests=None)
+    workload = load_trace(TRACE).head(60)
+    envs = environment(1, system=SYSTEM, model=MODEL, trace=TRACE, episode_requests=None)
     metrics, _ = serve(envs, Agent(weights_of(START)), {"workload": workload})
-    settings = {"visible": module.VISIBLE, "show": "deadline", "knobs": FIXED, "action_knobs": module.KNOBS_BESIDE}
     env = ServingRequestsEnv(
-        system=CELL.system, model=CELL.model, trace=CELL.trace, episode_requests=None, decision="event", **settings
+        system=SYSTEM, model=MODEL, trace=TRACE, episode_requests=None, decision="event", **SETTINGS
     )
     obs, info = env.reset(seed=0, options={"workload": workload})
     terminated = False
@@ -135,9 +181,9 @@ def test_goodput_is_what_the_requests_say() -> None:
 
 def test_decisions_do_not_depend_on_lengths_to_come() -> None:
     """Until the first request ends, other output lengths change nothing at all."""
-    base = requests(CELL, CELL.window).head(40)
+    base = load_trace(TRACE).head(40)
     longer = Workload.build("longer", base.arrival_s, base.prompt_tokens, base.output_tokens + 300)
-    envs = [environment(1, system=CELL.system, model=CELL.model, trace=CELL.trace) for _ in range(2)]
+    envs = [environment(1, system=SYSTEM, model=MODEL, trace=TRACE) for _ in range(2)]
     agent, steps = Agent(weights_of(START | {"budget.ahead": 1.0, "pressed.kv": 0.3})), 0
     shown = [each.reset(seed=0, options={"workload": part}) for each, part in zip(envs, (base, longer), strict=True)]
     while envs[0].engine.state.env["finished_count"][0] == 0:
@@ -148,46 +194,6 @@ def test_decisions_do_not_depend_on_lengths_to_come() -> None:
     assert steps > 5
 
 
-def test_the_search_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two generations in two pieces equal those in one; what is not searched stays."""
-    monkeypatch.setattr(module, "tasks_of", lambda generation, seed: [Task(CELL, 0.1 * generation)])
-    monkeypatch.setitem(module.STRETCH_REQUESTS, "profile", 20)
-    search(tmp_path / "whole", "knobs", 2, 4, 0, np.inf)
-    search(tmp_path / "parts", "knobs", 1, 4, 0, np.inf)
-    search(tmp_path / "parts", "knobs", 2, 4, 0, np.inf)
-    whole, parts = (read_agent(tmp_path / name / "requests-agent.json") for name in ("whole", "parts"))
-    np.testing.assert_array_equal(whole, parts)
-    changed = {name for name, value, before in zip(GENES, whole, weights_of(START), strict=True) if value != before}
-    assert changed
-    assert all(name.startswith(("budget", "share")) for name in changed)
-
-
-def test_an_evaluation_runs_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONSTANTS", ())
-    agents = {"start": weights_of(START), "none": weights_of({})}
-    rows = evaluate([CELL], agents, 2, tmp_path, 1)
-    assert [(row["policy"], row["seed"]) for row in rows] == [("start", 0), ("none", 0), ("start", 1), ("none", 1)]
-    alone = [run_cell(CELL, {name: weights}, 1)[0] for name, weights in agents.items()]
-    for row, other in zip(rows[2:], alone, strict=True):
-        assert {**row, "wall_s": 0} == {**other, "wall_s": 0}
-    monkeypatch.setattr(module, "run_cell", None)
-    assert evaluate([CELL], agents, 2, tmp_path, 1) == rows
-
-
-def test_the_table_by_hand() -> None:
-    """Ratios 2, 1 and 0.5 with one seed: a quarter of three is none, so the mean, 7/6."""
-    goodput = {"a": (0.4, 0.5, 0.3), "b": (0.2, 0.5, 0.6)}
-    rows = [
-        {"system": str(c), "model": "m", "trace": "t", "utilization": 0.9, "policy": name, "seed": 0}
-        | {"slo_attainment_frac": values[c], "requests_count": 10}
-        for name, values in goodput.items()
-        for c in range(3)
-    ]
-    text = table(rows, "a")
-    assert "| b | 1.167 | 1.167 to 1.167 | 0.500 | 2.000 |" in text
-    assert "| 0 | m | t | 0.9 | 0.400 | 0.200 |" in text
-
-
 def test_the_fixed_order_keeps_the_knobs_alone() -> None:
     weights = np.arange(1.0, len(GENES) + 1)
     fixed = dict(zip(GENES, with_fixed_order(weights), strict=True))
@@ -196,18 +202,18 @@ def test_the_fixed_order_keeps_the_knobs_alone() -> None:
     }
     assert fixed["pressed.work"] == 0
     assert fixed["budget.fits"] == GENES.index("budget.fits") + 1
-    assert FIXED_ORDER != module.AGENT
+    np.testing.assert_array_equal(RequestsAgent(fixed_order=True).agent.budget, RequestsAgent().agent.budget)
 
 
 @pytest.mark.parametrize("text", ["{", '{"weights": {"score.work": "x"}}', '{"weights": {"NO": 1}}', "[]"])
 def test_a_bad_file_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text(text)
-    with pytest.raises(L3EnvError):
+    with pytest.raises(PolicyError):
         read_agent(tmp_path / "bad.json")
 
 
 def test_the_shipped_file_says_how_it_was_made() -> None:
     raw = json.loads(FILE.read_text(encoding="utf-8"))
-    assert raw["command"].startswith("python -m l3env.experiments.learning.requests_agent train")
+    assert raw["command"].startswith("python -m l3env.experiments.learning.evolve_agent")
     assert raw["config"]["training_window"] == "0%:60%"
     assert read_agent().shape == (len(GENES),)
