@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from l3env.experiments.learning.evolve_agent import search
-from l3env.policies.requests_agent import GENES, START, read_agent, weights_of
 
 from l3env.experiments.learning import evolve_agent as module
 from l3env.experiments.learning.cells import Cell
 from l3env.experiments.learning.evolve import Task
+from l3env.experiments.learning.evolve_agent import search
+from l3env.policies.requests_agent import GENES, START, read_agent, weights_of
 
 CELL = Cell("l3-dgx-a100", "qwen-72b", "profile:azure-conv-2023?n=200", 1.0)
 

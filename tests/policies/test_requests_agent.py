@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from l3env import FixedKnobs, Knobs, make_policy, run_policy
+from l3env.engine.engine import Engine
+from l3env.envs.observe.observer import FEATURES
+from l3env.envs.observe.requests import REQUEST_FEATURES
+from l3env.envs.requests import ServingRequestsEnv
+from l3env.errors import PlanError, PolicyError
 from l3env.experiments.learning.evolve_agent import environment, serve
+from l3env.machine.pair import compile_pair
+from l3env.policies import requests_agent as module
 from l3env.policies.requests_agent import (
     BUDGETS,
     FILE,
@@ -23,15 +32,6 @@ from l3env.policies.requests_agent import (
     weights_of,
     with_fixed_order,
 )
-
-from l3env import FixedKnobs, Knobs, make_policy, run_policy
-from l3env.engine.engine import Engine
-from l3env.envs.observe.observer import FEATURES
-from l3env.envs.observe.requests import REQUEST_FEATURES
-from l3env.envs.requests import ServingRequestsEnv
-from l3env.errors import PlanError, PolicyError
-from l3env.machine.pair import compile_pair
-from l3env.policies import requests_agent as module
 from l3env.policy.plan import Scored
 from l3env.requests.registry import load_trace
 from l3env.requests.workload import Workload
