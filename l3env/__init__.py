@@ -4,9 +4,9 @@ from gymnasium.envs.registration import register, registry
 
 from l3env.choices import Budget, Order, PimForm, SubBatching, Victim
 from l3env.engine.engine import Slo
+from l3env.knobs import Knobs
 from l3env.machine.pair import compile_pair
 from l3env.machine.specs import load
-from l3env.policy.knobs import Knobs
 from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import BasePolicy, FixedKnobs, Policy
 from l3env.policy.registry import make_policy, register_policy

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from l3env.choices import Budget, Order, SubBatching, Victim
 from l3env.engine.engine import Slo
-from l3env.errors import PolicyError
+from l3env.errors import PlanError, PolicyError
+from l3env.knobs import ABOUT, Knobs
 from l3env.machine.tables import Tables
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 from l3env.requests.workload import Workload
 from l3env.search.tune import GRID, Cell, Grid, Tuned, tune
 
 GLOBAL_FILE = Path(__file__).parent / "data" / "best-constant-global.json"
-KINDS = {"order": Order, "sub_batching": SubBatching, "victim": Victim}
 
 _found: dict[str, Tuned] = {}
 
@@ -60,7 +56,7 @@ class BestConstantInOrder(BestConstant):
     """As ``best-constant``, with ``prefill_in_order`` among the knobs searched."""
 
     def __init__(self) -> None:
-        super().__init__("best-constant-in-order", {**GRID, "prefill_in_order": (False, True)})
+        super().__init__("best-constant-in-order", {**GRID, "prefill_in_order": ABOUT["prefill_in_order"].levels})
 
 
 class BestConstantGlobal(FixedKnobs):
@@ -76,25 +72,10 @@ def read_knobs(path: Path) -> Knobs:
         raw = json.loads(path.read_text(encoding="utf-8"))["knobs"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise PolicyError(f"{path}: expected JSON with an object 'knobs': {error!r}") from None
-    if unknown := sorted(set(raw) - {each.name for each in fields(Knobs)}):
-        raise PolicyError(f"{path}: unknown knobs {', '.join(unknown)}")
     try:
-        values: dict[str, Any] = {name: KINDS[name][value] if name in KINDS else value for name, value in raw.items()}
-    except KeyError as error:
-        raise PolicyError(f"{path}: no such level {error} of a knob") from None
-    budget = values.get("prefill_budget_tokens", Budget.UNLIMITED)
-    if isinstance(budget, str):
-        values["prefill_budget_tokens"] = Budget[budget]
-    return Knobs(**values)
-
-
-def knobs_to_json(knobs: Knobs) -> dict[str, object]:
-    """The inverse of ``read_knobs``: numbers, and the names of what has one."""
-    named = {name: kind(getattr(knobs, name)).name for name, kind in KINDS.items()}
-    plain = {each.name: getattr(knobs, each.name) for each in fields(Knobs)} | named
-    if knobs.prefill_budget_tokens in list(Budget):
-        plain["prefill_budget_tokens"] = Budget(knobs.prefill_budget_tokens).name
-    return plain
+        return Knobs.from_json(raw)
+    except PlanError as error:
+        raise PolicyError(f"{path}: {error}") from None
 
 
 def key_of(system: Tables, training: Workload, slo: Slo) -> str:

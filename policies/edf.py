@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from l3env.choices import Order
+from l3env.knobs import Knobs
 from l3env.policies.sarathi import TOKEN_BUDGET
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 
 

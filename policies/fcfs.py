@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 
 MAX_BATCHED_TOKENS = 8192

@@ -7,9 +7,9 @@ towards the idle one (arXiv 2504.17584 leaves HBM beside the weights unused; att
 from __future__ import annotations
 
 from l3env.choices import Budget
+from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
 from l3env.policies.sarathi import TOKEN_BUDGET
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View
 from l3env.requests.workload import Workload

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from l3env.choices import Status
 from l3env.engine.state import SUB_BATCHES
+from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
 from l3env.policies.predictors import Errors, OnlineForest, OnlineLinear
 from l3env.policies.sarathi import TOKEN_BUDGET
-from l3env.policy.knobs import Knobs
 from l3env.policy.plan import Plan
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View

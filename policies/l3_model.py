@@ -8,8 +8,8 @@ with PIM. Without PIM it schedules as Sarathi-Serve does.
 from __future__ import annotations
 
 from l3env.choices import Budget, SubBatching
+from l3env.knobs import Knobs
 from l3env.policies.sarathi import TOKEN_BUDGET
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View
 

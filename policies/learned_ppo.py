@@ -12,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from l3env.envs.observe.observer import FEATURES, Levels, ViewObserver, knobs_of, levels_of, sizes_of
-from l3env.errors import L3EnvError, PolicyError
+from l3env.envs.observe.observer import ViewObserver
+from l3env.errors import PlanError, PolicyError
+from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
 from l3env.policies.network import Network, load_network
 from l3env.policy import LengthPredictor
-from l3env.policy.knobs import Knobs
+from l3env.policy.levels import Levels, knobs_of, named_levels, sizes_of
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.registry import make_policy
 from l3env.policy.view import View
@@ -72,22 +73,15 @@ def resolve(base: str) -> Callable[..., Learned] | None:
 
 
 def _checked_levels(network: Network, path: Path) -> Levels:
-    """The knobs that the network sets and their levels. Raises PolicyError where it was trained on other features or
-    levels than there are now."""
-    trained = network.config.get("levels") or {}
+    """The knobs that the network sets and their levels. Raises PolicyError for what it cannot set (any more)."""
     try:
-        levels = levels_of(list(trained))
-    except L3EnvError:
-        levels = {}
-    features = [name for name, _ in FEATURES]
-    now = {name: [float(level) for level in values] for name, values in levels.items()}
-    for what, same in (("features", network.config.get("features") == features), ("levels", now and trained == now)):
-        if not same:
-            raise PolicyError(f"{path}: trained with other {what} than this version has; train it anew")
-    inputs, outputs = network.layers[0][0].shape[1], network.layers[-1][0].shape[0]
+        levels = named_levels(network.config["levels"])
+    except (PlanError, KeyError, AttributeError) as error:
+        raise PolicyError(f"{path}: {error}") from None
+    outputs = network.layers[-1][0].shape[0]
     wanted = len(network.config["settings"]) if network.config.get("settings") else int(sizes_of(levels).sum())
-    if (inputs, outputs) != (len(FEATURES), wanted):
-        raise PolicyError(f"{path}: {inputs} inputs and {outputs} outputs; expected {len(FEATURES)} and {wanted}")
+    if outputs != wanted:
+        raise PolicyError(f"{path}: {outputs} outputs; expected {wanted}")
     for layer, (weight, bias) in enumerate(network.layers):
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise PolicyError(f"{path}: layer {layer} has weights that are no finite numbers")

@@ -6,13 +6,15 @@ import json
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.errors import PolicyError
+from l3env.envs.observe.features import columns_of
+from l3env.errors import L3EnvError, PolicyError
 from l3env.files import whole
 
 Array = NDArray[np.float32]
@@ -26,17 +28,23 @@ class Network:
     """Layers (weights (out, in), biases (out,)), the last one without activation, and how they came about.
 
     Attributes:
-        config: as JSON: ``features`` and ``levels`` (what goes in and out), ``masked``, ``activation``, ``interval_s``,
-            ``predictor``, ``settings`` (the action of each output, for Discrete spaces), seed and training command.
+        config: as JSON: ``features`` and ``levels`` (what goes in and out, by name), ``masked``, ``activation``,
+            ``interval_s``, ``predictor``, ``settings`` (the action of each output, for Discrete spaces), seed and
+            training command.
     """
 
     layers: Sequence[tuple[Array, Array]]
     config: Mapping[str, Any]
 
+    @cached_property
+    def columns(self) -> NDArray[np.int64]:
+        """(inputs,) where an observation has the features that the network was trained on."""
+        return columns_of(self.config["features"])
+
     def logits(self, features: Array) -> Array:
-        """(..., F) -> (..., outputs)."""
+        """(..., F) an observation -> (..., outputs)."""
         activation = ACTIVATIONS[self.config["activation"]]
-        x = features
+        x = features[..., self.columns]
         for weight, bias in self.layers[:-1]:
             x = activation(x @ weight.T + bias)
         weight, bias = self.layers[-1]
@@ -72,4 +80,11 @@ def load_network(path: Path) -> Network:
         raise PolicyError(f"{path}: not a policy network: {error!r}") from None
     if not layers or config.get("activation") not in ACTIVATIONS:
         raise PolicyError(f"{path}: expected layers and an activation of {', '.join(ACTIVATIONS)}")
-    return Network(layers, config)
+    network, inputs = Network(layers, config), layers[0][0].shape[1]
+    try:
+        named = network.columns.size
+    except (L3EnvError, KeyError, TypeError) as error:
+        raise PolicyError(f"{path}: {error}") from None
+    if named != inputs:
+        raise PolicyError(f"{path}: {inputs} inputs, and names of {named} features")
+    return network

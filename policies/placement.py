@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.choices import Budget, PimForm, SubBatching
+from l3env.knobs import Knobs
 from l3env.machine.costs.experts import beside_s
 from l3env.machine.tables import Tables, fc_grid_tokens
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View
 from l3env.requests.workload import Workload

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.choices import Budget, Order
+from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View
 from l3env.requests.workload import Workload

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from l3env.choices import Order, SubBatching, Victim
 from l3env.engine.state import Score
 from l3env.errors import PolicyError
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View
 

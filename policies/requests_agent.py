@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.choices import SubBatching
-from l3env.envs.observe.observer import FEATURES
-from l3env.envs.observe.requests import REQUEST_FEATURES, ViewRequestObserver
+from l3env.envs.observe.features import columns_of
+from l3env.envs.observe.request_rows import REQUEST_FEATURES
+from l3env.envs.observe.requests import ViewRequestObserver
 from l3env.errors import PolicyError
 from l3env.machine.tables import Tables
 from l3env.policy.plan import Scored
@@ -77,7 +78,7 @@ STATE = (
     "hbm_capacity",
     "pim_capacity",
 )
-STATE_COLUMNS = [[name for name, _ in FEATURES].index(name) for name in STATE]
+STATE_COLUMNS = columns_of(STATE)
 COLUMNS = [name for name, _ in REQUEST_FEATURES]
 USUAL_TOKENS = 362  # where the search begins
 LOG_BUDGETS = np.log2(np.array(BUDGETS) / USUAL_TOKENS)

@@ -25,12 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.engine.rollout import Rollouts
-from l3env.engine.state import KNOB_DTYPE
 from l3env.errors import PolicyError
+from l3env.knobs import KNOB_DTYPE, Knobs
 from l3env.machine.tables import Tables
 from l3env.policies.best_constant import BestConstant, BestConstantInOrder, key_of
 from l3env.policies.imagined import Known
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View
 from l3env.requests.workload import Workload

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 
 TOKEN_BUDGET = 512

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from l3env.choices import Order, Victim
 from l3env.errors import PolicyError
+from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
 from l3env.policies.sarathi import TOKEN_BUDGET
 from l3env.policy import LengthPredictor
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 from l3env.requests.workload import Workload
 

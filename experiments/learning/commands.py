@@ -44,7 +44,6 @@ def tune(
     from l3env.experiments.train.windows import in_window
     from l3env.files import write_text
     from l3env.machine.pair import compile_pair
-    from l3env.policies.best_constant import knobs_to_json
     from l3env.requests.registry import load_trace
     from l3env.runs.saturation import load_at_capacity
     from l3env.search.tune import Cell
@@ -66,7 +65,7 @@ def tune(
         each | {"goodput_frac": float(goodput)} for each, goodput in zip(about, found.goodput_frac, strict=True)
     ]
     result: dict[str, Any] = {
-        "knobs": knobs_to_json(found.knobs),
+        "knobs": found.knobs.to_json(),
         "cells": rows,
         "tried_count": len(found.tried),
         "window": window,

@@ -31,7 +31,6 @@ import torch as th
 from numpy.typing import NDArray
 from rich.console import Console
 
-from l3env.envs.observe.observer import LEVELS, Levels
 from l3env.errors import L3EnvError
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
 from l3env.experiments.learning.teacher import (
@@ -48,6 +47,7 @@ from l3env.experiments.learning.teacher import (
 from l3env.experiments.train.algorithms import set_up_torch
 from l3env.experiments.train.export import interface
 from l3env.policies.network import Network
+from l3env.policy.levels import LEVELS, Levels
 
 HOLDOUT_FRAC = 0.1  # of cells: never learned from
 SIDE_BY_SIDE = 32  # episodes in one engine

@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 
 from l3env.choices import Budget, Order, SubBatching
 from l3env.engine.engine import Engine, Slo
-from l3env.envs.observe.observer import FEATURES, LEVELS, ViewObserver, action_of
+from l3env.envs.observe.features import FEATURES
+from l3env.envs.observe.observer import ViewObserver
 from l3env.experiments.learning.cells import Cell, requests
+from l3env.knobs import Knobs
 from l3env.machine.pair import compile_pair
 from l3env.policies.learned_ppo import Learned
-from l3env.policy.knobs import Knobs
+from l3env.policy.levels import LEVELS, action_of
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View
 from l3env.runs.driver import drive, replica_shares

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Stop, Until
 from l3env.envs.episodes import Episode, Episodes
-from l3env.envs.observe.observer import LEVELS, Levels, Observer, action_of, knobs_of, levels_of
+from l3env.envs.observe.observer import Observer
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
 from l3env.experiments.train.windows import in_window
 from l3env.policies.network import load_network
-from l3env.search.tune import Cell, Grid, grid_of, probe, tune
+from l3env.policy.levels import LEVELS, Levels, action_of, knobs_of, lasting, levels_of
+from l3env.search.tune import Cell, Grid, probe, tune
 
 TAU = 0.01  # a setting that loses 1 % of goodput gets 1/e of the best one's weight
 OTHERS_COUNT = 2  # settings other than the best that are rolled out, of those that reach GOOD_ENOUGH of it
@@ -94,7 +95,7 @@ def tuned(source: Source, i: int) -> Row:
     """The best constant of cell ``i``: its action and goodput, targets by knob, and other actions to see states of."""
     found = tune(
         _cells(source, i),
-        grid=grid_of(source.levels),
+        grid=lasting(source.levels),
         random_count=RANDOM_COUNT,
         rounds_count=ROUNDS_COUNT,
         seed=i,
@@ -193,5 +194,5 @@ def seen_by_network(source: Source, rows: Sequence[Row], path: str) -> list[Seen
 def corrections(source: Source, row: Row, action: Sequence[int]) -> list[float]:
     """Targets of each knob where the others are those of ``action``: what a network that does this should change."""
     levels = source.levels
-    found = probe(_cells(source, row["i"]), knobs_of(np.array(action), levels), grid=grid_of(levels))
+    found = probe(_cells(source, row["i"]), knobs_of(np.array(action), levels), grid=lasting(levels))
     return targets(found.around, found.grid, levels).tolist()

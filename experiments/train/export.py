@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from l3env.envs.observe.observer import FEATURES, LEVELS, Levels
+from l3env.envs.observe.features import FEATURES
 from l3env.envs.sb3 import settings_of
 from l3env.errors import L3EnvError
 from l3env.policies.network import Network
+from l3env.policy.levels import LEVELS, Levels
 
 ACTIVATIONS = {th.nn.Tanh: "tanh", th.nn.ReLU: "relu"}
 
@@ -56,13 +57,20 @@ def interface(
 
 
 def load_weights(model: Any, network: Network) -> None:
-    """Puts a network's weights into a model's actor. Raises L3EnvError where shapes differ."""
-    linears = actor_layers(model)
+    """Puts a network's weights into a model's actor; features that it was not trained on start with weight 0.
+
+    Raises L3EnvError where shapes differ.
+    """
+    linears, layers = actor_layers(model), list(network.layers)
+    weight, bias = layers[0]
+    by_name = np.zeros((weight.shape[0], len(FEATURES)), np.float32)
+    by_name[:, network.columns] = weight
+    layers[0] = by_name, bias
     ours = [tuple(linear.weight.shape) for linear in linears]
-    theirs = [weight.shape for weight, _ in network.layers]
+    theirs = [weight.shape for weight, _ in layers]
     if ours != theirs or ACTIVATIONS[model.policy.activation_fn] != network.config["activation"]:
         raise L3EnvError(f"init: layers {theirs} with {network.config['activation']} do not fit the model's {ours}")
     with th.no_grad():
-        for linear, (weight, bias) in zip(linears, network.layers, strict=True):
+        for linear, (weight, bias) in zip(linears, layers, strict=True):
             linear.weight.copy_(th.from_numpy(np.array(weight)))
             linear.bias.copy_(th.from_numpy(np.array(bias)))

@@ -19,13 +19,13 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
-from l3env.envs.observe.observer import levels_of
 from l3env.envs.sb3 import ServingVecEnv, make_vec_env
 from l3env.errors import L3EnvError
 from l3env.experiments.train import algorithms
 from l3env.experiments.train.config import TrainConfig
 from l3env.experiments.train.export import export
 from l3env.files import whole, write_text
+from l3env.policy.levels import levels_of
 
 EVAL_SEED = 1_000_000  # of the validation episodes: common random numbers between evaluations and runs
 Progress = Callable[[int, int, str], None]

@@ -1,4 +1,4 @@
-"""What is there: ``l3env systems``, ``models``, ``policies``."""
+"""What is there: ``l3env systems``, ``models``, ``policies``, ``knobs``."""
 
 from __future__ import annotations
 
@@ -78,6 +78,21 @@ def policies(as_json: Json = False) -> None:
         table.add_row(*row.values())
     err.print(table)
     err.print("your own: --policies my_policy.py:MyClass")
+
+
+def knobs(as_json: Json = False) -> None:
+    """Settings of policies and actions: values, levels, what each does."""
+    from l3env.knobs import knob_table
+
+    rows = knob_table()
+    if as_json:
+        print_json(rows)
+        return
+    table = plain_table("knob", "default", "values", "levels", "what")
+    for row in rows:
+        table.add_row(*(row[column] for column in ("knob", "default", "values", "levels", "what")))
+    err.print(table)
+    err.print("levels: what actions and searches choose among (`--action-knobs`; `l3env tune`)")
 
 
 def _plain(spec: Any) -> Any:

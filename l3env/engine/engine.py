@@ -16,6 +16,7 @@ from l3env.engine.kernels.run import Stop, Until
 from l3env.engine.kernels.scores import set_scores
 from l3env.engine.segments import Known, Segments, add_prefixes, open_cache, segments
 from l3env.errors import PlanError, WorkloadError
+from l3env.knobs import KNOB_DTYPE
 from l3env.machine.tables import TableArrays, Tables, stack
 from l3env.requests.workload import Workload
 from l3env.threads import share_out
@@ -116,7 +117,7 @@ class Engine:
         )
         self.prefix_cache = prefix_cache
         self._known = [Known() for _ in range(num_envs)]
-        self.knobs = np.zeros(num_envs, st.KNOB_DTYPE)
+        self.knobs = np.zeros(num_envs, KNOB_DTYPE)
         self._limits = np.zeros(num_envs)
 
     def pair(self, e: int) -> Tables:

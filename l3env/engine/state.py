@@ -244,28 +244,6 @@ GAP_RATIO = 1.01
 GAP_BINS = 2560
 
 
-# what a policy may set without writing a plan; held until its next decision
-KNOB_DTYPE = np.dtype(
-    [
-        ("admit_max_count", np.int64),  # new requests an iteration
-        ("prefill_budget_tokens", np.int64),  # prompt tokens an iteration, or a Budget
-        ("budget_counts_decodes", np.int64),  # decoding requests use up the budget first (Sarathi-Serve)
-        ("prefill_first", np.int64),  # an iteration with prefill stalls decoding (vLLM before chunking)
-        ("hbm_share_frac", np.float64),  # share of resident KV tokens to hold in HBM, where PIM is there too
-        ("order", np.int64),
-        ("headroom_frac", np.float64),  # of each pool, kept free of new requests
-        ("reserve_predicted", np.int64),  # admit only what fits with all predicted growth
-        ("sub_batching", np.int64),  # SubBatching
-        ("victim", np.int64),
-        ("pim_form", np.int64),  # PimForm of new KV on the PIM side
-        ("multi_token", np.int64),  # guess and verify a token more in each decode step, where the model can
-        ("eviction", np.int64),  # of the prefix cache, where it is on; OFF: leave it
-        ("prefill_in_order", np.int64),  # prompts under way take turns with those that wait, in the queue's order
-    ],
-    align=True,
-)
-
-
 # what an observer keeps of an environment: totals at its last look, and by what it measures
 MARK_DTYPE = np.dtype(
     [

@@ -1,4 +1,4 @@
-"""``l3env/ServingRequests-v0``: the scheduler scores single requests; alone and batched. See ``observe_requests``."""
+"""``l3env/ServingRequests-v0``: the scheduler scores single requests; alone and batched. See ``observe.requests``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from l3env.envs.vector import ServingVectorEnv
 class ServingRequestsEnv(ServingEnv):
     """Scheduling of one replica by scores of requests.
 
-    Observation: {"state": as ``ServingEnv``, "requests": (2 K, features), see ``observe_requests.REQUEST_FEATURES``}.
+    Observation: {"state": as ``ServingEnv``, "requests": (2 K, features)}, see
+    ``observe.request_rows``.
     Action: (2 K,) scores from -1 to 1, then the ``action_knobs``. ``info["action_mask"]``: which rows hold a request.
 
     Args:
         visible: K, waiting and running requests shown, each.
         show: which waiting ones come first, by "arrival" or by "deadline" (those who cannot meet theirs last).
         knobs: the settings beside the scores, by their names in ``Knobs``.
-        action_knobs: settings that each action chooses anew: names, with the levels of ``observe.LEVELS`` and
+        action_knobs: settings that each action chooses anew: names, with the levels of ``policy.levels.LEVELS`` and
             ``MORE_LEVELS``, or names with levels. The range from -1 to 1 is divided evenly among a knob's levels.
         render_mode: as for ``ServingEnv``.
     """

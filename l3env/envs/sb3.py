@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
-from l3env.envs.observe.observer import LEVELS, Levels, action_of, sizes_of
 from l3env.envs.vector import ServingVectorEnv
 from l3env.errors import L3EnvError
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
+from l3env.policy.levels import LEVELS, Levels, action_of, sizes_of
 
 Indices = int | Iterable[int] | None
 

@@ -1,6 +1,6 @@
 """``l3env/Serving-v0``: one replica of a serving system as a Gymnasium environment.
 
-A step sets the knobs (``observe.LEVELS``) and runs the engine to the next decision point, so it may cover many
+A step sets the knobs (``policy.levels.LEVELS``) and runs the engine to the next decision point, so it may cover many
 iterations; ``info["elapsed_s"]`` says how much time went by (a semi-Markov decision process). An episode serves
 consecutive requests of the trace and terminates when all have finished.
 """
@@ -18,20 +18,23 @@ from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Stop
 from l3env.engine.segments import eviction_rule
 from l3env.envs.episodes import EpisodeOptions, Episodes
-from l3env.envs.observe.observer import FEATURES, Observer, action_space, levels_of, observation_space
+from l3env.envs.observe.features import FEATURES
+from l3env.envs.observe.observer import Observer, action_space, observation_space
 from l3env.envs.render import Renderer
 from l3env.errors import L3EnvError, PlanError
+from l3env.policy.levels import levels_of
 from l3env.runs.metrics import collect
 
 
 class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     """Scheduling of one replica.
 
-    Observation: Box(0, 1, (FEATURES_COUNT,)), see ``observe.FEATURES``. Action: MultiDiscrete, see ``observe.LEVELS``.
+    Observation: Box(0, 1, (FEATURES_COUNT,)), see ``observe.features.FEATURES``. Action:
+    MultiDiscrete, see ``policy.levels.LEVELS``.
 
     Args:
-        action_knobs: the knobs that an action sets, by default those of ``observe.LEVELS``; also those of
-            ``observe.MORE_LEVELS``. The others keep the defaults of ``Knobs``.
+        action_knobs: the knobs that an action sets, by default those of ``policy.levels.LEVELS``; also those of
+            ``policy.levels.MORE_LEVELS``. The others keep the defaults of ``Knobs``.
         render_mode: "human" (a live panel in the terminal) or "rgb_array" (``render`` returns (H, W, 3) pixels).
     """
 

@@ -20,8 +20,9 @@ from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Stop
 from l3env.engine.segments import eviction_rule
 from l3env.envs.episodes import EpisodeOptions, Episodes
-from l3env.envs.observe.observer import Observer, action_space, levels_of, observation_space
+from l3env.envs.observe.observer import Observer, action_space, observation_space
 from l3env.errors import PlanError
+from l3env.policy.levels import levels_of
 from l3env.runs.metrics import totals
 
 

@@ -1,6 +1,6 @@
 """The contract with policies: a Policy looks at a View and returns Knobs, a Plan or scores."""
 
-from l3env.policy.knobs import Knobs, knob_names
+from l3env.knobs import Knobs, knob_names
 from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import BasePolicy, FixedKnobs, LengthPredictor, Policy
 from l3env.policy.registry import (

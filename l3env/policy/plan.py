@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from l3env.engine.kernels.plan import ANY_PIM, AUTO, DECOMPRESSED, Op
 from l3env.errors import PlanError
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 
 PLACES = {"auto": AUTO, "pim": ANY_PIM, "pim-decompressed": DECOMPRESSED, "hbm": 0}
 

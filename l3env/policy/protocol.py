@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.engine.engine import Slo
+from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
-from l3env.policy.knobs import Knobs
 from l3env.policy.plan import Plan, Scored
 from l3env.policy.view import View
 from l3env.requests.workload import Workload

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 from l3env.errors import L3EnvError, PolicyError
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 from l3env.policy.protocol import Policy
 from l3env.policy.sources import data_files, importable, source_files
 from l3env.reference import Reference, parameters, parse

@@ -14,9 +14,9 @@ from l3env.engine.kernels.run import Stop, Until
 from l3env.engine.segments import eviction_rule, idle_segments, score_segments
 from l3env.engine.state import PrefixArrays
 from l3env.errors import PolicyError
+from l3env.knobs import Knobs
 from l3env.machine.pair import compile_pair
 from l3env.machine.tables import Tables
-from l3env.policy.knobs import Knobs
 from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import FixedKnobs, Policy
 from l3env.policy.view import View

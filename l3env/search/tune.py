@@ -6,7 +6,7 @@ coordinate search from the best: every change of one knob, then the improving ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from l3env.choices import Budget, Order, SubBatching, Victim
+from l3env.choices import Budget, Order, SubBatching
 from l3env.engine.engine import Engine, Slo
 from l3env.engine.state import row_bytes
-from l3env.envs.observe.observer import LEVELS, Levels
 from l3env.errors import L3EnvError
+from l3env.knobs import ABOUT, Knobs, Need
 from l3env.machine.tables import Tables
-from l3env.policy.knobs import Knobs
+from l3env.policy.levels import LEVELS, Levels, available, lasting, useful
 from l3env.requests.workload import Workload
 from l3env.runs.driver import replica_shares
 
@@ -29,25 +29,12 @@ ROUNDS_COUNT = 4
 ENGINE_BYTES = 512e6  # of environments run side by side
 TIE_BREAK = 1e-4  # weight of time in the system: decides between settings of equal goodput
 
-Grid = Mapping[str, tuple[Any, ...]]
+Grid = Levels
 
+ACTIONS: Grid = lasting(LEVELS)
+"""The settings that an agent's actions can reach, but for the one that admits nobody for ever."""
 
-def _known(values: Sequence[Any], never: Any) -> tuple[Any, ...]:
-    return tuple(value for value in values if value != never)
-
-
-def grid_of(levels: Levels) -> Grid:
-    """The settings that an agent's actions can reach, but for the one that admits nobody for ever."""
-    return {name: _known(values, 0) if name == "admit_max_count" else values for name, values in levels.items()}
-
-
-ACTIONS: Grid = grid_of(LEVELS)
-
-GRID: Grid = {
-    **ACTIONS,
-    "prefill_first": (False, True),
-    "victim": _known(tuple(Victim), Victim.MOST_PREDICTED_LEFT),
-}
+GRID: Grid = {**ACTIONS, **{name: about.levels for name, about in ABOUT.items() if about.tuned and not about.acts}}
 """All settings: those of every built-in heuristic with fixed knobs are among them."""
 
 STARTS = (
@@ -236,22 +223,16 @@ def int_or_float(value: Any) -> float:
 
 
 def _useful(grid: Grid, cells: Sequence[Cell]) -> Grid:
-    """Without a PIM side, or without HBM for KV beside it, some knobs do nothing: one level is enough.
-
-    Without predicted lengths, orders by them are left out.
-    """
-    one_level: set[str] = set()
-    if not any(cell.tables.has_pim for cell in cells):
-        one_level.add("sub_batching")
-    if not any(cell.tables.has_pim and cell.tables.has_hbm_kv for cell in cells):
-        one_level.add("hbm_share_frac")
-    useful = {name: levels[:1] if name in one_level else levels for name, levels in grid.items()}
-    if not any(cell.tables.has_pim for cell in cells):
-        numbers = [level for level in grid["prefill_budget_tokens"] if level > 0 or level == Budget.UNLIMITED]
-        useful["prefill_budget_tokens"] = tuple(numbers)
-    if any(cell.predicted_tokens is None for cell in cells):
-        useful["order"] = _known(useful["order"], Order.SHORTEST_PREDICTED_HOPELESS_LAST)
-    return useful
+    """Levels that do something in one of the cells, predicted lengths taken for known where all have them; of knobs of
+    which none does, the first."""
+    has = frozenset[Need]().union(*(available(cell.tables) for cell in cells))
+    if all(cell.predicted_tokens is not None for cell in cells):
+        has |= {Need.PREDICTOR}
+    kept = {
+        name: tuple(level for level, does in zip(levels, useful(name, levels, has), strict=True) if does)
+        for name, levels in grid.items()
+    }
+    return {name: levels or grid[name][:1] for name, levels in kept.items()}
 
 
 def _knobs(grid: Grid, setting: Setting) -> Knobs:

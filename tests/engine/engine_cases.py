@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from l3env.choices import Budget, Eviction, Order, PimForm, Victim
 from l3env.engine.engine import Engine, Slo
+from l3env.knobs import UNLIMITED, Knobs
 from l3env.machine import specs
 from l3env.machine.tables import Tables, compile_tables
-from l3env.policy.knobs import UNLIMITED, Knobs
 from l3env.requests.workload import Workload
 
 # MHA (one lane) and GQA (a lane per rank, a pool per channel) on every kind of system

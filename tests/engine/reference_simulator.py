@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from l3env.choices import Budget, Eviction, Order, PimForm, Victim
+from l3env.knobs import Knobs
 from l3env.machine.tables import Tables, fc_grid_tokens
-from l3env.policy.knobs import Knobs
 from l3env.requests.workload import Workload
 from tests.engine.reference_prefix import Key, PrefixCache, prompt_keys
 

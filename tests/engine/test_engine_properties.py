@@ -18,9 +18,9 @@ from l3env.choices import ORDERS_COUNT, Budget, Order, Status, SubBatching, Vict
 from l3env.engine.engine import Engine, Slo, Stop, Until
 from l3env.engine.state import ARRIVAL_HEAP, DRAFT_CLASSES, FINISH_HEAP, NOWHERE, PrefixArrays, arrays, copy
 from l3env.errors import PlanError, WorkloadError
+from l3env.knobs import Knobs
 from l3env.machine import specs
 from l3env.machine.tables import compile_tables
-from l3env.policy.knobs import Knobs
 from l3env.policy.plan import Plan
 from l3env.policy.view import View
 from l3env.requests.workload import Workload

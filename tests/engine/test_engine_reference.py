@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from l3env.choices import Budget, Order, Victim
 from l3env.engine.engine import Slo, Stop, Until
 from l3env.engine.kernels import look
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 from l3env.requests.workload import Workload
 from tests.engine.beside_reference import RTOL, SLOW_OK, STOPS, compare, start
 from tests.engine.engine_cases import PAIRS, Case, cases, compiled, knobs, with_memory

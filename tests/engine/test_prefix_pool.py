@@ -16,7 +16,7 @@ from l3env.engine.segments import eviction_rule, idle_segments, score_segments, 
 from l3env.engine.state import NOWHERE, arrays, copy
 from l3env.envs.episodes import Episodes
 from l3env.errors import L3EnvError, PolicyError, WorkloadError
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 from l3env.policy.protocol import BasePolicy, FixedKnobs
 from l3env.requests.workload import Workload
 from l3env.runs.driver import drive, run_policy

@@ -7,7 +7,7 @@ import pytest
 
 from l3env.choices import Eviction
 from l3env.engine.engine import Engine, Stop
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 from l3env.traces import kv_cache_tester, mooncake
 from l3env.traces.stats import prefix_hit_frac
 from tests.engine.engine_cases import compiled, with_memory

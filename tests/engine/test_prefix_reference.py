@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from l3env.choices import Budget, Eviction
 from l3env.engine.engine import Slo, Stop, Until
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
 from l3env.requests.workload import Workload
 from tests.engine.beside_reference import SLOW_OK, STOPS, compare, start
 from tests.engine.engine_cases import Case, cases, compiled, knobs, with_memory

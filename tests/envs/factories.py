@@ -7,10 +7,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from l3env.envs.observe.observer import LEVELS
 from l3env.envs.sb3 import ServingVecEnv, make_vec_env
 from l3env.envs.serving import ServingEnv
 from l3env.envs.vector import ServingVectorEnv
+from l3env.policy.levels import LEVELS
 
 OPTIONS: dict[str, Any] = {
     "trace": "profile:azure-conv-2023?n=400",

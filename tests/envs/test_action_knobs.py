@@ -9,26 +9,19 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from l3env import Knobs, PimForm, Workload
-from l3env.engine.state import KNOB_DTYPE
-from l3env.envs.observe.observer import (
-    FEATURES,
-    LEVELS,
-    MORE_LEVELS,
-    Levels,
-    action_of,
-    action_space,
-    knobs_of,
-    levels_of,
-)
-from l3env.envs.observe.step import ACTION
+from l3env import Knobs, PimForm, View, Workload
+from l3env.engine.engine import Engine
+from l3env.envs.observe.features import FEATURES
+from l3env.envs.observe.observer import action_space
 from l3env.envs.requests import ServingRequestsEnv
 from l3env.envs.serving import ServingEnv
 from l3env.envs.vector import ServingVectorEnv
 from l3env.errors import L3EnvError, PlanError, PolicyError
+from l3env.knobs import KNOB_DTYPE
 from l3env.machine.pair import compile_pair
 from l3env.policies.learned_ppo import FILE, Learned
 from l3env.policies.network import Network, load_network
+from l3env.policy.levels import LEVELS, MORE_LEVELS, Levels, action_of, knobs_of, levels_of
 from l3env.runs.driver import run_policy
 
 ALL = [*LEVELS, *MORE_LEVELS]
@@ -46,7 +39,7 @@ def heads(env: ServingEnv) -> dict[str, list[bool]]:
 
 def test_by_default_an_action_is_what_it_was() -> None:
     env = ServingEnv(**V3)
-    assert list(env.knob_levels()) == list(LEVELS) == [name for name in ACTION if name not in MORE_LEVELS]
+    assert list(env.knob_levels()) == list(LEVELS)
     trained = load_network(FILE).config["levels"]  # of the network that ships
     assert list(trained) == list(LEVELS)
     assert env.action_space.nvec.tolist() == [len(values) for values in trained.values()]  # type: ignore[attr-defined]
@@ -139,7 +132,7 @@ def test_batched_equals_single() -> None:
             assert reward == rewards[i]
 
 
-@pytest.mark.parametrize("names", [[], ["order", "order"], ["victim"], "speed"])
+@pytest.mark.parametrize("names", [[], ["order", "order"], ["taste"], "speed"])
 def test_bad_names_are_one_clear_error(names: list[str] | str) -> None:
     with pytest.raises(L3EnvError, match=r"action_knobs = .*; expected one or more of admit_max_count, .*multi_token"):
         ServingEnv(action_knobs=names, **V3)
@@ -166,7 +159,9 @@ def test_discrete_actions_of_stable_baselines3() -> None:
     envs = sb3.make_vec_env(2, seed=0, action_knobs=ALL, discrete=["pim_form", "multi_token"], **V3)
     assert envs.action_space.n == 4
     assert envs.settings[:, :7].tolist() == [action_of(Knobs()).tolist()] * 4
-    assert envs.settings[:, 7:].tolist() == [[0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0]]
+    chosen = [list(envs.env.levels).index(name) for name in ("pim_form", "multi_token")]
+    assert envs.settings[:, chosen].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert not np.delete(envs.settings[:, 7:], np.array(chosen) - 7, axis=1).any()
     envs.reset()
     assert envs.action_masks().all()
     envs.step(np.array([3, 0]))
@@ -208,6 +203,21 @@ def test_a_network_with_more_knobs_runs_where_it_may(tmp_path: Path) -> None:
 
 
 def test_a_network_with_other_levels_is_refused(tmp_path: Path) -> None:
-    for levels in ({"pim_form": (0, 1, 2)}, {"speed": (0, 1)}, {"order": LEVELS["order"][:3]}):
-        with pytest.raises(PolicyError, match="trained with other levels than this version has"):
-            Learned(saved(tmp_path / "other.npz", LEVELS | levels))
+    for levels, says in (
+        ({"pim_form": (0, 1, 2)}, r"pim_form = 2.0; expected one of STORED \(0\), DECOMPRESSED \(1\)"),
+        ({"speed": (0, 1)}, "levels of 'speed': .*; expected levels of admit_max_count, "),
+        ({"order": ()}, "levels of 'order'"),
+    ):
+        with pytest.raises(PolicyError, match=rf"other\.npz: .*{says}"):
+            Learned(saved(tmp_path / "other.npz", {**LEVELS, **levels}))
+
+
+def test_a_network_keeps_its_levels_whatever_the_defaults_are_now(tmp_path: Path) -> None:
+    trained = {"order": LEVELS["order"][2:4], "headroom_frac": (0.03, 0.3)}
+    policy = Learned(saved(tmp_path / "own.npz", trained))
+    tables = compile_pair("gpu-dgx-a100", "llama-3-8b")
+    policy.prepare(tables, None)
+    engine = Engine(tables, 1, 1)
+    engine.reset(0, Workload.build("one", [0.0], [50], [5]))
+    engine.await_work(0, 1)
+    assert policy.decide(View(engine, 0)) == Knobs(order=LEVELS["order"][3], headroom_frac=0.3)

@@ -12,10 +12,11 @@ from gymnasium.utils.env_checker import check_env
 import l3env
 from l3env import FixedKnobs, Workload
 from l3env.choices import Budget
-from l3env.envs.observe.observer import FEATURES, FEATURES_COUNT, LEVELS, action_of, knobs_of
+from l3env.envs.observe.features import FEATURES, FEATURES_COUNT
 from l3env.envs.reward import REWARDS
 from l3env.envs.serving import ServingEnv
 from l3env.errors import L3EnvError, PlanError
+from l3env.policy.levels import LEVELS, action_of, knobs_of
 from l3env.runs.driver import run_policy
 from tests.envs.factories import OPTIONS, single
 

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from l3env import Knobs, View, Workload
 from l3env.choices import Budget, Order, Status, SubBatching
 from l3env.engine.engine import Engine, Slo, Until
-from l3env.envs.observe import features as kernels
-from l3env.envs.observe.observer import FEATURES, FEATURES_COUNT, LEVELS, Observer, action_of, knobs_of
+from l3env.envs.observe.feature import Feature
+from l3env.envs.observe.features import FEATURES, FEATURES_COUNT, GROUPS
+from l3env.envs.observe.observer import Observer
+from l3env.envs.observe.request_rows import Request
+from l3env.policy.levels import LEVELS, action_of, knobs_of
 from tests.engine.engine_cases import cases, compiled, knobs
 
 NAMES = [name for name, _ in FEATURES]
@@ -198,18 +201,20 @@ def compare_with_recounts(case, choices, seed) -> Engine:
     return engine
 
 
-def test_groups_lie_where_their_names_do() -> None:
-    starts = {
-        "waiting_count": kernels.QUEUE,
-        "prefilling_count": kernels.RUNNING,
-        "kv_hbm_share": kernels.MEMORY,
-        "next_gpu_0": kernels.PRICES,
-        "gpu_0_share": kernels.INTERVAL,
-        "prefill_load_short": kernels.ARRIVALS,
-        "has_pim": kernels.MACHINE,
-    }
-    assert {name: NAMES.index(name) for name in starts} == starts
-    assert len(set(NAMES)) == FEATURES_COUNT
+def test_features_are_told_apart_by_name() -> None:
+    assert len(set(NAMES)) == FEATURES_COUNT == len(NAMES)
+    assert [name for group in GROUPS for name in group.__members__] == NAMES
+    assert all([*group] == [*range(len(group))] for group in GROUPS)
+
+
+@pytest.mark.parametrize("group", [*GROUPS, Request])
+def test_every_feature_is_filled_in_and_its_scale_is_the_one_that_its_text_says(group: type[Feature]) -> None:
+    formulas = inspect.getsource(inspect.getmodule(group))
+    for each in group:
+        assert f"row[{group.__name__}.{each.name}]" in formulas
+        assert (f"SCALE.{each.name}" in formulas) == (each.scale is not None)
+        assert each.scale is None or f" {each.scale:,g}" in each.text
+        assert "{" not in each.text
 
 
 def served(system: str, model: str, workload: Workload, held: Knobs, iterations: int, slo: Slo | None = None):
@@ -277,7 +282,7 @@ def test_unfinished_requests_look_the_same_whatever_their_true_lengths() -> None
         engine.run(0, Until.ITERATIONS, 1)
         engine.await_work(0, 1)
     assert engine.state.env["finished_count"][0] > 5
-    assert "truth" not in inspect.getsource(kernels).replace("true", "")
+    assert all("truth" not in inspect.getsource(inspect.getmodule(group)) for group in (*GROUPS, Request))
 
 
 def test_longer_outputs_change_nothing_until_the_first_would_have_finished() -> None:

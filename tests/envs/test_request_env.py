@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from l3env import FixedKnobs, Knobs, View, run_policy
 from l3env.choices import Order, Status
 from l3env.engine.engine import Until
-from l3env.envs.observe.requests import REQUEST_FEATURES, RequestObserver, fixed_knobs
+from l3env.envs.observe.request_rows import REQUEST_FEATURES
+from l3env.envs.observe.requests import RequestObserver, fixed_knobs
 from l3env.envs.requests import ServingRequestsEnv, ServingRequestsVectorEnv
 from l3env.errors import L3EnvError, PlanError
 from tests.engine.beside_reference import STOPS, compare, start

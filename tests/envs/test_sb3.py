@@ -16,12 +16,12 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecNormalize
 
-from l3env.envs.observe.observer import LEVELS, action_of
 from l3env.envs.sb3 import settings_of
 from l3env.envs.serving import ServingEnv
 from l3env.envs.vector import ServingVectorEnv
 from l3env.errors import L3EnvError
-from l3env.policy.knobs import Knobs
+from l3env.knobs import Knobs
+from l3env.policy.levels import LEVELS, action_of
 from tests.envs.factories import OPTIONS, for_sb3, random_actions
 
 LEVELS_COUNT = sum(len(levels) for levels in LEVELS.values())

@@ -13,10 +13,10 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 import l3env.threads
-from l3env.envs.observe.observer import LEVELS
 from l3env.envs.serving import ServingEnv
 from l3env.envs.vector import ServingVectorEnv
 from l3env.errors import L3EnvError, PlanError
+from l3env.policy.levels import LEVELS
 from tests.envs.factories import OPTIONS, batched, random_actions
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch as th
 
 from l3env.choices import Order
-from l3env.envs.observe.observer import FEATURES, LEVELS, knobs_of
+from l3env.envs.observe.features import FEATURES
 from l3env.errors import L3EnvError
 from l3env.experiments.learning import cells as cells_module
 from l3env.experiments.learning import pictures, teacher
@@ -26,6 +26,7 @@ from l3env.experiments.train.export import interface
 from l3env.machine.pair import compile_pair
 from l3env.policies.learned_ppo import Learned
 from l3env.policies.network import Network
+from l3env.policy.levels import LEVELS, knobs_of
 from l3env.policy.registry import make_policy
 from l3env.requests.registry import load_trace
 from l3env.runs.driver import run_policy

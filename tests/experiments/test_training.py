@@ -14,7 +14,7 @@ import pytest
 import torch as th
 from scipy.stats import norm
 
-from l3env.envs.observe.observer import FEATURES, LEVELS
+from l3env.envs.observe.features import FEATURES
 from l3env.envs.sb3 import make_vec_env
 from l3env.envs.serving import ServingEnv
 from l3env.errors import L3EnvError, PolicyError
@@ -27,6 +27,7 @@ from l3env.experiments.train.windows import in_window
 from l3env.machine.pair import compile_pair
 from l3env.policies.learned_ppo import Learned
 from l3env.policies.network import load_network
+from l3env.policy.levels import LEVELS
 from l3env.requests.registry import load_trace
 from l3env.runs.driver import run_policy
 
@@ -208,8 +209,8 @@ def test_networks_of_other_features_are_refused(tmp_path: Path) -> None:
     train(config("maskable-ppo", total_steps=64), tmp_path)
     network = load_network(tmp_path / "best_model.npz")
     replace(network, config=dict(network.config) | {"features": ["colour"]}).save(tmp_path / "other.npz")
-    with pytest.raises(PolicyError, match="trained with other features"):
-        Learned(tmp_path / "other.npz")
+    with pytest.raises(PolicyError, match=r"other\.npz: features: there is no colour; expected some of waiting_count"):
+        load_network(tmp_path / "other.npz")
     (tmp_path / "torn.npz").write_bytes(b"PK")
     with pytest.raises(PolicyError, match=r"torn\.npz: not a policy network"):
         load_network(tmp_path / "torn.npz")

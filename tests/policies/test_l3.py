@@ -11,10 +11,10 @@ from sklearn.ensemble import RandomForestRegressor
 import l3env
 from l3env import View, Workload, make_policy
 from l3env.experiments.reproduce.common import machine
+from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
 from l3env.policies.l3 import L3
 from l3env.policies.predictors import OnlineForest, OnlineLinear, flatten, forest_sum
-from l3env.policy.knobs import Knobs
 from l3env.policy.plan import Plan
 from l3env.runs.driver import run_policy
 

@@ -10,8 +10,8 @@ import pytest
 
 from l3env import FixedKnobs, Knobs, make_policy, run_policy
 from l3env.engine.engine import Engine
-from l3env.envs.observe.observer import FEATURES
-from l3env.envs.observe.requests import REQUEST_FEATURES
+from l3env.envs.observe.features import FEATURES
+from l3env.envs.observe.request_rows import REQUEST_FEATURES
 from l3env.envs.requests import ServingRequestsEnv
 from l3env.errors import PlanError, PolicyError
 from l3env.experiments.learning.evolve_agent import environment, serve

@@ -9,11 +9,12 @@ import pytest
 
 import l3env
 from l3env import BasePolicy, FixedKnobs, Knobs, Order, make_policy
-from l3env.envs.observe.observer import FEATURES, LEVELS
+from l3env.envs.observe.features import FEATURES
 from l3env.errors import PolicyError
 from l3env.policies import learned_ppo, request_score
 from l3env.policies.learned_ppo import Learned
 from l3env.policies.network import load_network
+from l3env.policy.levels import LEVELS
 from l3env.policy.registry import policy_files, policy_name
 
 POLICY = """

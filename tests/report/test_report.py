@@ -15,8 +15,8 @@ from matplotlib.image import imread
 from rich.console import Console
 from scipy import stats
 
+from l3env.knobs import Knobs
 from l3env.machine.pair import compile_pair
-from l3env.policy.knobs import Knobs
 from l3env.policy.protocol import FixedKnobs
 from l3env.report import CONTRACT_COLUMNS, intervals, terminal_table, to_json, write_results
 from l3env.report.bootstrap import GOODPUT, block_size

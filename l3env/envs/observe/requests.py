@@ -23,12 +23,12 @@ from l3env.engine.engine import Engine
 from l3env.engine.kernels import plan, run
 from l3env.engine.kernels.run import Until
 from l3env.engine.kernels.scores import set_scores
-from l3env.envs.observe.features import write_features
-from l3env.envs.observe.listed import ROW_FEATURES, set_beside, write_requests
-from l3env.envs.observe.observer import FEATURES_COUNT, Levels, Observer, levels_of, observation_space
-from l3env.envs.observe.step import ACTION
+from l3env.envs.observe.features import FEATURES_COUNT, write_features
+from l3env.envs.observe.observer import Observer, observation_space
+from l3env.envs.observe.request_rows import REQUEST_FEATURES, set_beside, write_requests
 from l3env.errors import PlanError
-from l3env.policy.knobs import Knobs
+from l3env.knobs import ABOUT, Knobs, words_in, words_of
+from l3env.policy.levels import Levels, levels_of, named_levels, sizes_of
 from l3env.policy.plan import Scored
 from l3env.policy.view import View
 
@@ -36,25 +36,10 @@ DEFAULT_VISIBLE = 16
 
 SHOWN_FIRST = {"arrival": Order.FCFS, "deadline": Order.EARLIEST_DEADLINE_HOPELESS_LAST}
 """Which waiting requests an agent sees where more wait than K. By deadline, those who cannot meet theirs come last."""
+ROW_FEATURES = len(REQUEST_FEATURES)
 
-REQUEST_FEATURES: tuple[tuple[str, str], ...] = (
-    ("present", "1; rows without a request are all zeros"),
-    ("running", "1 for running requests, 0 for waiting ones"),
-    ("prefilling", "1 while its prompt is processed"),
-    ("in_hbm", "1 where its KV is in HBM"),
-    ("age", "time since its arrival over its TTFT SLO, scale 1"),
-    ("slack", "0.5 + 0.5 x / (|x| + 1); before its first token x is the time left to start over its TTFT SLO, then the "
-     "tokens it is ahead of the mean TBT of its SLO, over 16"),
-    ("late", "1 where its first token missed its deadline, or must miss it"),
-    ("prefill_work", "time of what is left of its prompt at the pace, over the nominal TTFT SLO, scale 1"),
-    ("kv_tokens", "KV it holds, or needs to start, scale 2,048"),
-    ("kv_over_free", "the same over free KV tokens, scale 1"),
-    ("emitted", "tokens it has emitted, scale 256"),
-    ("predicted_left", "its predicted output left, scale 256; 0 without a predictor"),
-    ("preemptions", "times it was preempted, scale 2"),
-)  # fmt: skip
-assert len(REQUEST_FEATURES) == ROW_FEATURES
-
+BESIDE = tuple(name for name in ABOUT if name not in ("order", "victim"))
+"""Knobs that can be set beside scores, which stand for the others."""
 
 ActionKnobs = Sequence[str] | Mapping[str, Sequence[Any]] | None
 
@@ -70,9 +55,8 @@ def fixed_knobs(settings: Mapping[str, Any] | None) -> Knobs:
     """The knobs beside the scores. Raises PlanError for one that does not exist or that scores stand for."""
     given = dict(settings or {})
     for name in given:
-        if name in ("order", "victim") or name not in Knobs.__dataclass_fields__:
-            known = ", ".join(field for field in Knobs.__dataclass_fields__ if field not in ("order", "victim"))
-            raise PlanError(f"knobs: {name!r} cannot be set beside scores; expected {known}")
+        if name not in BESIDE:
+            raise PlanError(f"knobs: {name!r} cannot be set beside scores; expected {', '.join(BESIDE)}")
     return Knobs(**given, order=Order.BY_SCORE, victim=Victim.LOWEST_SCORE)
 
 
@@ -92,14 +76,12 @@ def levels_beside(action_knobs: ActionKnobs) -> Levels:
         return {}
     given = action_knobs if isinstance(action_knobs, Mapping) else levels_of(action_knobs)
     for name, values in given.items():
-        if name not in ACTION or name == "order" or not len(values):
-            known = ", ".join(each for each in ACTION if each != "order")
+        if name not in BESIDE or not len(values):
             raise PlanError(
-                f"action_knobs: {name!r} = {values!r}; expected levels of {known}: scores stand for the order"
+                f"action_knobs: {name!r} = {values!r}; expected levels of {', '.join(BESIDE)}: "
+                "scores stand for the order and the victim"
             )
-        for value in values:
-            Knobs(**{name: value})
-    return {name: tuple(values) for name, values in given.items()}
+    return named_levels(given)
 
 
 class ViewRequestObserver:
@@ -154,11 +136,8 @@ class RequestObserver(Observer):
         super().__init__(engine, has_predictor=has_predictor)
         self._show = int(show)
         beside = levels or {}
-        self._beside = np.array([ACTION.index(name) for name in beside], np.int64)
-        self._counts = np.array([len(values) for values in beside.values()], np.int64)
-        self._beside_values = np.zeros((len(beside), max(map(len, beside.values()), default=0)))
-        for row, values in zip(self._beside_values, beside.values(), strict=True):
-            row[: len(values)] = [float(value) for value in values]
+        self._beside, self._beside_words = words_of(beside)
+        self._counts = sizes_of(beside)
         self.seen = np.full((engine.num_envs, 2 * visible), -1, np.int64)
         self._frontier = np.zeros((engine.num_envs, visible + 2), np.int64)
         knobs.write(engine.knobs, slice(None))
@@ -203,13 +182,13 @@ class RequestObserver(Observer):
         self, actions: NDArray[Any], until: Until, limits: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Scores the visible requests and runs every environment to its own limit, on all cores."""
-        engine = self.engine
+        engine, words = self.engine, words_in(self.engine.knobs)
         state, rows = self._room()
 
         def share(first: int, last: int) -> None:
             set_scores(engine.state, first, last, self.seen[first:last], actions[first:last])
             if self._beside.size:
-                set_beside(engine.knobs, first, last, self._beside, self._beside_values, self._counts, actions)
+                set_beside(words, first, last, self._beside, self._beside_words, self._counts, actions)
             run.run(engine.tables, engine.state, engine.knobs, first, last, int(until), limits)
             plan.await_work(engine.tables, engine.state, first, last)
             self._write(first, last, state, rows)
