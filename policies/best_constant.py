@@ -17,7 +17,7 @@ from l3env.engine.engine import Slo
 from l3env.errors import PlanError, PolicyError
 from l3env.knobs import ABOUT, Knobs
 from l3env.machine.tables import Tables
-from l3env.policy.protocol import FixedKnobs
+from l3env.policy.protocol import FixedKnobs, Role
 from l3env.requests.workload import Workload
 from l3env.search.tune import GRID, Cell, Grid, Tuned, tune
 
@@ -28,6 +28,8 @@ _found: dict[str, Tuned] = {}
 
 class BestConstant(FixedKnobs):
     """The best fixed knobs for this machine, trace and load, searched on the training requests."""
+
+    role = Role.TUNED
 
     def __init__(self, name: str = "best-constant", grid: Grid = GRID) -> None:
         super().__init__(name, Knobs())
@@ -61,6 +63,8 @@ class BestConstantInOrder(BestConstant):
 
 class BestConstantGlobal(FixedKnobs):
     """One setting for all cells, the best on average over the training grid."""
+
+    role = Role.TUNED
 
     def __init__(self, path: Path = GLOBAL_FILE) -> None:
         super().__init__("best-constant-global", read_knobs(path))

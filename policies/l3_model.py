@@ -19,6 +19,7 @@ class L3Model(BasePolicy):
 
     name = "l3-model"
     decision_interval_s = float("inf")
+    reference_with_pim = True
 
     def decide(self, view: View) -> Knobs:
         if view.system.has_pim:

@@ -19,7 +19,7 @@ from l3env.machine.tables import Tables
 from l3env.policies.network import Network, load_network
 from l3env.policy import LengthPredictor
 from l3env.policy.levels import Levels, knobs_of, named_levels, sizes_of
-from l3env.policy.protocol import BasePolicy
+from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.registry import make_policy
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
@@ -30,6 +30,8 @@ FILE = Path(__file__).parent / "data" / "learned-ppo.npz"
 
 class Learned(BasePolicy):
     """The most likely level of each knob, every ``interval_s`` seconds."""
+
+    role = Role.LEARNED
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.name = name or path.stem

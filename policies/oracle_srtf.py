@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from l3env.policies.srtf_predicted import SHORTEST_REMAINING
-from l3env.policy.protocol import FixedKnobs
+from l3env.policy.protocol import FixedKnobs, Role
 
 
 class OracleSrtf(FixedKnobs):
     """``srtf-predicted`` with a perfect predictor."""
 
+    role = Role.ORACLE
     wants_truth = True
 
     def __init__(self, **knobs: Any) -> None:

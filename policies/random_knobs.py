@@ -7,7 +7,7 @@ import numpy as np
 from l3env.choices import Budget, Order
 from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
-from l3env.policy.protocol import BasePolicy
+from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 
@@ -18,6 +18,7 @@ BUDGETS = (256, 512, 1024, 2048, 4096, 8192, int(Budget.UNLIMITED), int(Budget.A
 class RandomKnobs(BasePolicy):
     """Draws every knob uniformly."""
 
+    role = Role.FLOOR
     name = "random"
     decision_interval_s = 1.0
 

@@ -19,7 +19,7 @@ from l3env.choices import Order, SubBatching, Victim
 from l3env.engine.state import Score
 from l3env.errors import PolicyError
 from l3env.knobs import Knobs
-from l3env.policy.protocol import BasePolicy
+from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 
 FILE = Path(__file__).parent / "data" / "request-score.json"
@@ -36,6 +36,7 @@ KNOBS = Knobs(
 class RequestScore(BasePolicy):
     """Schedules by the scores of a file that ``l3env.experiments.learning.evolve`` wrote."""
 
+    role = Role.LEARNED
     decision_interval_s = math.inf
 
     def __init__(self, path: Path = FILE, name: str = "request-score") -> None:

@@ -24,7 +24,7 @@ from l3env.envs.observe.requests import ViewRequestObserver
 from l3env.errors import PolicyError
 from l3env.machine.tables import Tables
 from l3env.policy.plan import Scored
-from l3env.policy.protocol import BasePolicy
+from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 
@@ -93,6 +93,7 @@ class RequestsAgent(BasePolicy):
         fixed_order: the same knobs, but requests in the order that the search began with.
     """
 
+    role = Role.LEARNED
     decision_interval_s = INTERVAL_S
     decides_at_events = True
 

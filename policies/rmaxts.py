@@ -30,7 +30,7 @@ from l3env.knobs import KNOB_DTYPE, Knobs
 from l3env.machine.tables import Tables
 from l3env.policies.best_constant import BestConstant, BestConstantInOrder, key_of
 from l3env.policies.imagined import Known
-from l3env.policy.protocol import BasePolicy
+from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 from l3env.search import tree as rmaxts
@@ -70,6 +70,7 @@ class RMaxTS(BasePolicy):
         beyond: a trial goes on past the first interval, and at its end those on track count as served.
     """
 
+    role = Role.PLANNER
     name = "rmaxts"
 
     def __init__(
@@ -290,7 +291,7 @@ class _Search:
         before = rollouts.env[:count].copy()
         is_new = np.zeros(count)
         for level in range(LEVELS if policy.beyond else 1):
-            rollouts.engine.knobs[:] = policy._rows[actions[:, level]]
+            rollouts.hold(policy._rows[actions[:, level]])
             rollouts.run_until(np.minimum(ends_s, self.now_s + (level + 1) * policy.decision_interval_s))
             for trial, state in enumerate(self._coarse(count)):
                 if state not in self.seen:
@@ -309,10 +310,9 @@ class _Search:
 
     def _coarse(self, count: int) -> list[tuple[int, ...]]:
         """Octaves of queue and batch, tenths of each kind of memory."""
-        env, pool = self.rollouts.env[:count], self.rollouts.engine.state.pool["used"][:count]
-        blocks = self.rollouts.engine.tables.pool_blocks[0]
-        hbm = 10 * pool[:, 0] // max(int(blocks[0]), 1)
-        pim = 10 * pool[:, 1:].sum(axis=1) // max(int(blocks[1:].sum()), 1)
+        env, (used, blocks) = self.rollouts.env[:count], self.rollouts.pool_blocks
+        hbm = 10 * used[:count, 0] // max(int(blocks[0]), 1)
+        pim = 10 * used[:count, 1:].sum(axis=1) // max(int(blocks[1:].sum()), 1)
         octaves = [np.log2(1 + env[name]).astype(np.int64) for name in ("waiting_count", "running_count")]
         return list(zip(*(each.tolist() for each in (*octaves, hbm, pim)), strict=True))
 

@@ -17,5 +17,7 @@ TOKEN_BUDGET = 512
 class Sarathi(FixedKnobs):
     """Stall-free batching under a token budget an iteration."""
 
+    reference_with_pim = False
+
     def __init__(self, **knobs: Any) -> None:
         super().__init__("sarathi", Knobs(prefill_budget_tokens=TOKEN_BUDGET, budget_counts_decodes=True), **knobs)

@@ -11,22 +11,22 @@ from l3env.errors import L3EnvError
 from l3env.experiments.learning.cells import Cell, Job, run_jobs
 from l3env.experiments.learning.iqm import summarise
 from l3env.policies.learned_ppo import FILE
-from l3env.policy.registry import policy_names
+from l3env.policy.protocol import Role
+from l3env.policy.registry import policies_of, policy_names
 
-CONSTANTS = ("best-constant", "best-constant-global", "best-constant-in-order")
+BASELINES = ("best-constant", "best-constant-global")  # constants besides the heuristics
 LEARNED = "learned"
-NO_OPPONENT = ("random", "rmaxts", "learned-ppo", "request-score", "requests-agent", *CONSTANTS)  # besides oracles
 
 
 def heuristics() -> tuple[str, ...]:
     """The shipped policies that nothing was tuned or trained for: no oracles, and no planner."""
-    return tuple(name for name in policy_names() if not name.startswith("oracle-") and name not in NO_OPPONENT)
+    return policies_of(Role.HEURISTIC)
 
 
 def baselines_of(text: str) -> tuple[str, ...]:
     """``best``: all heuristics and the tuned constants; otherwise names with commas between."""
     if text == "best":
-        return (*heuristics(), *CONSTANTS[:2])
+        return (*heuristics(), *BASELINES)
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if unknown := [name for name in names if name not in policy_names() and ".py:" not in name]:
         raise L3EnvError(f"--baselines: unknown {', '.join(unknown)}; expected best, or some of {policy_names()}")

@@ -28,18 +28,10 @@ from l3env.experiments.learning.cells import EVALUATION_WINDOW, TRAINING_WINDOW,
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES, UTILIZATIONS, grid_cells
 from l3env.experiments.learning.iqm import CELL, GOODPUT, interquartile_mean
 from l3env.files import write_text
+from l3env.policy.protocol import Role
+from l3env.policy.registry import policies_of
 
-HEURISTICS = (
-    "edf",
-    "sjf-prompt",
-    "srtf-predicted",
-    "sarathi",
-    "l3-model",
-    "fill-capacity",
-    "fcfs",
-    "hybrid-greedy",
-    "adaptive-placement",
-)
+HEURISTICS = tuple(name for name in policies_of(Role.HEURISTIC) if name != "l3")  # l3-model stands for it
 CONSTANTS = ("best-constant", "best-constant-in-order")  # the second is where the planner starts from
 HEURISTIC = "best heuristic"
 PLANNER = "rmaxts"

@@ -12,7 +12,6 @@ from l3env.cli.shared import (
     Jobs,
     Json,
     Model,
-    Policies,
     PrefixCache,
     SloForm,
     TbtLimit,
@@ -33,9 +32,6 @@ from l3env.cli.shared import (
 )
 from l3env.errors import L3EnvError
 
-DEFAULT_POLICIES = (
-    "fcfs,sarathi,fill-capacity,l3,l3-model,edf,sjf-prompt,srtf-predicted,oracle-srtf,hybrid-greedy,random"
-)
 DEMO_POLICIES = "fcfs,sarathi,l3,edf,sjf-prompt,srtf-predicted"
 
 
@@ -44,7 +40,10 @@ def compare(
     system: Annotated[str, typer.Option(help="A preset (l3env systems) or a TOML file.")] = "l3-dgx-a100",
     model: Model = "gpt-175b",
     trace: Trace = "azure-conv-2023",
-    policies: Policies = DEFAULT_POLICIES,
+    policies: Annotated[
+        str | None,
+        typer.Option(help="Names with commas between, or file.py:Class; by default heuristics, oracles and `random`."),
+    ] = None,
     load: Annotated[str, typer.Option(help="Times the trace's own arrival rate; several with commas.")] = "1.0",
     utilization: Annotated[
         str | None, typer.Option(help="Instead of --load: times what the reference policy serves at saturation.")
@@ -72,6 +71,8 @@ def compare(
     exclusive(context, "load", "utilization")
     exclusive(context, "config", *(context.params.keys() - {"config", "out", "fresh", "jobs", "as_json"}))
     announce_compilation(compile_now=jobs != 1)
+    from l3env.policy.protocol import Role
+    from l3env.policy.registry import policies_of
     from l3env.runs.grid import Grid
     from l3env.runs.store import read_config
 
@@ -81,7 +82,7 @@ def compare(
             raise L3EnvError(f"{config}: several systems, models or traces; expected one of each, or use l3env sweep")
     else:
         wanted = Grid(
-            names(policies, "--policies"),
+            names(policies, "--policies") if policies else policies_of(Role.HEURISTIC, Role.ORACLE, Role.FLOOR),
             (system,),
             (model,),
             (trace,),

@@ -114,7 +114,7 @@ class Rollouts:
                 target[trial, h, :rows] = source[scenario, h, :rows]
 
     def run_until(self, times_s: NDArray[np.float64]) -> None:
-        """Runs every trial under its knobs (``engine.knobs``) to its time, (trials,) in seconds."""
+        """Runs every trial under its knobs to its time, (trials,) in seconds."""
         self.engine.run_all(Until.TIME, times_s)
 
     def on_track(self) -> NDArray[np.int64]:
@@ -122,6 +122,15 @@ class Rollouts:
         found = np.zeros(self.trials_count, np.int64)
         snapshot.count_on_track(self.engine.state, found)
         return found
+
+    def hold(self, knobs: NDArray[np.void]) -> None:
+        """The knobs of the trials until they are set anew: (trials,) rows of KNOB_DTYPE."""
+        self.engine.knobs[:] = knobs
+
+    @property
+    def pool_blocks(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """((trials, P) blocks of memory pools in use, (P,) what each pool has)."""
+        return self.engine.state.pool["used"].copy(), self.engine.tables.pool_blocks[0].copy()
 
     @property
     def env(self) -> NDArray[np.void]:

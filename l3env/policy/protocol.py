@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,10 +25,22 @@ from l3env.requests.workload import Workload
 LengthPredictor = Callable[[NDArray[np.int64]], NDArray[np.float64]]
 
 
+class Role(StrEnum):
+    """What a policy is in a comparison."""
+
+    HEURISTIC = "heuristic"  # rules; nothing of it was searched or trained
+    TUNED = "tuned"  # fixed settings that a search found
+    PLANNER = "planner"  # tries its decisions out on imagined futures
+    LEARNED = "learned"  # trained beforehand
+    ORACLE = "oracle"  # knows the truth: an upper reference
+    FLOOR = "floor"  # a lower one
+
+
 class Policy(Protocol):
-    """A scheduling policy. ``decide`` is all it needs; see ``BasePolicy`` for the defaults of the rest."""
+    """A scheduling policy: everything that may be asked of one. ``BasePolicy`` has defaults for all but ``decide``."""
 
     name: str
+    role: Role
     decision_interval_s: float
     decides_at_events: bool
     wants_truth: bool
@@ -37,9 +50,17 @@ class Policy(Protocol):
 
     def predictor(self) -> LengthPredictor | None: ...
 
+    def scorer(self) -> NDArray[np.float64] | None: ...
+
     def decide(self, view: View) -> Knobs | Scored | Plan: ...
 
+    def score_segments(self, segments: NDArray[np.void]) -> NDArray[np.float64]: ...
+
     def figures(self) -> dict[str, float]: ...
+
+
+HOOKS = tuple(name for name in (*Policy.__annotations__, *vars(Policy)) if not name.startswith("_"))
+"""Names of all that ``Policy`` asks for."""
 
 
 class BasePolicy:
@@ -47,6 +68,8 @@ class BasePolicy:
 
     Attributes:
         name: what tables call it.
+        role: what it is in a comparison; lists of policies go by it.
+        reference_with_pim: True, False: ``utilization`` refers to its capacity on systems with, without a PIM side.
         decision_interval_s: simulated time for which returned Knobs hold; 0 decides at every iteration, infinity once.
             After a Plan the policy is always asked again at the next iteration.
         decides_at_events: it is asked at every arrival, finish and preemption, too.
@@ -55,6 +78,8 @@ class BasePolicy:
     """
 
     name = "unnamed"
+    role = Role.HEURISTIC
+    reference_with_pim: bool | None = None
     decision_interval_s = 0.0
     decides_at_events = False
     wants_truth = False
@@ -85,7 +110,8 @@ class BasePolicy:
         Asked before every decision, where the prefix cache's rule is ``score``.
 
         Args:
-            segments: (n,) rows of ``l3env.prefix.SEGMENT_ROW_DTYPE``: those that nobody holds, longest idle first.
+            segments: (n,) rows of ``SEGMENT_ROW_DTYPE`` (``l3env.engine.segments``): those that nobody holds, longest
+                idle first.
 
         Returns:
             (n,) scores. They last until the next time; a segment that was never scored has 0.

@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 
 from l3env.errors import L3EnvError, PolicyError
 from l3env.knobs import Knobs
-from l3env.policy.protocol import Policy
+from l3env.policy.protocol import HOOKS, Policy, Role
 from l3env.policy.sources import data_files, importable, source_files
 from l3env.reference import Reference, parameters, parse
 
@@ -58,6 +58,25 @@ def policy_factories() -> dict[str, Factory]:
     """Name -> factory of every policy known."""
     found = {point.name: cast(Factory, point.load()) for point in entry_points(group=ENTRY_POINT_GROUP)}
     return found | _registered
+
+
+def policies_of(*roles: Role) -> tuple[str, ...]:
+    """Names of the policies that have one of the roles, role by role."""
+    role_of = {name: getattr(factory, "role", Role.HEURISTIC) for name, factory in sorted(policy_factories().items())}
+    return tuple(name for role in roles for name in role_of if role_of[name] == role)
+
+
+@functools.cache
+def reference_policy(has_pim: bool) -> str:
+    """The policy whose capacity ``utilization`` refers to, on systems with or without a PIM side.
+
+    Raises PolicyError where none, or more than one, declares that it is.
+    """
+    factories = policy_factories().items()
+    found = [name for name, factory in factories if getattr(factory, "reference_with_pim", None) is has_pim]
+    if len(found) != 1:
+        raise PolicyError(f"reference_with_pim = {has_pim}: declared by {found}; expected one policy")
+    return found[0]
 
 
 def make_policy(ref: PolicyLike) -> Policy:
@@ -125,8 +144,7 @@ def policy_module(ref: PolicyLike) -> Path | None:
 
 def check_policy(policy: Any, ref: str) -> Policy:
     """Raises PolicyError where an object does not keep the protocol, or wants the truth without saying so."""
-    needed = ("name", "decision_interval_s", "wants_truth", "prepare", "predictor", "decide", "figures")
-    missing = [name for name in needed if not hasattr(policy, name)]
+    missing = [name for name in HOOKS if getattr(policy, name, None) is None]
     if missing:
         raise PolicyError(f"{ref}: not a policy: lacks {', '.join(missing)} (derive from l3env.BasePolicy)")
     if policy.wants_truth and not policy.name.startswith("oracle-"):

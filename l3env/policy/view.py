@@ -62,6 +62,11 @@ class PoolView:
         return (self.capacity_blocks - self.used_blocks) * self.block_tokens
 
 
+def watched(view: View) -> tuple[Engine, int]:
+    """The engine behind a view and the environment in it: for observers, which show no truth; never for policies."""
+    return view._engine, view._e
+
+
 class View:
     """What a real scheduler could know, at one decision. Made fresh each time; arrays handed out are copies."""
 

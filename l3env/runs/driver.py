@@ -19,6 +19,7 @@ from l3env.machine.pair import compile_pair
 from l3env.machine.tables import Tables
 from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import FixedKnobs, Policy
+from l3env.policy.registry import check_policy, policy_name
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 from l3env.runs.metrics import Outcome, collect
@@ -52,7 +53,7 @@ def run_policy(
     """
     shares = replica_shares(workload, tables.replicas_count)
     shares = [rows for rows in shares if rows.size]
-    policy.slo = slo or Slo()
+    check_policy(policy, policy_name(policy)).slo = slo or Slo()
     rule = eviction_rule(prefix_cache)
     engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record, prefix_cache=rule)
     own: list[dict[str, float]] = []
@@ -121,7 +122,7 @@ class Driver:
 
     def __init__(self, engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
         self.engine, self.e, self.policy, self.watch = engine, e, policy, watch
-        weights = policy.scorer() if hasattr(policy, "scorer") else None
+        weights = policy.scorer()
         if weights is not None:
             engine.score_with(e, weights)
         self._held_until_s = -math.inf  # the knobs that stand hold until then
@@ -145,7 +146,7 @@ class Driver:
         """
         engine, e = self.engine, self.e
         before_s = float(engine.state.env["clock_s"][e])
-        at_events = getattr(self.policy, "decides_at_events", False)
+        at_events = self.policy.decides_at_events
         plan = None
         if before_s >= self._held_until_s or (at_events and happened_count(engine, e) != self._happened_count):
             plan = self._decide()
@@ -192,13 +193,10 @@ class Driver:
         state = self.engine.state
         if not isinstance(state.prefix, PrefixArrays) or state.prefix.env["eviction"][self.e] != Eviction.SCORE:
             return
-        score = getattr(self.policy, "score_segments", None)
-        if score is None:
-            raise PolicyError(f"policy {self.policy.name!r} has no score_segments, which prefix cache 'score' asks for")
         rows = idle_segments(state, self.e)
         if not rows.size:
             return
-        scores = np.asarray(score(rows), dtype=float)
+        scores = np.asarray(self.policy.score_segments(rows), dtype=float)
         if scores.shape != rows.shape or not np.isfinite(scores).all():
             raise PolicyError(f"policy {self.policy.name!r}: score_segments must return one finite number per row")
         score_segments(state, self.e, rows["segment"], scores)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from l3env.errors import L3EnvError
+from l3env.policy.registry import reference_policy
 from l3env.runs.cell import Cell, Result, Saturation, job_name, lookup, serve
 from l3env.runs.content import requests_sha256, sources_sha256
 from l3env.runs.jobs import Ended, Progress, run_jobs
-from l3env.runs.saturation import load_at_capacity, reference_policy
+from l3env.runs.saturation import load_at_capacity
 from l3env.runs.store import Done, Job, Store
 from l3env.runs.workers import HERE, Workers
 
@@ -115,7 +116,7 @@ def _saturation_job(place: Saturation, plan: str) -> Job:
         "machine": [tables.system, tables.model, place.machine.tp, place.machine.block_tokens],
         "requests": requests_sha256(requests),
         "prefix_cache": place.prefix_cache,
-        "policy": lookup(plan).policy(reference_policy(tables)),
+        "policy": lookup(plan).policy(reference_policy(tables.has_pim)),
         "l3env": sources_sha256(Path(__file__)),
     }
     return Job(job_name(place, "saturation", *parts), row, depends, partial(_saturate, place, plan))

@@ -9,21 +9,16 @@ import numpy as np
 from l3env.errors import L3EnvError
 from l3env.machine.tables import Tables
 from l3env.policy.protocol import Policy
-from l3env.policy.registry import make_policy
+from l3env.policy.registry import make_policy, reference_policy
 from l3env.requests.workload import Workload
 from l3env.runs.driver import run_policy
-
-
-def reference_policy(tables: Tables) -> str:
-    """The policy whose capacity ``utilization`` refers to."""
-    return "l3-model" if tables.has_pim else "sarathi"
 
 
 def capacity_requests_per_s(
     tables: Tables, workload: Workload, policy: Policy | None = None, *, prefix_cache: str = "off"
 ) -> float:
     """What a system serves at saturation: all requests present at once, rate at which the first 90 % finish."""
-    chosen = policy or make_policy(reference_policy(tables))
+    chosen = policy or make_policy(reference_policy(tables.has_pim))
     outcome = run_policy(tables, workload.closed_loop(), chosen, record=False, prefix_cache=prefix_cache)
     finish_s = np.sort(outcome.requests["finish_s"].dropna().to_numpy())
     if finish_s.size == 0:

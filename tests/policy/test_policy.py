@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,25 +14,15 @@ from l3env import BasePolicy, Budget, Knobs, Order, Plan, View, Workload
 from l3env.choices import Status
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Until
+from l3env.engine.state import State, arrays
 from l3env.errors import PlanError, PolicyError
 from l3env.machine.tables import Tables
-from l3env.policy.registry import make_policy, policy_names
+from l3env.policy.protocol import HOOKS, Role
+from l3env.policy.registry import make_policy, policies_of, policy_factories, policy_names, reference_policy
 from l3env.policy.view import ROW_DTYPE
 from l3env.runs.driver import drive, predictions, run_policy
 
-SHIPPED = [
-    "edf",
-    "fcfs",
-    "fill-capacity",
-    "hybrid-greedy",
-    "l3",
-    "l3-model",
-    "oracle-srtf",
-    "random",
-    "sarathi",
-    "sjf-prompt",
-    "srtf-predicted",
-]
+SHIPPED = policies_of(Role.HEURISTIC, Role.ORACLE, Role.FLOOR)
 
 
 def poisson(count: int, rate_per_s: float, seed: int = 0, output: tuple[int, int] = (5, 200)) -> Workload:
@@ -94,6 +86,41 @@ def test_row_fields_hold_no_output_length() -> None:
     assert not {"output_tokens", "truth", "remaining_tokens"} & set(ROW_DTYPE.names or ())
 
 
+def test_a_view_hands_out_no_memory_of_the_engine(mha_tables: Tables) -> None:
+    """All that a policy can ask a view for, asked: no array of it is the engine's, and the engine stays as it was."""
+    engine = Engine(mha_tables, 1, 30)
+    engine.reset(0, poisson(30, 50.0))
+    Knobs(admit_max_count=1).write(engine.knobs, 0)
+    engine.run(0, Until.TIME, 0.3)
+    view = View(engine, 0)
+    view.waiting(30)  # puts the queue in order where nobody has yet
+    before = [each.copy() for each in arrays(engine.state)]
+    asked = [name for name in dir(View) if not name.startswith("_") and name not in ("imagine", "waiting", "system")]
+    found = [getattr(view, name) for name in asked] + [view.waiting(30)]
+    pools = view.pools
+    for each in [*found, pools.used_blocks, pools.capacity_blocks, pools.free_tokens]:
+        if isinstance(each, np.ndarray):
+            assert not any(np.shares_memory(each, own) for own in (*arrays(engine.state), *mha_tables.arrays))
+            each[...] = np.zeros(1, each.dtype)
+        else:
+            assert not isinstance(each, Engine | State)
+    assert view.running_count > 0
+    for was, now in zip(before, arrays(engine.state), strict=True):
+        np.testing.assert_array_equal(was.view(np.uint8), now.view(np.uint8))
+
+
+def test_shipped_policies_look_at_nothing_behind_a_view() -> None:
+    for path in (Path(l3env.__file__).parent / "policies").glob("*.py"):
+        names = {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
+        imported = {
+            each.name
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.ImportFrom)
+            for each in node.names
+        }
+        assert not (names | imported) & {"_engine", "_env", "engine", "state", "truth", "watched", "Engine"}, path
+
+
 def test_only_oracles_get_the_truth() -> None:
     workload = poisson(10, 1.0)
 
@@ -120,8 +147,32 @@ def test_predictor_learns_the_mean_output_of_similar_prompts() -> None:
     np.testing.assert_allclose(predict(np.array([100, 900])), [100, 900], atol=15)
 
 
-def test_all_shipped_policies_are_registered() -> None:
-    assert set(SHIPPED) <= set(policy_names())
+def test_roles_are_what_policies_do() -> None:
+    """Oracles are those that get the truth; tuned, planning and trained ones bring what they searched or learned."""
+    assert {*policies_of(*Role)} == {*policy_names()}
+    assert all(policies_of(role) for role in Role)
+    factories = policy_factories()
+    wants = {name for name in policy_names() if getattr(factories[name], "wants_truth", False)}
+    assert {*policies_of(Role.ORACLE)} == wants == {name for name in policy_names() if name.startswith("oracle-")}
+    assert {"sarathi", "l3", "l3-model", "edf", "adaptive-placement"} <= {*policies_of(Role.HEURISTIC)}
+    assert "best-constant" in policies_of(Role.TUNED)
+    assert "learned-ppo" in policies_of(Role.LEARNED)
+    assert policies_of(Role.PLANNER, Role.FLOOR) == ("rmaxts", "random")
+    assert [reference_policy(has_pim) for has_pim in (True, False)] == ["l3-model", "sarathi"]
+
+
+def test_what_may_be_asked_of_a_policy_stands_in_the_protocol_and_has_a_default() -> None:
+    assert {"scorer", "score_segments", "decides_at_events", "role", "decide"} < {*HOOKS}
+    assert all(hasattr(BasePolicy, name) for name in HOOKS)
+
+    class Own:
+        name = "own"
+
+        def decide(self, view: View) -> Knobs:
+            return Knobs()
+
+    with pytest.raises(PolicyError, match=r"own: not a policy: lacks role, .*scorer, score_segments, figures"):
+        run_policy(l3env.compile_pair("gpu-dgx-a100", "llama-3-8b"), poisson(2, 1.0), Own())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

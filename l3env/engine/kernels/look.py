@@ -13,7 +13,7 @@ from l3env.jit import kernel
 
 @kernel
 def gather(t, s, e, idx, out):
-    """Rows of present requests (VIEW_DTYPE) into ``out``, as of now."""
+    """Rows of present requests (``policy.view.ROW_DTYPE``) into ``out``, as of now."""
     req = s.req
     for i in range(idx.shape[0]):
         r = idx[i]
