@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., object])
 # no wrappers for being called from Python: they would cost more compile time than the functions
 CALLED_FROM_KERNELS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 PACKAGE = Path(__file__).parent
-IMPORT = re.compile(r"^from (l3env[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
+IMPORT = re.compile(r"^ *from (l3env[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
 COMPILER = f"{numba.__version__} {llvmlite.__version__} {sys.version}"
 
 

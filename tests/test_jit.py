@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from l3env import jit
+from l3env.engine.kernels import run
 
 FILES = {
     "kernels/top.py": "from l3env.kernels import middle\nfrom l3env.layout import (\n    SIZE,\n    WIDTH,\n)\n",
@@ -65,9 +66,8 @@ def test_an_edit_compiles_anew_what_it_can_reach(
 
 def test_sources_hold_every_module_that_python_loads() -> None:
     """Found in the text, against what an import really brings."""
-    module = "l3env.engine.kernels.run"
-    loaded = reached(sys.modules[module])
-    found = {path.relative_to(jit.PACKAGE).with_suffix("") for path in jit.sources(Path(sys.modules[module].__file__))}
+    loaded = reached(run)
+    found = {path.relative_to(jit.PACKAGE).with_suffix("") for path in jit.sources(Path(run.__file__))}
     assert loaded <= {".".join(("l3env", *path.parts)) for path in found}
 
 

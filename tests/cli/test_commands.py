@@ -115,3 +115,14 @@ def test_options_of_a_command_follow_from_a_dataclass() -> None:
     shown = runner.invoke(alone, ["--help"]).output
     assert "--inner" not in shown
     assert "Several rates." in shown
+
+
+def test_the_command_line_starts_without_the_engine() -> None:
+    """Names of the package are imported when they are asked for; all that it says it has can be."""
+    code = (
+        "import sys, l3env.cli; heavy = {'numba', 'pandas', 'scipy', 'pyarrow'} & sys.modules.keys(); "
+        "import l3env; missing = [name for name in l3env.__all__ if not hasattr(l3env, name)]; "
+        "sys.exit(str((heavy, missing)) if heavy or missing or hasattr(l3env, 'nosuch') else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

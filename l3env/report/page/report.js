@@ -7,7 +7,7 @@ const SCOPES = { level: "this load", scenario: "all loads here", study: "the who
 const byId = (id) => document.getElementById(id);
 const unique = (values) => [...new Set(values)];
 const layoutBase = { margin: { l: 60, r: 20, t: 30, b: 50 }, font: { size: 12 }, paper_bgcolor: "#fff", plot_bgcolor: "#fff" };
-const CONFIG = { responsive: true, displaylogo: false };
+const CONFIG = { responsive: true, displaylogo: false, showSendToCloud: false };
 const choice = {};
 
 function number(value) {
