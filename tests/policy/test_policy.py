@@ -14,7 +14,7 @@ from l3env import BasePolicy, Budget, Knobs, Order, Plan, View, Workload
 from l3env.choices import Status
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Until
-from l3env.engine.state import State, arrays
+from l3env.engine.state import State, arrays, copy
 from l3env.errors import PlanError, PolicyError
 from l3env.machine.tables import Tables
 from l3env.policy.protocol import HOOKS, Role
@@ -94,7 +94,7 @@ def test_a_view_hands_out_no_memory_of_the_engine(mha_tables: Tables) -> None:
     engine.run(0, Until.TIME, 0.3)
     view = View(engine, 0)
     view.waiting(30)  # puts the queue in order where nobody has yet
-    before = [each.copy() for each in arrays(engine.state)]
+    before = copy(engine.state)
     asked = [name for name in dir(View) if not name.startswith("_") and name not in ("imagine", "waiting", "system")]
     found = [getattr(view, name) for name in asked] + [view.waiting(30)]
     pools = view.pools
@@ -105,7 +105,7 @@ def test_a_view_hands_out_no_memory_of_the_engine(mha_tables: Tables) -> None:
         else:
             assert not isinstance(each, Engine | State)
     assert view.running_count > 0
-    for was, now in zip(before, arrays(engine.state), strict=True):
+    for was, now in zip(arrays(before), arrays(engine.state), strict=True):
         np.testing.assert_array_equal(was.view(np.uint8), now.view(np.uint8))
 
 
