@@ -12,12 +12,11 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from l3env.choices import Budget, PimForm, SubBatching
 from l3env.knobs import Knobs
-from l3env.machine.costs.experts import beside_s
-from l3env.machine.tables import Tables, fc_grid_tokens
+from l3env.machine.batch import Decodes
+from l3env.machine.tables import Tables
 from l3env.policy.protocol import BasePolicy
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
@@ -36,92 +35,40 @@ class Place:
     pim_form: PimForm = PimForm.STORED
 
 
-class Steps:
-    """Decode steps of equal requests as the tables price them."""
+def capacity(tables: Tables, place: Place, context_tokens: float) -> float:
+    """Requests that fit when all go to the place, new ones' headroom kept."""
+    blocks = math.ceil(context_tokens / tables.block_tokens)
+    pools = tables.arrays.pool_blocks[0] * (1 - HEADROOM_FRAC) // blocks
+    own = int(tables.arrays.coef["decompressed_pool"][0])
+    pim = float(pools[own] if place.pim_form == PimForm.DECOMPRESSED else pools[1 : own or None].sum())
+    share, hbm = place.hbm_share_frac, float(pools[0])
+    if share in (0.0, 1.0):
+        return hbm if share else pim
+    return min(hbm / share, pim / (1 - share))
 
-    def __init__(self, tables: Tables, *, multi_token: bool = False) -> None:
-        self._tables = tables
-        self._coef = {name: float(tables.arrays.coef[name][0]) for name in tables.arrays.coef.dtype.names or ()}
-        self._grid = fc_grid_tokens()
-        self._queries = 2 if multi_token and self._coef["drafts_count"] else 1
 
-    def capacity(self, place: Place, context_tokens: float) -> float:
-        """Requests that fit when all go to the place, new ones' headroom kept."""
-        blocks = math.ceil(context_tokens / self._tables.block_tokens)
-        pools = self._tables.arrays.pool_blocks[0] * (1 - HEADROOM_FRAC) // blocks
-        spread = int(self._coef["spread_pool"])
-        pim = float(pools[spread] if place.pim_form == PimForm.DECOMPRESSED else pools[1 : spread or None].sum())
-        share, hbm = place.hbm_share_frac, float(pools[0])
-        if share in (0.0, 1.0):
-            return hbm if share else pim
-        return min(hbm / share, pim / (1 - share))
+def tokens_per_s(
+    tables: Tables, place: Place, requests: int, context_tokens: float, *, multi_token: bool = False
+) -> float:
+    """Tokens that so many present requests emit a second, those that do not fit waiting; guesses left out.
 
-    def tokens_per_s(self, place: Place, requests: int, context_tokens: float) -> float:
-        """Tokens that so many present requests emit a second, those that do not fit waiting; guesses left out.
-
-        A mixture is 0 where not all fit: whoever has waiting requests to place then fills both sides, whatever the
-        share. It is priced as one batch: requests alternate between sub-batches as they do between places, so that a
-        sub-batch may have all its KV in one.
-        """
-        if 0 < place.hbm_share_frac < 1 and requests > self.capacity(place, context_tokens):
-            return 0.0
-        count = math.floor(min(requests, self.capacity(place, context_tokens)))
-        if count == 0:
-            return 0.0
-        whole_s = self._one_batch_s(place, count, context_tokens)
-        if self._coef["has_pim"] and place.hbm_share_frac in (0.0, 1.0):
-            halves = [self._phase_s(place, count // 2, context_tokens, count - count // 2)]
-            halves.append(self._phase_s(place, count - count // 2, context_tokens, count // 2))
-            whole_s = min(whole_s, sum(halves))
-        return count / whole_s
-
-    def _back_s(self, requests: int) -> float:
-        """FC, head and guesses of a decode batch."""
-        if requests == 0:
-            return 0.0
-        arrays, rows = self._tables.arrays, requests * self._queries
-        fc_s = self._look(arrays.fc_s[0], rows) + self._look(arrays.head_s[0], rows)
-        return fc_s + (self._look(arrays.draft_s[0], requests) if self._queries == 2 else 0.0)
-
-    def _gpu_s(self, work_s: float, requests: int) -> float:
-        """GPU time of a decode batch: its work beside its all-to-all."""
-        arrays, rows = self._tables.arrays, requests * self._queries
-        experts_s, comm_s = (self._look(row[0], rows) for row in (arrays.experts_s, arrays.comm_s))
-        return beside_s(work_s, experts_s, comm_s, self._coef["dispatch_frac"], self._coef["comm_sm_frac"])
-
-    def _look(self, row: NDArray[np.float64], tokens: int) -> float:
-        return float(np.interp(tokens, self._grid, row))
-
-    def _sides_s(self, place: Place, requests: int, context_tokens: float) -> tuple[float, float]:
-        """(HBM attention, PIM side) of a decode batch."""
-        c, q = self._coef, self._queries
-        in_hbm = round(place.hbm_share_frac * requests)
-        in_pim, kv = requests - in_hbm, context_tokens + q
-        hbm_s = pim_s = 0.0
-        if in_hbm:
-            token_s = c["hbm_token_s"] if q == 1 else c["hbm_verify_s"]
-            hbm_s = token_s * kv * in_hbm + c["hbm_request_s"] * in_hbm * q + c["hbm_fixed_s"]
-        if in_pim:
-            decompressed = place.pim_form == PimForm.DECOMPRESSED
-            kind = "token_s" if q == 1 else "verify_s"
-            if decompressed:
-                read_s, moved = c[f"spread_{kind}"] * kv * in_pim, c["spread_request_ratio"] * in_pim
-            else:
-                lanes = (int(c["spread_lane"]) or int(c["lanes_count"])) - 1
-                fullest = math.ceil(in_pim / lanes)
-                read_s, moved = fullest * (c[f"pim_{kind}"] * kv + c["pim_request_s"] * q), float(in_pim)
-            moving_s = c["transfer_request_s"] * moved * q
-            read_s += c["pim_batch_s"]
-            pim_s = max(read_s + c["transfer_exposed_frac"] * moving_s, moving_s) + c["transfer_latency_s"]
-        return hbm_s, pim_s
-
-    def _one_batch_s(self, place: Place, requests: int, context_tokens: float) -> float:
-        hbm_s, pim_s = self._sides_s(place, requests, context_tokens)
-        return self._gpu_s(max(hbm_s, pim_s) + self._back_s(requests), requests)
-
-    def _phase_s(self, place: Place, requests: int, context_tokens: float, others: int) -> float:
-        hbm_s, pim_s = self._sides_s(place, requests, context_tokens)
-        return max(self._gpu_s(hbm_s + self._back_s(others), others), pim_s)
+    A mixture is 0 where not all fit: whoever has waiting requests to place then fills both sides, whatever the share.
+    It is priced as one batch: requests alternate between sub-batches as they do between places, so that a sub-batch may
+    have all its KV in one.
+    """
+    most = capacity(tables, place, context_tokens)
+    mixed = 0 < place.hbm_share_frac < 1
+    if mixed and requests > most:
+        return 0.0
+    count = math.floor(min(requests, most))
+    if count == 0:
+        return 0.0
+    in_hbm = round(place.hbm_share_frac * count)
+    pim = "pim-decompressed" if place.pim_form == PimForm.DECOMPRESSED else "pim"
+    decodes = [Decodes(in_hbm, context_tokens, "hbm")] if in_hbm else []
+    decodes += [Decodes(count - in_hbm, context_tokens, pim)] if count > in_hbm else []
+    mode = SubBatching.OFF if mixed else SubBatching.ADAPTIVE
+    return count / tables.iteration_s(decodes, sub_batching=mode, multi_token=multi_token)
 
 
 class AdaptivePlacement(BasePolicy):
@@ -134,7 +81,7 @@ class AdaptivePlacement(BasePolicy):
         self._multi_token = multi_token
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
-        self._steps = Steps(system, multi_token=self._multi_token)
+        self._system = system
         single = [Place(1.0)] if system.has_hbm_kv else []
         mixed: list[Place] = []
         if system.has_pim:
@@ -147,7 +94,7 @@ class AdaptivePlacement(BasePolicy):
         """The place at which so many requests of a context decode fastest."""
 
         def rate(place: Place) -> float:
-            return self._steps.tokens_per_s(place, requests, context_tokens)
+            return tokens_per_s(self._system, place, requests, context_tokens, multi_token=self._multi_token)
 
         alone = max(self._single, key=rate)
         mixture = max(self._mixed, key=rate, default=alone)

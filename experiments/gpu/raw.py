@@ -12,18 +12,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from l3env.engine.kernels import price
 from l3env.experiments.gpu.coefficients import Linear, Small
 from l3env.experiments.gpu.validation import (
     NEEDS,
     Point,
     ProfileError,
     load_model,
-    plain,
-    prefill_attention_s,
     statistics,
 )
 from l3env.machine import specs
+from l3env.machine.batch import Chunk, Decodes
 from l3env.machine.specs import GpuSpec
 from l3env.machine.tables import compile_tables
 
@@ -85,17 +83,15 @@ def stacks(table: pd.DataFrame) -> pd.DataFrame:
 
 def predict_stacks_ms(device: GpuSpec, rows: pd.DataFrame) -> np.ndarray:
     """Iteration times of the same stacks, from the engine's tables for one GPU."""
-    lookup, decode = plain(price.lookup_s), plain(price.hbm_attention_s)
     out = []
     for r in _rows(rows):
         model = replace(load_model(r.model), layers_count=r.n)
-        system = specs.load("system/gpu-dgx-h200", gpu=device, gpus_count=1)
-        arrays = compile_tables(system, model, tp=1).arrays
-        time_s = lookup(arrays.fc_s[0], arrays.coef["fc_slope_s"][0], r.tokens * r.batch)
+        tables = compile_tables(specs.load("system/gpu-dgx-h200", gpu=device, gpus_count=1), model, tp=1)
         if r.tokens > 1:
-            time_s += prefill_attention_s(arrays, r.batch, r.tokens, r.kv_len - r.tokens)
+            priced = tables.iteration(chunks=[Chunk(r.tokens, r.kv_len - r.tokens)] * r.batch)
         else:
-            time_s += decode(arrays, 0, r.batch * float(r.kv_len), float(r.batch))
+            priced = tables.iteration([Decodes(r.batch, r.kv_len - 1)])  # its own token is one of them
+        time_s = priced.phases[0].attention_s + priced.phases[0].fc_s  # a stack has no head
         out.append(time_s * 1e3)
     return np.array(out)
 

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l3env.engine.kernels import price
 from l3env.errors import L3EnvError, SpecError
-from l3env.machine import specs
+from l3env.machine import price, specs
+from l3env.machine.arrays import COEF_DTYPE
 from l3env.machine.costs import gpu as costs
 from l3env.machine.specs import GpuSpec, ModelSpec
-from l3env.machine.tables import COEF_DTYPE, fill_attention
+from l3env.machine.tables import fill_attention
 
 COLUMNS = ("op", "model", "tp", "tokens", "batch", "kv_len", "ms")
 NEEDS = {"fc_layer": ("tokens",), "decode_attn": ("batch", "kv_len"), "prefill_attn": ("tokens", "kv_len")}

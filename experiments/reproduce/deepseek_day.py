@@ -9,7 +9,6 @@ from itertools import islice
 
 import numpy as np
 
-from l3env.engine.kernels import price
 from l3env.experiments.gpu.validation import plain
 from l3env.experiments.reproduce import deepseek_traffic as traffic
 from l3env.experiments.reproduce.common import Row, row
@@ -25,9 +24,12 @@ from l3env.experiments.reproduce.deepseek_prefill import (
     Batch,
     compiled,
 )
+from l3env.machine import price
+from l3env.machine.arrays import fc_grid_tokens
+from l3env.machine.batch import Chunk
 from l3env.machine.costs.experts import beside_s
 from l3env.machine.specs import ModelSpec
-from l3env.machine.tables import Tables, fc_grid_tokens
+from l3env.machine.tables import Tables
 from l3env.units import GB
 
 DAY_TOKENS_PER_S, NEW_TOKENS_PER_S = 73_700, 32_200  # of a node on average, OI: with cached tokens and without
@@ -77,12 +79,8 @@ def unit_s(tables: Tables, shares: list[Batch], *, even: bool = False) -> float:
     """
     arrays, coef, grid = tables.arrays, tables.arrays.coef[0], fc_grid_tokens()
     tokens = np.array([sum(new for new, _ in share) for share in shares], dtype=float)
-    beside_experts_s = np.interp(tokens, grid, arrays.fc_s[0] - arrays.experts_s[0])
-    own_s = beside_experts_s + np.interp([len(share) for share in shares], grid, arrays.head_s[0])
-    launch = plain(price.prefill_launch_s)
-    for gpu, share in enumerate(shares):
-        own_s[gpu] += attention_s(tables, share).sum()
-        own_s[gpu] += launch(arrays, 0, len(share), sum(history > 0 for _, history in share))
+    alone = [tables.iteration(chunks=[Chunk(new, history) for new, history in share]).phases[0] for share in shares]
+    own_s = np.array([each.attention_s + each.back_s for each in alone]) - np.interp(tokens, grid, arrays.experts_s[0])
     experts = tables.system.experts
     assert experts is not None
     mean = tokens.mean()

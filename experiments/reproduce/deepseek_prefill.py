@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from l3env import load
-from l3env.engine.kernels import price
-from l3env.experiments.gpu.validation import plain
 from l3env.experiments.reproduce.common import Row, row
-from l3env.machine.costs.experts import DISPATCH_FRAC, beside_s
+from l3env.machine.batch import Chunk
+from l3env.machine.costs.experts import DISPATCH_FRAC
 from l3env.machine.specs import ModelSpec
-from l3env.machine.tables import Tables, compile_tables, fc_grid_tokens
+from l3env.machine.tables import Tables, compile_tables
 
 FIGURE = "deepseek-v3"
 SYSTEM = "system/h800-ep32-prefill"
@@ -40,14 +37,7 @@ Batch = list[tuple[int, int]]  # (new tokens, history) of each prompt
 
 def batch_s(tables: Tables, batch: Batch) -> float:
     """An iteration of one GPU that prefills a batch, while all others of its group do the like."""
-    arrays, coef, grid = tables.arrays, tables.arrays.coef[0], fc_grid_tokens()
-    attend, launch = plain(price.prefill_work_s), plain(price.prefill_launch_s)
-    tokens = sum(new for new, _ in batch)
-    work_s = sum(attend(arrays, 0, new, history) for new, history in batch)
-    work_s += launch(arrays, 0, len(batch), sum(history > 0 for _, history in batch))
-    work_s += np.interp(tokens, grid, arrays.fc_s[0]) + np.interp(len(batch), grid, arrays.head_s[0])
-    experts_s, comm_s = (float(np.interp(tokens, grid, each[0])) for each in (arrays.experts_s, arrays.comm_s))
-    return float(beside_s(float(work_s), experts_s, comm_s, coef["dispatch_frac"], coef["comm_sm_frac"]))
+    return tables.iteration_s(chunks=[Chunk(new, history) for new, history in batch])
 
 
 def node_tokens_per_s(tables: Tables, batch: Batch) -> float:

@@ -15,10 +15,10 @@ from l3env import load
 from l3env.experiments.gpu import deep_gemm
 from l3env.experiments.reproduce import deepseek_balance, deepseek_day, deepseek_places, deepseek_prefill
 from l3env.experiments.reproduce.common import Row, row
+from l3env.machine.batch import Decodes
 from l3env.machine.costs import experts, gpu
 from l3env.machine.specs import ModelSpec, SystemSpec
 from l3env.machine.tables import Tables, compile_tables
-from l3env.policies.placement import Place, Steps
 from l3env.units import GB, TERA
 
 FIGURE = "deepseek-v3"
@@ -26,7 +26,6 @@ OI_CONTEXT_TOKENS = 4989
 OI_NODE_TOKENS_PER_S = 14_800
 OI_USER_TOKENS_PER_S = 21.0  # 20 to 22
 NODE_GPUS = 8
-HBM = Place(1.0)
 AVERAGE = "the published figure is a day's mean over changing load, the model's is at saturation without gaps"
 
 
@@ -123,9 +122,14 @@ def _ep(system: SystemSpec, ranks: int, slots: int, imbalance_frac: float) -> Sy
     )
 
 
+def tokens_per_s(tables: Tables, requests: int, context_tokens: float, *, multi_token: bool = False) -> float:
+    """Tokens that equal requests with their KV in HBM emit a second, guesses left out."""
+    return requests / tables.iteration_s([Decodes(requests, context_tokens)], multi_token=multi_token)
+
+
 def node_tokens_per_s(tables: Tables, requests: float) -> tuple[float, float]:
     """(output tokens/s of a node, of a user) at so many requests a replica."""
-    each = Steps(tables).tokens_per_s(HBM, math.floor(requests), OI_CONTEXT_TOKENS)
+    each = tokens_per_s(tables, math.floor(requests), OI_CONTEXT_TOKENS)
     return each * NODE_GPUS / tables.tp, each / math.floor(requests)
 
 
@@ -149,7 +153,7 @@ def decode(model: ModelSpec) -> list[Row]:
     out.append(line(f"{case}, same user speed", "output tokens/s a node", OI_NODE_TOKENS_PER_S, fastest, AVERAGE))
     imbalance_frac = deepseek_balance.stored()["ranks"][deepseek_balance.LMSYS]["rebalanced_mean"]
     lmsys = compile_tables(_ep(tables.system, 72, 288, imbalance_frac), model)
-    each = Steps(lmsys).tokens_per_s(HBM, 256, 2000)
+    each = tokens_per_s(lmsys, 256, 2000)
     out.append(line("LMSYS decode, 9 nodes, batch 256, KV 2 K", "output tokens/s a node", 22_300, each * NODE_GPUS))
     return out
 
@@ -157,9 +161,8 @@ def decode(model: ModelSpec) -> list[Row]:
 def waiting_node_tokens_per_s(tables: Tables, requests: int) -> float:
     """Node throughput where attention takes as long as on the fullest rank: a sum of n contexts deviates by
     cv / sqrt(n), the largest of R ranks by about sqrt(2 ln R) deviations."""
-    steps = Steps(tables)
     excess = math.sqrt(2 * math.log(tables.replicas_count)) / math.sqrt(requests)
-    return steps.tokens_per_s(HBM, requests, OI_CONTEXT_TOKENS * (1 + excess)) * NODE_GPUS / tables.tp
+    return tokens_per_s(tables, requests, OI_CONTEXT_TOKENS * (1 + excess)) * NODE_GPUS / tables.tp
 
 
 def guessing(model: ModelSpec) -> list[Row]:
@@ -177,8 +180,8 @@ def guessing(model: ModelSpec) -> list[Row]:
 
 def guessing_gain(tables: Tables, requests: int, context_tokens: int, acceptance_frac: float) -> float:
     """(1 + p) x step without / step with."""
-    plain = Steps(tables).tokens_per_s(HBM, requests, context_tokens)
-    verified = Steps(tables, multi_token=True).tokens_per_s(HBM, requests, context_tokens)
+    plain = tokens_per_s(tables, requests, context_tokens)
+    verified = tokens_per_s(tables, requests, context_tokens, multi_token=True)
     return (1 + acceptance_frac) * verified / plain
 
 

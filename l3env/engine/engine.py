@@ -17,7 +17,8 @@ from l3env.engine.kernels.scores import set_scores
 from l3env.engine.segments import Known, Segments, add_prefixes, open_cache, segments
 from l3env.errors import PlanError, WorkloadError
 from l3env.knobs import KNOB_DTYPE
-from l3env.machine.tables import TableArrays, Tables, stack
+from l3env.machine.arrays import TableArrays
+from l3env.machine.tables import Tables, stack
 from l3env.requests.workload import Workload
 from l3env.threads import share_out
 
@@ -183,7 +184,7 @@ class Engine:
         """Those of a workload that the prefix cache is for. Raises WorkloadError where it cannot be."""
         if not (self.prefix_cache and workload.prefix_ids.size):
             return None
-        if self.tables.coef["spread_pool"][table_idx]:
+        if self.tables.coef["decompressed_pool"][table_idx]:
             raise WorkloadError(
                 f"{workload.name}: a prefix cache where KV may lie in two forms in the same memory is not modelled; "
                 "switch it off for a latent on the PIM side"

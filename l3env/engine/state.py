@@ -200,18 +200,6 @@ ENV_DTYPE = np.dtype(
         ("imbalance_s", np.float64),  # slowest lane minus mean lane, summed
         # the last iteration
         ("last_iteration_s", np.float64),
-        ("last_gpu_0_s", np.float64),
-        ("last_gpu_1_s", np.float64),
-        ("last_attention_0_s", np.float64),  # of the GPU's: prefill and HBM attention; the rest is FC and head
-        ("last_attention_1_s", np.float64),
-        ("last_prefill_0_s", np.float64),  # of that, the prefill
-        ("last_prefill_1_s", np.float64),
-        ("last_pim_0_s", np.float64),
-        ("last_pim_1_s", np.float64),
-        ("last_transfer_0_s", np.float64),
-        ("last_transfer_1_s", np.float64),
-        ("last_read_0_s", np.float64),  # decode attention of the slowest PIM lane
-        ("last_read_1_s", np.float64),
         ("last_interleaved", np.int64),  # two sub-batches, or one batch
         ("last_prefill_tokens", np.int64),
         ("last_decode_tokens", np.int64),
@@ -269,6 +257,13 @@ SUB_DTYPE = np.dtype(
         ("decoding", np.int64),  # decoding requests
         ("last_step_s", np.float64),  # end of the last one
         ("members", np.int64),  # running requests
+        # its phase of the last iteration; of one batch, all is the first one's
+        ("gpu_s", np.float64),
+        ("attention_s", np.float64),  # of the GPU's: prefill and HBM attention; the rest is FC and head
+        ("prefill_s", np.float64),  # of that, the prefill
+        ("pim_s", np.float64),
+        ("transfer_s", np.float64),
+        ("read_s", np.float64),  # decode attention of the slowest PIM lane
     ],
     align=True,
 )

@@ -8,123 +8,27 @@ blocks of ``block_tokens`` tokens.
 
 A latent (MLA) may also lie on the PIM side decompressed, as plain keys and values: one more lane and pool, the last of
 each, spread evenly over all ranks. It shares the ranks' memory and time with the other PIM lanes and pools: its
-attention adds to that of every rank, and each of its blocks takes ``spread_share`` blocks of every other PIM pool.
+attention adds to that of every rank, and each of its blocks takes ``decompressed_share`` blocks of every other PIM
+pool.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.choices import PimForm
+from l3env.choices import PimForm, SubBatching
 from l3env.errors import SpecError
+from l3env.machine.arrays import COEF_DTYPE, ROWS, SLOPE_STEPS, STRIDE_TOKENS, TableArrays, fc_grid_tokens
+from l3env.machine.batch import Chunk, Decodes, chunk_rows, loads
 from l3env.machine.costs import energy, experts, gpu, link, memory, pim
+from l3env.machine.iteration import Iteration, price_batch
 from l3env.machine.specs import GpuSpec, ModelSpec, SystemSpec
 
-DENSE_TOKENS = 8192  # FC times are tabulated for every count up to here,
-STRIDE_TOKENS = 64  # then every 64 tokens, linear in between,
-TABLE_TOKENS = 32768  # up to here; beyond, the last slope goes on (compute-bound: exact)
-SLOPE_STEPS = 256  # strides behind that slope where times rise in steps (waves of tiles)
 DEFAULT_BLOCK_TOKENS = 16
-ROWS = ("fc", "head", "comm", "draft", "experts")  # what is tabulated by tokens, see ``TableArrays``
-FC, HEAD, COMM, DRAFT, EXPERTS = range(len(ROWS))
-
-COEF_DTYPE = np.dtype(
-    [
-        ("lanes_count", np.int64),
-        ("pools_count", np.int64),
-        ("block_tokens", np.int64),
-        ("has_pim", np.int64),  # is there a PIM side (pools 1..)?
-        ("spread_lane", np.int64),  # lane of decompressed KV, the last one; 0: none
-        ("spread_pool", np.int64),  # its pool, the last one; 0: none
-        ("spread_share", np.float64),  # blocks of each other PIM pool that one of its blocks takes
-        ("drafts_count", np.int64),  # tokens guessed a decode step (multi-token prediction); 0: none
-        ("sends", np.int64),  # is there an all-to-all that computing hides?
-        ("dispatch_frac", np.float64),  # dispatch's share of it where it has phases of its own; 0: finely interleaved
-        ("comm_sm_frac", np.float64),  # share of the multiprocessors that it takes while it runs
-        ("fc_slope_s", np.float64),  # per token beyond TABLE_TOKENS
-        ("head_slope_s", np.float64),
-        ("comm_slope_s", np.float64),
-        ("draft_slope_s", np.float64),
-        ("experts_slope_s", np.float64),
-        ("prefill_pair_s", np.float64),  # compute, per causal (query, key) pair
-        ("prefill_kv_s", np.float64),  # memory, per KV token read
-        ("prefill_query_s", np.float64),  # memory, per query token
-        ("prefill_fixed_s", np.float64),  # per batch of chunks
-        ("prefill_new_s", np.float64),  # compute, per new token
-        ("prefill_history_fixed_s", np.float64),  # more per batch with a chunk on a history
-        ("prefill_history_token_s", np.float64),  # per token of a chunk's history: plain KV from the latent again
-        ("prefill_tile_tokens", np.float64),  # fewer new tokens cost as much on a history
-        ("prefill_chunk_ratio", np.float64),  # cost of new tokens among themselves when there is a history
-        ("prefill_history_ratio", np.float64),  # cost of a pair with history over that of a pair without
-        ("hbm_token_s", np.float64),  # decode attention on the GPU, per KV token
-        ("hbm_verify_s", np.float64),  # the same with the guessed token's query beside it, the guess's own included
-        ("hbm_request_s", np.float64),  # and per query token
-        ("hbm_fixed_s", np.float64),  # and per batch
-        ("hbm_waves_per_request", np.float64),  # share of the multiprocessors that a request occupies
-        ("hbm_tail_frac", np.float64),  # least share of a wave that a started one takes; 0: no waves
-        ("pim_token_s", np.float64),  # decode attention in one lane, per KV token
-        ("pim_verify_s", np.float64),  # the same with the guessed token's query
-        ("spread_token_s", np.float64),  # decode attention on decompressed KV over all lanes, per KV token
-        ("spread_verify_s", np.float64),
-        ("pim_request_s", np.float64),  # per request
-        ("pim_batch_s", np.float64),  # and per sub-batch that decodes on the PIM side
-        ("transfer_token_s", np.float64),  # KV of one prefilled token to the PIM side
-        ("transfer_request_s", np.float64),  # Q, K, V and output of one decoding request
-        ("spread_token_ratio", np.float64),  # both for decompressed KV, over the above
-        ("spread_request_ratio", np.float64),
-        ("transfer_latency_s", np.float64),  # per sub-batch that decodes on the PIM side: two transfers a layer
-        ("transfer_exposed_frac", np.float64),  # share of transfer time that blocks a given rank
-        ("fc_batch_j", np.float64),
-        ("fc_token_j", np.float64),
-        ("prefill_pair_j", np.float64),
-        ("prefill_kv_j", np.float64),
-        ("hbm_token_j", np.float64),
-        ("pim_token_j", np.float64),
-        ("spread_token_j", np.float64),
-        ("transfer_token_j", np.float64),
-        ("transfer_request_j", np.float64),
-        ("static_w", np.float64),
-    ]
-)
-
-
-class TableArrays(NamedTuple):
-    """What kernels receive. T tables, L lanes and P pools (padded to the largest)."""
-
-    coef: NDArray[np.void]  # (T,) COEF_DTYPE
-    rows_s: NDArray[np.float64]  # (T, len(ROWS), K) times, see ROWS and fc_grid_tokens
-    lane_pool: NDArray[np.int64]  # (T, L)
-    pool_blocks: NDArray[np.int64]  # (T, P) capacity
-    forms: tuple[int, ...]  # PimForm in which KV may lie; a tuple, since kernels are compiled for its length
-
-    @property
-    def fc_s(self) -> NDArray[np.float64]:
-        """(T, K) fully connected layers."""
-        return self.rows_s[:, FC]
-
-    @property
-    def head_s(self) -> NDArray[np.float64]:
-        """(T, K) language-model head."""
-        return self.rows_s[:, HEAD]
-
-    @property
-    def comm_s(self) -> NDArray[np.float64]:
-        """(T, K) all-to-all beside the FC of a batch."""
-        return self.rows_s[:, COMM]
-
-    @property
-    def draft_s(self) -> NDArray[np.float64]:
-        """(T, K) the module that guesses tokens, for so many requests."""
-        return self.rows_s[:, DRAFT]
-
-    @property
-    def experts_s(self) -> NDArray[np.float64]:
-        """(T, K) the experts' part of FC where it has phases of its own beside the all-to-all."""
-        return self.rows_s[:, EXPERTS]
 
 
 @dataclass(frozen=True)
@@ -163,16 +67,46 @@ class Tables:
     @property
     def pim_tokens(self) -> int:
         """KV tokens that fit in the PIM pools of one replica, in the form in which the model stores them."""
-        spread = int(self.arrays.coef["spread_pool"][0])
-        return int(self.arrays.pool_blocks[0, 1 : spread or None].sum()) * self.block_tokens
+        decompressed = int(self.arrays.coef["decompressed_pool"][0])
+        return int(self.arrays.pool_blocks[0, 1 : decompressed or None].sum()) * self.block_tokens
 
+    def iteration_s(
+        self,
+        decodes: Iterable[Decodes] = (),
+        chunks: Iterable[Chunk] = (),
+        *,
+        sub_batching: SubBatching = SubBatching.OFF,
+        multi_token: bool = False,
+    ) -> float:
+        """How long an iteration of a batch takes, by the formula that the engine goes by.
 
-def fc_grid_tokens() -> NDArray[np.float64]:
-    """Token counts at which FC and head times are tabulated."""
-    dense = np.arange(DENSE_TOKENS + 1)
-    return np.concatenate([dense, np.arange(DENSE_TOKENS + STRIDE_TOKENS, TABLE_TOKENS + 1, STRIDE_TOKENS)]).astype(
-        float
-    )
+        Args:
+            decodes: requests that decode, by where their KV lies.
+            chunks: prompt tokens that are prefilled beside them.
+            sub_batching: as one batch, as two interleaved sub-batches (systems with a PIM side), or the shorter.
+            multi_token: each decoding request verifies a guessed token, where the model guesses.
+
+        Raises:
+            SpecError: a place that this system does not have.
+
+        >>> tables.iteration_s([Decodes(32, 1000.0, "pim")], [Chunk(512, place="pim")], sub_batching=SubBatching.ON)
+        """
+        return self.iteration(decodes, chunks, sub_batching=sub_batching, multi_token=multi_token).duration_s
+
+    def iteration(
+        self,
+        decodes: Iterable[Decodes] = (),
+        chunks: Iterable[Chunk] = (),
+        *,
+        sub_batching: SubBatching = SubBatching.OFF,
+        multi_token: bool = False,
+    ) -> Iteration:
+        """The same with the times of both sides in each phase."""
+        queries = 2 if multi_token and self.arrays.coef["drafts_count"][0] else 1
+        mode = sub_batching if self.has_pim else SubBatching.OFF
+        rows = loads(self.arrays, decodes), chunk_rows(self.arrays, chunks)
+        priced: Iteration = price_batch(self.arrays, 0, *rows, queries, int(mode))
+        return priced
 
 
 def compile_tables(
@@ -213,9 +147,9 @@ def compile_tables(
         pool_blocks += [int(size // block_bytes) for size in pim_bytes]
         _fill_pim(coef, system, model, degree, plan)
         if model.mla is not None:
-            coef["spread_lane"], coef["spread_pool"] = len(lane_pool), len(pool_blocks)
+            coef["decompressed_lane"], coef["decompressed_pool"] = len(lane_pool), len(pool_blocks)
             ratio = model.decompressed_bytes_per_token / model.kv_bytes_per_token
-            coef["spread_share"] = ratio / len(pim_bytes)
+            coef["decompressed_share"] = ratio / len(pim_bytes)
             lane_pool.append(len(pool_blocks))
             pool_blocks.append(int(min(pool_blocks[1:]) // (ratio / len(pim_bytes))))
     _fill_gpu(coef, system, model, degree)
@@ -233,7 +167,7 @@ def compile_tables(
         coef["dispatch_frac"] = experts.DISPATCH_FRAC if system.experts.overlap_by_phase else 0.0
         coef["comm_sm_frac"] = system.experts.comm_sm_count / max(system.gpu.sm_count, 1)
     lanes, blocks = np.array([lane_pool], dtype=np.int64), np.array([pool_blocks], dtype=np.int64)
-    forms = tuple(map(int, PimForm)) if coef["spread_lane"][0] else (int(PimForm.STORED),)
+    forms = tuple(map(int, PimForm)) if coef["decompressed_lane"][0] else (int(PimForm.STORED),)
     times = np.array([[rows[name] for name in ROWS]])
     return Tables(system, model, degree, replicas, TableArrays(coef, times, lanes, blocks, forms))
 
@@ -297,16 +231,16 @@ def _fill_pim(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: 
     naive = model.naive_form
     if model.mla is not None:
         whole = plan.lane_bytes_per_s * plan.lanes_count
-        coef["spread_token_s"] = pim.stream_token_s(system.pim, model, whole, naive)
-        coef["spread_verify_s"] = pim.stream_token_s(system.pim, model, whole, naive, 2) * _draft_ratio(model)
-        coef["spread_token_j"] = energy.pim_token_j(system, model, naive)
+        coef["decompressed_token_s"] = pim.stream_token_s(system.pim, model, whole, naive)
+        coef["decompressed_verify_s"] = pim.stream_token_s(system.pim, model, whole, naive, 2) * _draft_ratio(model)
+        coef["decompressed_token_j"] = energy.pim_token_j(system, model, naive)
     if system.pim_link is None:
         return
     rate = link.transfer_bytes_per_s(system, tp)
     coef["transfer_token_s"] = model.kv_bytes_per_token / rate
     coef["transfer_request_s"] = link.decode_request_bytes(model) / rate
-    coef["spread_token_ratio"] = model.decompressed_bytes_per_token / model.kv_bytes_per_token
-    coef["spread_request_ratio"] = link.decode_request_bytes(model, naive) / link.decode_request_bytes(model)
+    coef["decompressed_token_ratio"] = model.decompressed_bytes_per_token / model.kv_bytes_per_token
+    coef["decompressed_request_ratio"] = link.decode_request_bytes(model, naive) / link.decode_request_bytes(model)
     coef["transfer_latency_s"] = 2 * model.layers_count * system.pim_link.latency_s
     coef["transfer_token_j"] = model.kv_bytes_per_token * energy.transfer_byte_j(system)
     coef["transfer_request_j"] = energy.decode_transfer_j(system, model)

@@ -56,7 +56,7 @@ def available(pair: Tables, *, has_predictor: bool = False, has_prefix_cache: bo
     has = {
         Need.PIM: pair.has_pim,
         Need.HBM_AND_PIM: pair.has_pim and pair.has_hbm_kv,
-        Need.LATENT: pair.arrays.coef["spread_lane"][0] > 0,
+        Need.LATENT: pair.arrays.coef["decompressed_lane"][0] > 0,
         Need.GUESSES: pair.arrays.coef["drafts_count"][0] > 0,
         Need.PREFIX_CACHE: has_prefix_cache,
         Need.PREDICTOR: has_predictor,

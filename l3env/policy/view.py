@@ -184,9 +184,10 @@ class View:
     @property
     def last_iteration(self) -> dict[str, float]:
         """What was measured of the last iteration: duration, device times per phase (GPU attention apart), tokens."""
-        phases = [f"{name}_{i}_s" for name in ("gpu", "attention", "pim", "transfer") for i in (0, 1)]
-        names = ["iteration_s", *phases, "prefill_tokens", "decode_tokens"]
-        return {name: float(self._env[f"last_{name}"]) for name in names}
+        phases, names = self._engine.state.sub[self._e], ("gpu", "attention", "pim", "transfer")
+        found = {f"{name}_{i}_s": float(phases[f"{name}_s"][i]) for name in names for i in (0, 1)}
+        found |= {name: float(self._env[f"last_{name}"]) for name in ("prefill_tokens", "decode_tokens")}
+        return {"iteration_s": float(self._env["last_iteration_s"])} | found
 
     @property
     def totals(self) -> dict[str, float]:

@@ -1,11 +1,10 @@
 """One run as a Chrome / Perfetto trace (JSON): what each device does when, requests as flows, memory as counters.
 
-An iteration is drawn as it is priced (``kernels/price.py``, arXiv 2504.17584, section 6). Two interleaved sub-batches
-are two phases of max(T_GPU, T_PIM) each; one batch is prefill and HBM attention beside the PIM side, then FC. On the
-PIM side a transfer fills the buses through one rankset after the other: each computes around the part that blocks it.
-Boundaries are rounded to nanoseconds, so spans on one lane never overlap; what is left of a phase is a bubble.
-
-Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU ("Trace Event Format").
+An iteration is drawn as it is priced (``machine/iteration.py``, arXiv 2504.17584, section 6). Two interleaved
+sub-batches are two phases of max(T_GPU, T_PIM) each; one batch is prefill and HBM attention beside the PIM side, then
+FC. On the PIM side a transfer fills the buses through one rankset after the other: each computes around the part that
+blocks it. Boundaries are rounded to nanoseconds, so spans on one lane never overlap; what is left of a phase is a
+bubble.
 """
 
 from __future__ import annotations
@@ -83,12 +82,11 @@ class Recorder:
 
     def _draw_iteration(self, start_s: float, end_s: float) -> tuple[float, float]:
         """Spans of all lanes; returns when the prefills of both sub-batches begin."""
-        env = self.engine.state.env[self.e]
+        phases = self.engine.state.sub[self.e]
         gpu, attention, prefill, pim, read, move = (
-            (float(env[f"last_{name}_0_s"]), float(env[f"last_{name}_1_s"]))
-            for name in ("gpu", "attention", "prefill", "pim", "read", "transfer")
+            phases[f"{name}_s"].tolist() for name in ("gpu", "attention", "prefill", "pim", "read", "transfer")
         )
-        if env["last_interleaved"]:
+        if self.engine.state.env["last_interleaved"][self.e]:
             middle_s = start_s + max(gpu[0], pim[0])
             begin = (start_s, middle_s)
             for sub, (first_s, last_s) in enumerate(((start_s, middle_s), (middle_s, end_s))):

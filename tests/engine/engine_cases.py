@@ -155,11 +155,11 @@ def machines(draw, longest_tokens: int, pairs=PAIRS) -> Tables:
     sizes = [max(math.ceil(tokens * part / block), 1) for part in parts]
     if tables.arrays.pool_blocks[0, 0] == 0:
         sizes[0] = 0  # no KV in HBM on this system
-    spread = int(tables.arrays.coef["spread_pool"][0])
-    if spread:  # decompressed KV in the memory of the pools before it
+    decompressed = int(tables.arrays.coef["decompressed_pool"][0])
+    if decompressed:  # decompressed KV in the memory of the pools before it
         share = draw(st.sampled_from([1.0, 1.3, 2.5]))  # never less: what fits decompressed also fits as stored
-        sizes[spread] = int(min(sizes[1:spread]) / share)
-        tables = with_coef(tables, spread_share=share)
+        sizes[decompressed] = int(min(sizes[1:decompressed]) / share)
+        tables = with_coef(tables, decompressed_share=share)
     return with_memory(tables, block, sizes)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from l3env.choices import Budget, Eviction, Order, PimForm, Victim
 from l3env.knobs import Knobs
-from l3env.machine.tables import Tables, fc_grid_tokens
+from l3env.machine.arrays import fc_grid_tokens
+from l3env.machine.tables import Tables
 from l3env.requests.workload import Workload
 from tests.engine.reference_prefix import Key, PrefixCache, prompt_keys
 
@@ -158,9 +159,9 @@ class Prices:
         token_s = self.coef[{1: "pim_token_s", 2: "pim_verify_s"}[queries]]
         return token_s * kv + self.coef["pim_request_s"] * requests * queries
 
-    def spread_s(self, kv: int, queries: int) -> float:
+    def decompressed_s(self, kv: int, queries: int) -> float:
         """Attention on decompressed KV, which keeps all lanes busy alike."""
-        return self.coef[{1: "spread_token_s", 2: "spread_verify_s"}[queries]] * kv
+        return self.coef[{1: "decompressed_token_s", 2: "decompressed_verify_s"}[queries]] * kv
 
     def pim_s(self, slowest_s: float, requests: int, pushed: float) -> float:
         """T_PIM: the slowest lane and the filling of its pipeline, held up by a share of the transfers; never less than
@@ -202,7 +203,7 @@ class ReferenceSimulator:
         self.cache = PrefixCache(len(self.capacity), self.block, eviction)
         self.now = 0.0
         self.admissions = 0
-        self.spread_lane, self.spread_pool = coef["spread_lane"], coef["spread_pool"]  # 0: none
+        self.decompressed_lane, self.decompressed_pool = coef["decompressed_lane"], coef["decompressed_pool"]  # 0: none
         self.growing: set[int] = set()  # pools where blocks of the coming decode step are taken
         self.queries = 1  # tokens that a decode step verifies
         self.guessing_steps = [0, 0]
@@ -250,10 +251,10 @@ class ReferenceSimulator:
 
     def room(self, pool: int) -> int:
         """Blocks a pool may hold beside those of the other form of KV in the same memory."""
-        share, others = self.price.coef["spread_share"], range(1, self.spread_pool)
-        if pool == self.spread_pool and pool > 0:
+        share, others = self.price.coef["decompressed_share"], range(1, self.decompressed_pool)
+        if pool == self.decompressed_pool and pool > 0:
             return min(self.capacity[pool], *(int((self.capacity[p] - self.used(p)) / share) for p in others))
-        taken = math.ceil(self.used(self.spread_pool) * share) if pool in others else 0
+        taken = math.ceil(self.used(self.decompressed_pool) * share) if pool in others else 0
         return self.capacity[pool] - taken
 
     def used(self, pool: int) -> int:
@@ -349,10 +350,10 @@ class ReferenceSimulator:
         return self.footprint(r, r.target + max(r.predicted - r.emitted, 1) - 1)
 
     def find_pim_lane(self, knobs: Knobs, r: Request, sub: int) -> int | None:
-        decompressed = self.spread_lane and knobs.pim_form == PimForm.DECOMPRESSED
-        if decompressed and self.blocks(r.target) <= self.capacity[self.spread_pool]:
-            return self.spread_lane if self.has_room(knobs, r, self.spread_pool) else None
-        lanes = range(1, self.spread_lane or len(self.lane_pool))
+        decompressed = self.decompressed_lane and knobs.pim_form == PimForm.DECOMPRESSED
+        if decompressed and self.blocks(r.target) <= self.capacity[self.decompressed_pool]:
+            return self.decompressed_lane if self.has_room(knobs, r, self.decompressed_pool) else None
+        lanes = range(1, self.decompressed_lane or len(self.lane_pool))
         fitting = [lane for lane in lanes if self.has_room(knobs, r, self.lane_pool[lane])]
 
         def load(lane: int) -> int:
@@ -586,21 +587,27 @@ class ReferenceSimulator:
 
     def slowest_lane_s(self, decoding: list[Request]) -> float:
         """Attention of the busiest PIM lane, the new tokens included."""
-        queries, stored = self.queries, range(1, self.spread_lane or len(self.lane_pool))
+        queries, stored = self.queries, range(1, self.decompressed_lane or len(self.lane_pool))
         lanes = [[r.kv + queries for r in decoding if r.lane == lane] for lane in stored]
-        spread = sum(r.kv + queries for r in decoding if self.spread_lane and r.lane == self.spread_lane)
+        decompressed = sum(
+            r.kv + queries for r in decoding if self.decompressed_lane and r.lane == self.decompressed_lane
+        )
         slowest_s = max((self.price.lane_s(sum(kv), len(kv), queries) for kv in lanes), default=0.0)
-        return slowest_s + self.price.spread_s(spread, queries)
+        return slowest_s + self.price.decompressed_s(decompressed, queries)
 
     def moved(self, in_pim: list[Request]) -> float:
         """Requests on the PIM side by what their queries, KV and outputs move."""
-        ratio = self.price.coef["spread_request_ratio"]
-        return self.queries * sum(ratio if self.spread_lane and r.lane == self.spread_lane else 1 for r in in_pim)
+        ratio = self.price.coef["decompressed_request_ratio"]
+        return self.queries * sum(
+            ratio if self.decompressed_lane and r.lane == self.decompressed_lane else 1 for r in in_pim
+        )
 
     def pushed(self, r: Request) -> float:
         """Tokens of a chunk by what their KV moves to the PIM side."""
-        ratio = self.price.coef["spread_token_ratio"]
-        return r.chunk * (ratio if self.spread_lane and r.lane == self.spread_lane else 1) if r.lane > 0 else 0
+        ratio = self.price.coef["decompressed_token_ratio"]
+        return (
+            r.chunk * (ratio if self.decompressed_lane and r.lane == self.decompressed_lane else 1) if r.lane > 0 else 0
+        )
 
     def execute(self, decode: bool) -> None:
         price, coef, queries = self.price, self.price.coef, self.queries
@@ -647,8 +654,8 @@ class ReferenceSimulator:
             totals.energy_j += coef["fc_token_j"] * r.chunk + coef["transfer_token_j"] * (self.pushed(r) + r.moving)
         for r in decoding:
             token_j = coef["pim_token_j"] if r.lane > 0 else coef["hbm_token_j"]
-            if self.spread_lane and r.lane == self.spread_lane:
-                token_j = coef["spread_token_j"]
+            if self.decompressed_lane and r.lane == self.decompressed_lane:
+                token_j = coef["decompressed_token_j"]
             totals.energy_j += coef["fc_token_j"] * queries + token_j * (r.kv + queries)
             totals.energy_j += coef["transfer_request_j"] * self.moved([r]) if r.lane > 0 else 0
 

@@ -105,30 +105,30 @@ def recount_waiting(
 def decompressed(engine: Engine) -> tuple[int, float]:
     """(pool of decompressed KV, or a number past the last; blocks of all other PIM pools that one of its takes)."""
     coef = engine.tables.coef[0]
-    pool = int(coef["spread_pool"])
-    return (pool, float(coef["spread_share"]) * (pool - 1)) if pool else (int(coef["pools_count"]), 0.0)
+    pool = int(coef["decompressed_pool"])
+    return (pool, float(coef["decompressed_share"]) * (pool - 1)) if pool else (int(coef["pools_count"]), 0.0)
 
 
 def held_blocks(engine: Engine, view: View) -> tuple[int, int, int, int]:
     """Blocks of HBM and of the PIM side, and how many of each are held; decompressed KV lies in the PIM pools' own."""
-    spread, taken = decompressed(engine)
+    stored_end, taken = decompressed(engine)
     capacity, used = view.pools.capacity_blocks.tolist(), view.pools.used_blocks.tolist()
-    shared = int(sum(used[spread:]) * taken)
-    return capacity[0], sum(capacity[1:spread]), used[0], sum(used[1:spread]) + shared
+    shared = int(sum(used[stored_end:]) * taken)
+    return capacity[0], sum(capacity[1:stored_end]), used[0], sum(used[1:stored_end]) + shared
 
 
 def next_growth_blocks(engine: Engine, view: View, decoding: np.ndarray) -> float:
     """Blocks that the next decode step takes: a token for each request, and a second where its guess holds (eighths,
     evenly spread over the steps of its sub-batch)."""
     block, state = view.pools.block_tokens, engine.state
-    spread, taken = decompressed(engine)
+    stored_end, taken = decompressed(engine)
     grown = {"stored": 0, "decompressed": 0}
     for row in decoding:
         tokens = 1
         if state.env["drafting"][0]:
             steps, eighths = int(state.sub["drafts"][0, row["sub_batch"]]), int(state.req["draft_class"][0, row["idx"]])
             tokens += (steps + 1) * eighths // 8 - steps * eighths // 8
-        kind = "decompressed" if row["pool"] == spread else "stored"
+        kind = "decompressed" if row["pool"] == stored_end else "stored"
         grown[kind] += -(-(int(row["kv_tokens"]) + tokens) // block) - -(-int(row["kv_tokens"]) // block)
     return grown["stored"] + int(grown["decompressed"] * taken)
 
@@ -177,7 +177,7 @@ def test_features_agree_with_a_recount(case, choices, seed) -> None:
 )
 def test_features_agree_with_a_recount_of_two_forms_of_kv(case, choices, seed) -> None:
     engine = compare_with_recounts(case, choices, seed)
-    event(f"decompressed: {engine.state.pool['used'][0, int(engine.tables.coef['spread_pool'][0])] > 0}")
+    event(f"decompressed: {engine.state.pool['used'][0, int(engine.tables.coef['decompressed_pool'][0])] > 0}")
 
 
 def compare_with_recounts(case, choices, seed) -> Engine:
@@ -247,8 +247,9 @@ def test_prices_of_the_next_step_are_what_it_then_takes(system: str, model: str,
     name = "next_interleaved" if mode == SubBatching.ON and engine.pair(0).has_pim else "next_one_batch"
     assert before[name] == pytest.approx(squash(float(env["last_iteration_s"]), slo_s), rel=1e-5)
     if mode == SubBatching.ON and engine.pair(0).has_pim:
-        for part in ("gpu_0", "gpu_1", "pim_0", "pim_1"):
-            assert before[f"next_{part}"] == pytest.approx(squash(float(env[f"last_{part}_s"]), slo_s), rel=1e-5)
+        for part in ("gpu", "pim"):
+            for sub, time_s in enumerate(engine.state.sub[f"{part}_s"][0].tolist()):
+                assert before[f"next_{part}_{sub}"] == pytest.approx(squash(time_s, slo_s), rel=1e-5)
 
 
 def test_quantiles_of_prompts_lie_in_the_octave_of_the_true_ones() -> None:

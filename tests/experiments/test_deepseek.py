@@ -16,11 +16,10 @@ from l3env.engine.kernels.run import Until
 from l3env.engine.rollout import Rollouts, present_idx
 from l3env.errors import PlanError, PolicyError, SpecError, WorkloadError
 from l3env.experiments.gpu import deep_gemm
-from l3env.experiments.reproduce import deepseek_balance, deepseek_places, deepseek_prefill
+from l3env.experiments.reproduce import deepseek_balance, deepseek_places, deepseek_prefill, deepseek_v3
 from l3env.experiments.reproduce import deepseek_router as router
 from l3env.machine.costs import energy, experts, gpu, link, memory, pim
 from l3env.machine.tables import compile_tables
-from l3env.policies.placement import Place, Steps
 from l3env.policy.registry import make_policy, policy_names
 from l3env.runs.driver import run_policy
 
@@ -93,8 +92,8 @@ def test_pim_is_bound_by_multiply_accumulates_on_the_latent_and_by_bandwidth_on_
 def test_both_forms_share_the_memory_of_the_pim_side():
     tables = compile_tables(NODE, V3)
     assert tables.pim_tokens == pytest.approx(2 * 1024**4 / 70_272, rel=1e-3)  # 31.3 M tokens of 2 TiB
-    spread = int(tables.arrays.coef["spread_pool"][0])
-    decompressed = int(tables.arrays.pool_blocks[0, spread]) * tables.block_tokens
+    pool = int(tables.arrays.coef["decompressed_pool"][0])
+    decompressed = int(tables.arrays.pool_blocks[0, pool]) * tables.block_tokens
     assert decompressed == pytest.approx(2 * 1024**4 / 4_997_120, rel=1e-3)
     # every GPU of a tensor-parallel replica holds the whole latent
     free = memory.free_hbm_bytes(NODE, V3, 8)
@@ -420,10 +419,7 @@ def test_a_step_emits_one_plus_p_tokens(acceptance_frac):
 
 def test_guessing_gains_most_for_few_requests_and_loses_for_many():
     tables = compile_tables(DECODE, V3)
-    plain, verified = Steps(tables), Steps(tables, multi_token=True)
-    gain = [
-        1.85 * verified.tokens_per_s(Place(1.0), n, 2048) / plain.tokens_per_s(Place(1.0), n, 2048) for n in (8, 256)
-    ]
+    gain = [deepseek_v3.guessing_gain(tables, n, 2048, 0.85) for n in (8, 256)]
     assert gain[0] == pytest.approx(1.8, rel=0.1)
     assert gain[1] < 1
 
@@ -437,10 +433,10 @@ def test_plans_name_the_place():
     plan = Plan(admit={0: "hbm", 1: "pim", 2: "pim-decompressed"})
     engine.step_plan(0, plan.operations(), prefill_all=True, decode=True, interleaved=False)
     lanes = engine.state.req["lane"][0].tolist()
-    spread = int(engine.tables.coef["spread_lane"][0])
+    lane = int(engine.tables.coef["decompressed_lane"][0])
     assert lanes[0] == 0
-    assert 0 < lanes[1] < spread
-    assert lanes[2] == spread
+    assert 0 < lanes[1] < lane
+    assert lanes[2] == lane
     plain = Engine(compile_tables(NODE, load("model/qwen-72b")), 1, 1)
     plain.reset(0, Workload.build("one", np.zeros(1), np.full(1, 64), np.full(1, 8)))
     plan = Plan(admit={0: "pim-decompressed"})

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from l3env.engine.kernels import price
 from l3env.errors import SpecError
 from l3env.jit import kernel
-from l3env.machine import specs
+from l3env.machine import price, specs
+from l3env.machine.arrays import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS, fc_grid_tokens
 from l3env.machine.costs import energy, gpu, link, memory, pim
-from l3env.machine.tables import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS, compile_tables, fc_grid_tokens, stack
+from l3env.machine.tables import compile_tables, stack
 
 A100 = specs.load("gpu/a100-80-ideal")  # plain data-sheet rooflines: closed forms
 NVLINK = specs.load("link/nvlink3-ideal")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from l3env import compile_pair
 from l3env.cli import app
-from l3env.engine.kernels import price
+from l3env.errors import SpecError
 from l3env.experiments.gpu import coefficients as gpu_fit
 from l3env.experiments.gpu import raw as gpu_raw
 from l3env.experiments.gpu.preset import write_preset
@@ -27,7 +27,7 @@ from l3env.experiments.gpu.validation import (
     read_profile,
 )
 from l3env.experiments.gpu.validation import statistics as error_statistics
-from l3env.machine import specs
+from l3env.machine import price, specs
 from l3env.machine.costs import gpu as costs
 from l3env.machine.tables import compile_tables
 
@@ -278,9 +278,9 @@ def test_a_written_preset_loads_as_it_was(tmp_path):
 
 
 def test_specs_that_cannot_be(tmp_path):
-    with pytest.raises(specs.SpecError, match=r"roofline_exponent = 0\.5: expected 0 or >= 1"):
+    with pytest.raises(SpecError, match=r"roofline_exponent = 0\.5: expected 0 or >= 1"):
         specs.load("gpu/h200", roofline_exponent=0.5)
-    with pytest.raises(specs.SpecError, match="decode_tail_frac > 0: needs sm_count"):
+    with pytest.raises(SpecError, match="decode_tail_frac > 0: needs sm_count"):
         specs.load("gpu/h200", sm_count=0)
 
 

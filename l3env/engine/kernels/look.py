@@ -5,10 +5,10 @@ from __future__ import annotations
 from l3env.choices import Status
 from l3env.engine.kernels.heap import first_items
 from l3env.engine.kernels.memory import emitted_now, kv_now, pool_of
-from l3env.engine.kernels.price import tbt_alone_s, ttft_alone_s
 from l3env.engine.kernels.queue import build_order
 from l3env.engine.state import NOWHERE
 from l3env.jit import kernel
+from l3env.machine.iteration import tbt_alone_s, ttft_alone_s
 
 
 @kernel

@@ -11,13 +11,18 @@ import numpy as np
 
 from l3env.choices import SloForm, Status, Victim
 from l3env.engine.kernels.drafts import class_of, classes_count, count_class, drop_surplus, second_tokens
-from l3env.engine.kernels.forms import room
 from l3env.engine.kernels.heap import push, remove
 from l3env.engine.kernels.prefix import blocks_of, evict_to_fit, hold_prefix, release_prefix, segment_tokens
 from l3env.engine.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
 from l3env.engine.kernels.slo import is_met, note_join, note_leave
 from l3env.engine.state import FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SUB_BATCHES
 from l3env.jit import helper, inner
+from l3env.machine.forms import room
+
+
+@inner
+def decoding_count(s, e, sub):
+    return s.sub[e, sub]["decoding"]
 
 
 @inner

@@ -8,10 +8,10 @@ import numpy as np
 
 from l3env.choices import Eviction, Status, SubBatching, Victim
 from l3env.engine.kernels.drafts import set_drafting
-from l3env.engine.kernels.execute import execute
-from l3env.engine.kernels.forms import room, stored_lanes
+from l3env.engine.kernels.iteration import execute
 from l3env.engine.kernels.memory import (
     admit,
+    decoding_count,
     give_growth_back,
     lane_load,
     make_room_to_grow,
@@ -22,9 +22,10 @@ from l3env.engine.kernels.memory import (
 )
 from l3env.engine.kernels.prefix import ask_pools, blocks_of, change_eviction, offered_blocks, offered_tokens
 from l3env.engine.kernels.run import Stop, ready, skip_idle
-from l3env.engine.kernels.schedule import decoding_count, lighter_sub
+from l3env.engine.kernels.schedule import lighter_sub
 from l3env.engine.state import NOWHERE, SUB_BATCHES
 from l3env.jit import helper, kernel
+from l3env.machine.forms import room, stored_lanes
 
 AUTO = -1  # sub-batch or place left to the engine
 ANY_PIM = -2  # any PIM pool, KV as the model stores it
@@ -66,11 +67,11 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
     target, block = np.int64(s.req[e, r]["target_tokens"]), t.coef[table]["block_tokens"]
     whole = blocks_of(s.prefix, e, r, target, block)
     best, least = NOWHERE, np.inf
-    spread = t.coef[table]["spread_lane"]
+    own = t.coef[table]["decompressed_lane"]
     first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0
     end = np.int64(stored_lanes(t.forms, t.coef[table]))
-    if pool == DECOMPRESSED or (spread > 0 and pool == t.coef[table]["spread_pool"]):
-        first, end = spread, spread + 1
+    if pool == DECOMPRESSED or (own > 0 and pool == t.coef[table]["decompressed_pool"]):
+        first, end = own, own + 1
     for lane in range(first, end):
         of = t.lane_pool[table, lane]
         need = whole - offered_blocks(s.prefix, e, of)
@@ -122,7 +123,7 @@ def apply_op(t, s, e, op, r, a, b, interleaved):
             return Fault.NOT_WAITING
         if a < DECOMPRESSED or a >= t.coef[env["table_idx"]]["pools_count"]:
             return Fault.BAD_POOL
-        if a == DECOMPRESSED and t.coef[env["table_idx"]]["spread_lane"] == 0:
+        if a == DECOMPRESSED and t.coef[env["table_idx"]]["decompressed_lane"] == 0:
             return Fault.BAD_POOL
         lane = pick_lane(t, s, e, r, a, sub, interleaved)
         if lane == NOWHERE:

@@ -7,8 +7,8 @@ from enum import IntEnum
 import numpy as np
 
 from l3env.choices import SubBatching
-from l3env.engine.kernels.execute import execute
 from l3env.engine.kernels.heap import push
+from l3env.engine.kernels.iteration import execute
 from l3env.engine.kernels.prefix import change_eviction
 from l3env.engine.kernels.queue import absorb_arrivals, advance_root, has_overdue, next_arrival_s, notice_hopeless
 from l3env.engine.kernels.schedule import schedule

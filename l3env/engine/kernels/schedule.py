@@ -8,52 +8,19 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.choices import Budget, Order, PimForm, Status
-from l3env.engine.kernels.drafts import drafting_now, set_drafting
-from l3env.engine.kernels.forms import pim_lanes, room, spread_load, stored_lanes, stored_requests
-from l3env.engine.kernels.memory import admit, lane_load, make_room_to_grow, move
+from l3env.engine.kernels.drafts import set_drafting
+from l3env.engine.kernels.iteration import gather_decodes, queries_now
+from l3env.engine.kernels.memory import admit, decoding_count, lane_load, make_room_to_grow, move
 from l3env.engine.kernels.prefix import ask_pools, blocks_of, offered_blocks, offered_tokens
-from l3env.engine.kernels.price import (
-    back_batch_s,
-    gpu_batch_s,
-    hbm_attention_s,
-    lane_attention_s,
-    pim_side_s,
-    prefill_launch_s,
-    prefill_work_s,
-)
 from l3env.engine.kernels.queue import least_score, next_waiting, waiting_key
-from l3env.engine.state import NOWHERE
+from l3env.engine.state import NOWHERE, SUB_BATCHES
 from l3env.jit import helper, inner
+from l3env.machine.forms import pim_lanes, room
+from l3env.machine.iteration import Work, no_prefill, phase, with_chunk
+from l3env.machine.price import pim_side_s
 
 LARGE_TOKENS = 1 << 40
 ALIGN_MIN_CHUNK_TOKENS = 128  # a sub-batch's prefill always gets this much, so that a GPU-bound system still prefills
-
-
-@inner
-def decoding_count(s, e, sub):
-    return s.sub[e, sub]["decoding"]
-
-
-@inner
-def slowest_lane_s(t, s, e, sub):
-    """The slowest PIM lane's attention in this sub-batch's next decode step, the new tokens included."""
-    table = s.env[e]["table_idx"]
-    queries = 1 + drafting_now(s.lane_class, s.env[e])
-    slowest_s = 0.0
-    for lane in range(1, stored_lanes(t.forms, t.coef[table])):
-        count = s.lane[e, sub, lane]["count"]
-        kv = s.lane[e, sub, lane]["kv"] + queries * count
-        slowest_s = max(slowest_s, lane_attention_s(t, table, kv, count, queries))
-    return slowest_s + spread_load(t.forms, t, table, s.lane[e, sub], queries)[1]
-
-
-@inner
-def moved_requests(t, s, e, sub):
-    """Decoding requests on the PIM side in transfers of one query: two queries move twice as much, and requests with
-    decompressed KV in proportion."""
-    count = float(decoding_count(s, e, sub)) - s.lane[e, sub, 0]["count"]
-    moved = stored_requests(t.forms, t.coef[s.env[e]["table_idx"]], s.lane[e, sub], count)
-    return moved * (1 + drafting_now(s.lane_class, s.env[e]))
 
 
 @inner
@@ -101,7 +68,7 @@ def find_pim_lane(t, s, k, e, r, sub):
     table = s.env[e]["table_idx"]
     decompressed = k[e]["pim_form"] == PimForm.DECOMPRESSED
     if decompressed:
-        decompressed = could_ever_fit(t, s, e, r, t.coef[table]["spread_pool"])
+        decompressed = could_ever_fit(t, s, e, r, t.coef[table]["decompressed_pool"])
     first, end = pim_lanes(t.forms, t.coef[table], decompressed)
     best, least = NOWHERE, np.inf
     for lane in range(first, end):
@@ -272,33 +239,70 @@ def plan_in_order(t, s, k, e):
     return planned
 
 
-@helper
-def gpu_side_s(t, s, e, sub, prefill_s, prefill_tokens):
-    """T_GPU of a phase with the given prefill: attention of ``sub``, FC with the other sub-batch's decodes."""
-    table = s.env[e]["table_idx"]
-    drafting = drafting_now(s.lane_class, s.env[e])
-    queries = 1 + drafting
-    others = decoding_count(s, e, 1 - sub)
-    rows = queries * others
-    hbm_n = s.lane[e, sub, 0]["count"]
-    back_s = back_batch_s(t, table, prefill_tokens + rows, rows, drafting * others)
-    hbm_s = hbm_attention_s(t, table, s.lane[e, sub, 0]["kv"] + queries * hbm_n, hbm_n, queries)
-    return gpu_batch_s(t, table, prefill_s + back_s + hbm_s, prefill_tokens + rows)
+@inner
+def hidden_gpu_s(t, table, prefill, mine, other, queries):
+    """T_GPU of a phase with the given prefill: attention of its sub-batch, FC with the other one's decodes."""
+    return phase(t, table, Work(prefill, mine), Work(no_prefill(), other), queries).gpu_s
 
 
-@helper
-def aligned_chunk(t, s, e, sub, goal_s, prefill_s, tokens, history, most):
-    """Largest chunk (up to ``most``) with T_GPU <= goal, given the sub-batch's other prefill and the launches
-    (``prefill_s``); by bisection."""
-    table = s.env[e]["table_idx"]
-    low, high = 0, most
+@inner
+def next_of_sub(s, e, sub, place, listed):
+    """The place of a sub-batch's next prompt under way, from a place on; ``listed`` where there is none."""
+    while place < listed and s.req[e, s.lists[e, place]["prefill"]]["sub"] != sub:
+        place += 1
+    return place
+
+
+@inner
+def take_whole(t, s, k, e, sub, mine, other, queries, goal_s, most):
+    """Gives a sub-batch whole prompts, at least one, while T_GPU < goal; at most so many of them new ones.
+
+    Returns (their prefill, that of all but the last, the last or -1, new ones, whether one found no room). Which
+    prompts end is settled later: their tokens' head is left out.
+    """
+    table, req = s.env[e]["table_idx"], s.req
+    prefill, rest, last, admitted, full = no_prefill(), no_prefill(), NOWHERE, 0, False
+    place, listed = 0, s.env[e]["prefill_count"]
+    while last == NOWHERE or hidden_gpu_s(t, table, prefill, mine, other, queries) < goal_s:
+        place = next_of_sub(s, e, sub, place, listed)
+        if place < listed:
+            r = np.int64(s.lists[e, place]["prefill"])
+            place += 1
+        else:
+            if admitted >= most:
+                break
+            r = np.int64(admit_next(t, s, k, e, sub))
+            if r == NOWHERE:
+                full = s.env[e]["waiting_count"] > 0
+                break
+            admitted += 1
+        history = np.int64(req[e, r]["prefilled_tokens"])
+        chunk = np.int64(req[e, r]["target_tokens"]) - history
+        req[e, r]["chunk_tokens"] = chunk
+        last, rest, prefill = r, prefill, with_chunk(t, table, prefill, chunk, history, 0, 0.0)
+    place = next_of_sub(s, e, sub, place, listed)
+    while place < listed:  # begun earlier, finds no time now
+        req[e, s.lists[e, place]["prefill"]]["chunk_tokens"] = 0
+        place = next_of_sub(s, e, sub, place + 1, listed)
+    return prefill, rest, last, admitted, full
+
+
+@inner
+def cut_to_fit(t, s, e, r, rest, mine, other, queries, goal_s):
+    """Cuts a chunk to the largest with T_GPU <= goal beside the rest of the prefill, by bisection; returns it."""
+    table, history = s.env[e]["table_idx"], np.int64(s.req[e, r]["prefilled_tokens"])
+    whole = np.int64(s.req[e, r]["chunk_tokens"])
+    low, high = 0, whole
     while low < high:
         middle = (low + high + 1) // 2
-        attention_s = prefill_s + prefill_work_s(t, table, middle, history)
-        if gpu_side_s(t, s, e, sub, attention_s, tokens + middle) <= goal_s:
+        prefill = with_chunk(t, table, rest, middle, history, 0, 0.0)
+        if hidden_gpu_s(t, table, prefill, mine, other, queries) <= goal_s:
             low = middle
         else:
             high = middle - 1
+    if rest.tokens == 0:
+        low = max(low, min(whole, ALIGN_MIN_CHUNK_TOKENS))
+    s.req[e, r]["chunk_tokens"] = low
     return low
 
 
@@ -308,60 +312,19 @@ def plan_aligned(t, s, k, e, only_when_full):
 
     Each sub-batch takes whole prefills, at least one, while T_GPU < T_PIM; then its last one is chunked so that T_GPU
     comes as close as possible to T_PIM: always, or only once the next request does not fit in memory. While nothing
-    decodes there is nothing to align with, and prompts stay whole.
+    decodes there is nothing to align with, and prompts stay whole. New KV is taken to go to the PIM side.
     """
-    env, req = s.env[e], s.req
-    table = env["table_idx"]
-    planned, admitted, most = 0, 0, most_admissions(s, k, e)
-    full = False
-    decoding = decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
-    pushed_before = 0.0
-    for sub in range(2):
-        decodes = moved_requests(t, s, e, sub)
-        goal_s = pim_side_s(t, table, slowest_lane_s(t, s, e, sub), decodes, pushed_before)[0]
-        tokens, attention_s = 0, 0.0
-        chunks, histories, launch_s = 0, 0, 0.0
-        last, last_attention_s = NOWHERE, 0.0
-        listed = env["prefill_count"]
-        place = 0
-        while True:
-            if last != NOWHERE and gpu_side_s(t, s, e, sub, attention_s + launch_s, tokens) >= goal_s:
-                break
-            r = NOWHERE
-            while place < listed and r == NOWHERE:
-                if req[e, s.lists[e, place]["prefill"]]["sub"] == sub:
-                    r = s.lists[e, place]["prefill"]
-                place += 1
-            if r == NOWHERE:
-                if admitted >= most:
-                    break
-                r = admit_next(t, s, k, e, sub)
-                if r == NOWHERE:
-                    full = full or env["waiting_count"] > 0
-                    break
-                admitted += 1
-            history = np.int64(req[e, r]["prefilled_tokens"])
-            chunk = np.int64(req[e, r]["target_tokens"]) - history
-            req[e, r]["chunk_tokens"] = chunk
-            last, last_attention_s = r, prefill_work_s(t, table, chunk, history)
-            tokens += chunk
-            attention_s += last_attention_s
-            chunks, histories = chunks + 1, histories + (1 if history > 0 else 0)
-            launch_s = prefill_launch_s(t, table, chunks, histories)
-        while place < listed:  # prefills begun earlier that find no time now
-            if req[e, s.lists[e, place]["prefill"]]["sub"] == sub:
-                req[e, s.lists[e, place]["prefill"]]["chunk_tokens"] = 0
-            place += 1
-        if last != NOWHERE and decoding and (full or not only_when_full):
-            whole = np.int64(req[e, last]["chunk_tokens"])
-            rest_s, rest = attention_s - last_attention_s, tokens - whole
-            history = np.int64(req[e, last]["prefilled_tokens"])
-            chunk = aligned_chunk(t, s, e, sub, goal_s, rest_s + launch_s, rest, history, whole)
-            if rest == 0:
-                chunk = max(chunk, min(whole, ALIGN_MIN_CHUNK_TOKENS))
-            req[e, last]["chunk_tokens"] = chunk
-            tokens = rest + chunk
-        pushed_before = float(tokens)
+    steps, queries = gather_decodes(t, s, e), queries_now(s, e)
+    planned, most, full, pushed = 0, most_admissions(s, k, e), False, 0.0
+    for sub in range(SUB_BATCHES):
+        mine, other = steps[sub], steps[1 - sub]
+        goal_s = pim_side_s(t, s.env[e]["table_idx"], mine.read_s, mine.moved_requests, pushed)[0]
+        prefill, rest, last, admitted, ran_over = take_whole(t, s, k, e, sub, mine, other, queries, goal_s, most)
+        most, full = most - admitted, full or ran_over
+        tokens = prefill.tokens
+        if last != NOWHERE and steps[2].requests > 0 and (full or not only_when_full):
+            tokens = rest.tokens + cut_to_fit(t, s, e, last, rest, mine, other, queries, goal_s)
+        pushed = float(tokens)
         planned += tokens
     return planned
 

@@ -21,14 +21,13 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.choices import HBM_FIRST, Order, Status, SubBatching, Victim
-from l3env.engine.kernels.drafts import drafting_now
 from l3env.engine.kernels.heap import push, remove
+from l3env.engine.kernels.iteration import gather_decodes, queries_now
 from l3env.engine.kernels.memory import emitted_now, preempt
-from l3env.engine.kernels.price import hbm_attention_s, one_batch_s, pim_side_s, prefill_launch_s, prefill_work_s
 from l3env.engine.kernels.queue import build_order, waiting_key
-from l3env.engine.kernels.schedule import decoding_count, gpu_side_s, moved_requests, slowest_lane_s
-from l3env.engine.state import NOWHERE, SLACK_HEAP, SUB_BATCHES, Score
+from l3env.engine.state import NOWHERE, SLACK_HEAP, Score
 from l3env.jit import helper, inner
+from l3env.machine.iteration import Batch, Work, no_decode, no_prefill, price, with_chunk
 
 LONGEST_TOKENS = 16384  # prompt tokens an iteration, at most
 ABOVE_LOST = 1e-12  # a score
@@ -176,45 +175,27 @@ def score_candidates(w, s, e, pressure, free_tokens):
     return count, first_s, history
 
 
-@helper
-def iteration_s(t, s, k, e, tokens, history, decode):
-    """Length of an iteration with one prompt's chunk, beside the decoding ones or without them."""
-    table = s.env[e]["table_idx"]
-    queries = 1 + drafting_now(s.lane_class, s.env[e])
+@inner
+def prompt_batch(t, table, steps, queries, tokens, history):
+    """A decode step with one prompt's chunk: half of it in each sub-batch, or all of it in one batch."""
     has_pim = t.coef[table]["has_pim"]
-    halves_s, one_s = np.inf, np.inf
-    if has_pim and k[e]["sub_batching"] != SubBatching.OFF and decode:
-        halves_s = 0.0
-        half = tokens // 2
-        prefill_s = prefill_work_s(t, table, half, history) + prefill_launch_s(t, table, 1, history)
-        for sub in range(SUB_BATCHES):
-            gpu_s = gpu_side_s(t, s, e, sub, prefill_s, half)
-            moved = moved_requests(t, s, e, sub)
-            halves_s += max(gpu_s, pim_side_s(t, table, slowest_lane_s(t, s, e, sub), moved, half)[0])
-    if not (has_pim and k[e]["sub_batching"] == SubBatching.ON and decode):
-        rows, front_s, slowest_s, moved = 0, 0.0, 0.0, 0.0
-        if tokens > 0:
-            front_s = prefill_work_s(t, table, tokens, history) + prefill_launch_s(t, table, 1, history)
-        if decode:
-            rows = queries * (decoding_count(s, e, 0) + decoding_count(s, e, 1))
-            hbm = s.lane[e, 0, 0]["count"] + s.lane[e, 1, 0]["count"]
-            hbm_kv = s.lane[e, 0, 0]["kv"] + s.lane[e, 1, 0]["kv"]
-            front_s += hbm_attention_s(t, table, hbm_kv + queries * hbm, hbm, queries)
-            for sub in range(SUB_BATCHES if has_pim else 0):
-                slowest_s += slowest_lane_s(t, s, e, sub)
-                moved += moved_requests(t, s, e, sub)
-        pushed = float(tokens) if has_pim else 0.0
-        one_s = one_batch_s(t, table, front_s, slowest_s, moved, pushed, tokens + rows, 1 + rows)[0]
-    return min(halves_s, one_s)
+    half_pushed, pushed = (float(tokens // 2), float(tokens)) if has_pim else (0.0, 0.0)
+    half = with_chunk(t, table, no_prefill(), tokens // 2, history, 0, half_pushed)
+    whole = with_chunk(t, table, no_prefill(), tokens, history, 1, pushed)
+    return Batch((Work(half, steps[0]), Work(half, steps[1])), Work(whole, steps[2]), queries)
 
 
 @helper
 def tokens_within(t, s, k, e, goal_s, history, decode):
-    """The most prompt tokens with which an iteration takes no longer than ``goal_s``; by bisection."""
+    """The most tokens of one prompt with which an iteration, beside the decoding ones or without them, takes no longer
+    than ``goal_s``; by bisection."""
+    table, queries = s.env[e]["table_idx"], queries_now(s, e)
+    steps = gather_decodes(t, s, e) if decode else (no_decode(), no_decode(), no_decode())
+    mode = k[e]["sub_batching"] if t.coef[table]["has_pim"] and decode else np.int64(SubBatching.OFF)
     low, high = 0, LONGEST_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
-        if iteration_s(t, s, k, e, middle, history, decode) <= goal_s:
+        if price(t, table, prompt_batch(t, table, steps, queries, middle, history), mode).duration_s <= goal_s:
             low = middle
         else:
             high = middle - 1

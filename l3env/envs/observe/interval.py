@@ -29,10 +29,10 @@ def write_interval(s, e, mark, row):
     """The mark moves."""
     env = s.env[e]
     last_s = env["last_iteration_s"]
-    row[Interval.gpu_0_share] = share(env["last_gpu_0_s"], last_s)
-    row[Interval.gpu_1_share] = share(env["last_gpu_1_s"], last_s)
-    row[Interval.pim_0_share] = share(env["last_pim_0_s"], last_s)
-    row[Interval.pim_1_share] = share(env["last_pim_1_s"], last_s)
+    row[Interval.gpu_0_share] = share(s.sub[e, 0]["gpu_s"], last_s)
+    row[Interval.gpu_1_share] = share(s.sub[e, 1]["gpu_s"], last_s)
+    row[Interval.pim_0_share] = share(s.sub[e, 0]["pim_s"], last_s)
+    row[Interval.pim_1_share] = share(s.sub[e, 1]["pim_s"], last_s)
     busy_s = env["busy_s"] - mark["busy_s"]
     row[Interval.gpu_bubble_share] = share(busy_s - (env["gpu_busy_s"] - mark["gpu_busy_s"]), busy_s)
     row[Interval.pim_bubble_share] = share(busy_s - (env["pim_busy_s"] - mark["pim_busy_s"]), busy_s)

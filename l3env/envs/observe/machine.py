@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from l3env.engine.kernels.forms import stored_lanes, stored_pools
-from l3env.engine.kernels.price import hbm_attention_s, lane_attention_s, pim_side_s, ttft_alone_s
 from l3env.engine.state import NOMINAL_PROMPT_TOKENS
 from l3env.envs.observe.feature import Feature, scales_of, share, squash
 from l3env.envs.observe.prices import fc_head_s
 from l3env.jit import helper
+from l3env.machine.forms import stored_lanes, stored_pools
+from l3env.machine.iteration import ttft_alone_s
+from l3env.machine.price import hbm_attention_s, lane_attention_s, pim_side_s
 
 PACE_TOKENS = 2048  # prompt tokens an iteration at which the pace of prefill is taken
 NOMINAL_REQUEST_TOKENS = NOMINAL_PROMPT_TOKENS + 256

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.engine.kernels.forms import pim_blocks_used, spread_scale, stored_lanes, stored_pools
-from l3env.engine.kernels.memory import growth_blocks
-from l3env.engine.kernels.schedule import decoding_count
+from l3env.engine.kernels.memory import decoding_count, growth_blocks
 from l3env.envs.observe.feature import Feature, scales_of, share, squash
 from l3env.jit import helper, inner
+from l3env.machine.forms import decompressed_scale, pim_blocks_used, stored_lanes, stored_pools
 
 
 class Memory(Feature):
@@ -31,13 +30,13 @@ SCALE = scales_of(Memory)
 
 
 @inner
-def with_spread(forms, t, s, e, used):
+def with_decompressed(forms, t, s, e, used):
     """Blocks used, promised and to grow of decompressed KV, which takes blocks of all PIM pools; the first added to
     ``used``."""
     if len(forms) == 1:
         return used, 0, 0
     coef = t.coef[s.env[e]["table_idx"]]
-    pool, scale = coef["spread_pool"], spread_scale(forms, coef)
+    pool, scale = coef["decompressed_pool"], decompressed_scale(forms, coef)
     promised, growth = scale * s.pool[e, pool]["promised"], scale * growth_blocks(t, s, e, pool)
     return pim_blocks_used(forms, coef, s.pool[e]), np.int64(promised), np.int64(growth)
 
@@ -53,7 +52,7 @@ def write_memory(t, s, e, mark, row):
         promised += s.pool[e, pool]["promised"]
         growth += growth_blocks(t, s, e, pool)
         fullest = max(fullest, share(float(s.pool[e, pool]["used"]), float(t.pool_blocks[table, pool])))
-    used, more_promised, more_growth = with_spread(t.forms, t, s, e, used)
+    used, more_promised, more_growth = with_decompressed(t.forms, t, s, e, used)
     promised, growth = promised + more_promised, growth + more_growth
     fullest = max(fullest, share(float(used), float(blocks)))
     hbm_used, hbm_blocks = s.pool[e, 0]["used"], t.pool_blocks[table, 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from l3env.engine.kernels.drafts import classes_count
-from l3env.engine.kernels.schedule import decoding_count
+from l3env.engine.kernels.memory import decoding_count
 from l3env.engine.state import FINISH_HEAP, SUB_BATCHES
 from l3env.envs.observe.feature import Feature, around_half, deviation_share, scales_of, share, squash
 from l3env.jit import helper

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.engine.kernels.price import spread_attention_s
 from l3env.jit import helper, inner
+from l3env.machine.price import decompressed_attention_s
 
 
 @inner
@@ -18,7 +18,7 @@ def stored_lanes(forms, coef):
     """Lanes of KV as the model stores it, HBM's included: all but the one of decompressed KV."""
     if len(forms) == 1:
         return coef["lanes_count"]
-    return coef["spread_lane"] if coef["spread_lane"] > 0 else coef["lanes_count"]
+    return coef["decompressed_lane"] if coef["decompressed_lane"] > 0 else coef["lanes_count"]
 
 
 @inner
@@ -26,7 +26,7 @@ def stored_pools(forms, coef):
     """Pools of KV as the model stores it, HBM's included."""
     if len(forms) == 1:
         return coef["pools_count"]
-    return coef["spread_pool"] if coef["spread_pool"] > 0 else coef["pools_count"]
+    return coef["decompressed_pool"] if coef["decompressed_pool"] > 0 else coef["pools_count"]
 
 
 @inner
@@ -43,13 +43,13 @@ def room(forms, coef, blocks, pools, pool):
 @helper
 def shared_room(coef, blocks, pools, pool):
     """``room`` where both forms share the ranks: decompressed KV takes the same share of all other PIM pools."""
-    spread, share = coef["spread_pool"], coef["spread_share"]
-    if pool == 0 or spread == 0:
+    own, share = coef["decompressed_pool"], coef["decompressed_share"]
+    if pool == 0 or own == 0:
         return blocks[pool]
-    if pool != spread:
-        return blocks[pool] - np.int64(np.ceil(pools[spread]["used"] * share))
-    capacity = blocks[spread]
-    for other in range(1, spread):
+    if pool != own:
+        return blocks[pool] - np.int64(np.ceil(pools[own]["used"] * share))
+    capacity = blocks[own]
+    for other in range(1, own):
         capacity = min(capacity, np.int64((blocks[other] - pools[other]["used"]) / share))
     return capacity
 
@@ -60,27 +60,27 @@ def pim_blocks_used(forms, coef, pools):
     used = np.int64(0)
     for pool in range(1, stored_pools(forms, coef)):
         used += pools[pool]["used"]
-    return used + np.int64(pools[coef["spread_pool"]]["used"] * spread_scale(forms, coef))
+    return used + np.int64(pools[coef["decompressed_pool"]]["used"] * decompressed_scale(forms, coef))
 
 
 @inner
-def spread_scale(forms, coef):
+def decompressed_scale(forms, coef):
     """Blocks of KV as stored that a block of decompressed KV takes, over all pools; 0 where there is none."""
     if len(forms) == 1:
         return 0.0
-    return coef["spread_share"] * (coef["spread_pool"] - 1)  # the share is 0 without
+    return coef["decompressed_share"] * (coef["decompressed_pool"] - 1)  # the share is 0 without
 
 
 @inner
-def spread_load(forms, t, table, lanes, queries):
+def decompressed_load(forms, t, table, lanes, queries):
     """KV tokens of a sub-batch ((L,) lanes) that lie decompressed, the next step's included, and their attention."""
     if len(forms) == 1:
         return 0.0, 0.0
-    spread = t.coef[table]["spread_lane"]
-    if spread == 0:
+    lane = t.coef[table]["decompressed_lane"]
+    if lane == 0:
         return 0.0, 0.0
-    kv = lanes[spread]["kv"] + queries * lanes[spread]["count"]
-    return kv, spread_attention_s(t, table, kv, queries)
+    kv = lanes[lane]["kv"] + queries * lanes[lane]["count"]
+    return kv, decompressed_attention_s(t, table, kv, queries)
 
 
 @inner
@@ -88,8 +88,8 @@ def stored_tokens(forms, coef, lane, tokens):
     """KV of so many tokens in a lane, in tokens of KV as stored."""
     if len(forms) == 1:
         return float(tokens)
-    if lane > 0 and lane == coef["spread_lane"]:
-        return tokens * coef["spread_token_ratio"]
+    if lane > 0 and lane == coef["decompressed_lane"]:
+        return tokens * coef["decompressed_token_ratio"]
     return float(tokens)
 
 
@@ -98,8 +98,8 @@ def stored_requests(forms, coef, lanes, count):
     """Decoding requests on the PIM side, in requests that move what they would with KV as stored."""
     if len(forms) == 1:
         return count
-    spread = coef["spread_lane"]
-    return count + (coef["spread_request_ratio"] - 1.0) * lanes[spread]["count"] if spread > 0 else count
+    lane = coef["decompressed_lane"]
+    return count + (coef["decompressed_request_ratio"] - 1.0) * lanes[lane]["count"] if lane > 0 else count
 
 
 @inner
@@ -107,7 +107,7 @@ def pim_lanes(forms, coef, decompressed):
     """First PIM lane of a form of KV, and the one after its last."""
     if len(forms) == 1:
         return np.int64(1), np.int64(coef["lanes_count"])
-    spread = coef["spread_lane"]
-    if spread == 0:
+    lane = coef["decompressed_lane"]
+    if lane == 0:
         return np.int64(1), np.int64(coef["lanes_count"])
-    return (spread, spread + 1) if decompressed else (np.int64(1), np.int64(spread))
+    return (lane, lane + 1) if decompressed else (np.int64(1), np.int64(lane))

@@ -1,11 +1,11 @@
-"""What an iteration costs. The only place where time is computed; everything comes from the tables."""
+"""What the parts of an iteration cost, from the tables; ``iteration`` puts them together."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from l3env.jit import inner, rare
-from l3env.machine.tables import COMM, DENSE_TOKENS, DRAFT, EXPERTS, FC, HEAD, STRIDE_TOKENS, TABLE_TOKENS
+from l3env.machine.arrays import COMM, DENSE_TOKENS, DRAFT, EXPERTS, FC, HEAD, STRIDE_TOKENS, TABLE_TOKENS
 
 
 @inner
@@ -110,12 +110,6 @@ def draft_batch_s(t, table, requests):
 
 
 @inner
-def back_batch_s(t, table, tokens, rows, guessed):
-    """What follows attention: FC, head, and the guesses of the next step."""
-    return fc_batch_s(t, table, tokens) + head_batch_s(t, table, rows) + draft_batch_s(t, table, guessed)
-
-
-@inner
 def hbm_attention_s(t, table, kv_tokens, requests, queries=1):
     """Decode attention of HBM residents, on the GPU, with one or two query tokens a request.
 
@@ -141,9 +135,11 @@ def lane_attention_s(t, table, kv_tokens, requests, queries=1):
 
 
 @inner
-def spread_attention_s(t, table, kv_tokens, queries):
+def decompressed_attention_s(t, table, kv_tokens, queries):
     """Decode attention on decompressed KV, spread over all PIM lanes: every one is busy for it."""
-    return (t.coef[table]["spread_token_s"] if queries == 1 else t.coef[table]["spread_verify_s"]) * kv_tokens
+    return (
+        t.coef[table]["decompressed_token_s"] if queries == 1 else t.coef[table]["decompressed_verify_s"]
+    ) * kv_tokens
 
 
 @inner
@@ -164,32 +160,3 @@ def pim_side_s(t, table, slowest_s, requests, kv_pushed):
     if requests > 0:
         side_s += coef["transfer_latency_s"]
     return side_s, attention_s, moving_s
-
-
-@inner
-def one_batch_s(t, table, front_s, slowest_s, requests, kv_pushed, tokens, rows, guessed=0):
-    """A single batch: prefill and HBM attention (``front_s``) beside the PIM side, then FC and head; all of it beside
-    the all-to-all.
-
-    Returns (T, GPU busy computing or sending, PIM busy, t_d, t_comm).
-    """
-    pim_s, attention_s, moving_s = pim_side_s(t, table, slowest_s, requests, kv_pushed)
-    back_s = back_batch_s(t, table, tokens, rows, guessed)
-    total_s = gpu_batch_s(t, table, max(front_s, pim_s) + back_s, tokens)
-    return total_s, gpu_batch_s(t, table, front_s + back_s, tokens), pim_s, attention_s, moving_s
-
-
-@inner
-def ttft_alone_s(t, table, prompt_tokens):
-    """TTFT of a prompt on the empty system: one whole prefill."""
-    pushed = prompt_tokens if t.coef[table]["has_pim"] else 0
-    front_s = prefill_attention_s(t, table, prompt_tokens, 0)
-    return one_batch_s(t, table, front_s, 0.0, 0.0, pushed, prompt_tokens, 1)[0]
-
-
-@inner
-def tbt_alone_s(t, table, kv_tokens):
-    """Time of one decode step of one request at a context length, on the empty system."""
-    if t.coef[table]["has_pim"]:
-        return one_batch_s(t, table, 0.0, lane_attention_s(t, table, float(kv_tokens), 1.0), 1.0, 0, 1, 1)[0]
-    return one_batch_s(t, table, hbm_attention_s(t, table, float(kv_tokens), 1.0), 0.0, 0.0, 0, 1, 1)[0]
