@@ -88,8 +88,6 @@ class Tables:
 
         Raises:
             SpecError: a place that this system does not have.
-
-        >>> tables.iteration_s([Decodes(32, 1000.0, "pim")], [Chunk(512, place="pim")], sub_batching=SubBatching.ON)
         """
         return self.iteration(decodes, chunks, sub_batching=sub_batching, multi_token=multi_token).duration_s
 
