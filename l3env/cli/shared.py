@@ -144,8 +144,8 @@ def finite(value: Any) -> Any:
 
 
 def say_taken(taken_count: int, count: int, folder: Path | None) -> None:
-    """How many results were there already."""
-    if folder is not None:
+    """How many results were there already, if any."""
+    if folder is not None and taken_count:
         err.print(f"{taken_count:,} of {count:,} taken from {folder}", highlight=False, soft_wrap=True)
 
 

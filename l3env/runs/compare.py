@@ -77,7 +77,10 @@ def compare(
         seeds: seed 0 is the trace itself, further ones are resampled from it (generated traces are drawn anew).
         prefix_cache: ``off``, or how cached prompt segments are given up: ``lru``, ``lfu``, ``tree``, ``score``.
         training: trace of earlier requests to learn from, by default the first fifth of the trace itself.
-        out, fresh, workers, progress: see ``run_grid``.
+        out: folder that keeps the results, see ``run_grid``, as for what follows.
+        fresh: forget what it holds.
+        workers: who runs the cells.
+        progress: told of each that ends.
 
     Raises:
         L3EnvError: anything wrong with the input, before the first cell runs.

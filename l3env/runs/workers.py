@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from l3env.threads import at_most
 
+OWN_VARIABLES = "L3ENV_"  # of the environment
 WATCH_S = 1.0  # between looks at whether the parent is alive
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,13 +75,32 @@ def _spread_out(
 ) -> Iterator[tuple[int, Result]]:
     with parallel_config(backend=workers.backend, n_jobs=workers.count):
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
-        yield from parallel(delayed(_call)(function, place, item, os.getpid()) for place, item in items.items())
+        caller = Caller(os.getpid(), os.getcwd(), {k: v for k, v in os.environ.items() if k.startswith(OWN_VARIABLES)})
+        yield from parallel(delayed(_call)(function, place, item, caller) for place, item in list(items.items()))
 
 
-def _call(function: Callable[[Item], Result], place: int, item: Item, caller_pid: int) -> tuple[int, Result]:
-    """What a worker runs. It ends with its parent: a killed command would leave idle workers behind."""
-    if os.getppid() == caller_pid:
-        _end_with_parent(caller_pid)
+class Caller(NamedTuple):
+    """What names of the caller's stand for depends on: workers are kept, and may be older than its last ``chdir``."""
+
+    pid: int
+    folder: str
+    variables: dict[str, str]
+
+    def joined(self) -> None:
+        """Makes a process of the caller's see files as it does, and end with it: a killed command would leave idle
+        workers behind. On other machines nothing of that holds."""
+        if os.getppid() != self.pid:
+            return
+        _end_with_parent(self.pid)
+        os.chdir(self.folder)
+        for name in [name for name in os.environ if name.startswith(OWN_VARIABLES)]:
+            del os.environ[name]
+        os.environ.update(self.variables)
+
+
+def _call(function: Callable[[Item], Result], place: int, item: Item, caller: Caller) -> tuple[int, Result]:
+    """What a worker runs."""
+    caller.joined()
     with at_most(1):  # a process a core: the engine's own threads would compete
         return place, function(item)
 

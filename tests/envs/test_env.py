@@ -97,7 +97,7 @@ def test_rewards_do_not_depend_on_where_steps_end(name: str) -> None:
 
 def test_latency_reward_is_minus_the_mean_time_in_system() -> None:
     total, _, info = play(single(reward="latency"), 2)
-    assert info["metrics"]["finished_count"] == 60
+    assert info["metrics"]["finished_count"] == OPTIONS["episode_requests"]
     # Little's law: requests in the system integrated over iterations = the sum of their times; a request that arrives
     # inside an iteration is counted from its end on, so the integral is a little smaller
     assert -total == pytest.approx(info["metrics"]["e2e_mean_s"], rel=0.1)
