@@ -1,8 +1,10 @@
-"""What is there: ``l3env systems``, ``models``, ``policies``, ``knobs``."""
+"""What is there: ``l3env systems``, ``models``, ``policies``, ``knobs``, ``schema``."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from l3env.cli.shared import Json, err, plain_table, print_json
 
@@ -93,6 +95,13 @@ def knobs(as_json: Json = False) -> None:
         table.add_row(*(row[column] for column in ("knob", "default", "values", "levels", "what")))
     err.print(table)
     err.print("levels: what actions and searches choose among (`--action-knobs`; `l3env tune`)")
+
+
+def schema(kind: Annotated[str, typer.Argument(help="system, model, gpu, link, pim, dram, ...")]) -> None:
+    """Print the JSON schema of a TOML file, for editors."""
+    from l3env.machine import specs
+
+    print_json(specs.json_schema(kind))
 
 
 def _plain(spec: Any) -> Any:

@@ -7,6 +7,7 @@ command line takes. Unknown, missing and absurd keys are named together in one S
 from l3env.machine.specs.check import KINDS
 from l3env.machine.specs.devices import DramSpec, GpuSpec, LinkSpec, PimSpec
 from l3env.machine.specs.load import PRESET_DIR, files, from_mapping, load, named, names
+from l3env.machine.specs.schema import json_schema
 from l3env.machine.specs.system import ExpertParallelSpec, SystemSpec
 from l3env.machine.specs.transformer import AttentionForm, LatentSpec, ModelSpec, MoeSpec
 
@@ -25,6 +26,7 @@ __all__ = [
     "SystemSpec",
     "files",
     "from_mapping",
+    "json_schema",
     "load",
     "named",
     "names",
