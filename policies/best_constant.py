@@ -17,9 +17,10 @@ from l3env.engine.engine import Slo
 from l3env.errors import PlanError, PolicyError
 from l3env.knobs import ABOUT, Knobs
 from l3env.machine.tables import Tables
+from l3env.policy.levels import Levels
 from l3env.policy.protocol import FixedKnobs, Role
 from l3env.requests.workload import Workload
-from l3env.search.tune import GRID, Cell, Grid, Tuned, tune
+from l3env.search.tune import GRID, Case, Tuned, tune
 
 GLOBAL_FILE = Path(__file__).parent / "data" / "best-constant-global.json"
 
@@ -31,7 +32,7 @@ class BestConstant(FixedKnobs):
 
     role = Role.TUNED
 
-    def __init__(self, name: str = "best-constant", grid: Grid = GRID) -> None:
+    def __init__(self, name: str = "best-constant", grid: Levels = GRID) -> None:
         super().__init__(name, Knobs())
         self.grid = grid
 
@@ -40,7 +41,7 @@ class BestConstant(FixedKnobs):
             raise PolicyError("best-constant needs earlier requests to search on; give run_policy(training=...)")
         key = self.name + key_of(system, training, self.slo)
         if key not in _found:
-            _found[key] = tune([Cell(system, training, self.slo)], grid=self.grid)
+            _found[key] = tune([Case(system, training, self.slo)], grid=self.grid)
         self._tuned = _found[key]
         self.knobs = self._tuned.knobs
 

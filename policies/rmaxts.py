@@ -34,7 +34,7 @@ from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 from l3env.search import tree as rmaxts
-from l3env.search.tune import Cell, serve_each
+from l3env.search.tune import Case, serve_each
 
 INTERVAL_REQUESTS = 64  # that come between decisions, about
 AHEAD_REQUESTS = 128  # imagined ones, at least
@@ -161,7 +161,7 @@ class RMaxTS(BasePolicy):
             return list(range(1, len(self.actions)))
         if known.recent_count < LEAST_RECENT:
             return []
-        cell = Cell(self._system, known.replay(known.draw_lengths(self._rng)), self.slo, one_replica=True)
+        cell = Case(self._system, known.replay(known.draw_lengths(self._rng)), self.slo, one_replica=True)
         served = serve_each(cell, self.actions)[0][:, -known.recent_count :].sum(axis=1)
         self._trials += len(self.actions)
         return [a for a in range(1, len(self.actions)) if served[a] >= served[0]]
@@ -327,7 +327,7 @@ def portfolio(constant: BestConstant, system: Tables, training: Workload) -> lis
             for row in constant.tried.to_dict("records")
         ]
         tried = [constant.knobs, *(knobs for knobs in tried if knobs != constant.knobs)]
-        cells = [Cell(system, training.at_load(load), constant.slo) for load in LOADS]
+        cells = [Case(system, training.at_load(load), constant.slo) for load in LOADS]
         parts = [part for cell in cells for part in np.array_split(serve_each(cell, tried)[0], PARTS, axis=1)]
         goodput = np.stack([part.mean(axis=1) for part in parts], axis=1)  # (S, LOADS x PARTS)
         chosen, reached = [0], goodput[0]

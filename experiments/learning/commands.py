@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from l3env.cli.shared import (
+    Fresh,
     Json,
     announce_compilation,
     err,
@@ -19,6 +20,7 @@ from l3env.cli.shared import (
     print_json,
     progress_bar,
     repeated_command,
+    say_taken,
 )
 from l3env.errors import L3EnvError
 
@@ -37,6 +39,7 @@ def tune(
     random: Annotated[int, typer.Option(help="Random settings before the coordinate search.")] = 64,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file for the setting, its cells and this command.")] = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Searches the best fixed knobs: of one cell, or one setting for many systems, models, traces and loads."""
@@ -45,41 +48,54 @@ def tune(
     from l3env.files import write_text
     from l3env.machine.pair import compile_pair
     from l3env.requests.registry import load_trace
+    from l3env.runs.content import sha256, sources_sha256
     from l3env.runs.saturation import load_at_capacity
-    from l3env.search.tune import Cell
-    from l3env.search.tune import tune as search
+    from l3env.search import tune as search
 
     loads = numbers(utilization, "--utilization")
     windows = {each: load_trace(in_window(each, window)) for each in trace}
-    about: list[dict[str, Any]] = []
-    cells = []
+    rows: list[dict[str, Any]] = []
+    cases = []
     for each in itertools.product(names(system, "--system"), names(model, "--model"), trace):
         tables = compile_pair(*each[:2])
         workload = windows[each[2]] if requests is None else windows[each[2]].head(requests)
         full = load_at_capacity(tables, workload)
-        cells += [Cell(tables, workload.at_load(load * full)) for load in loads]
-        about += [dict(zip((*CELL, "utilization"), (*each, load), strict=True)) for load in loads]
-    with progress_bar("tuning") as progress:
-        found = search(cells, random_count=random, seed=seed, progress=progress)
-    rows: list[dict[str, Any]] = [
-        each | {"goodput_frac": float(goodput)} for each, goodput in zip(about, found.goodput_frac, strict=True)
-    ]
-    result: dict[str, Any] = {
-        "knobs": found.knobs.to_json(),
-        "cells": rows,
-        "tried_count": len(found.tried),
-        "window": window,
-        "requests": requests,
-        "seed": seed,
-        "command": repeated_command(),
-    }
-    if out is not None:
-        write_text(out, json.dumps(result, indent=2) + "\n")
+        cases += [search.Case(tables, workload.at_load(load * full)) for load in loads]
+        rows += [dict(zip((*CELL, "utilization"), (*each, load), strict=True)) for load in loads]
+    follows_from = [[case.tables.system, case.tables.model, case.workload] for case in cases], random, seed
+    content = sha256([*follows_from, sources_sha256(Path(search.__file__))])
+    result = None if out is None or fresh else _tuned_before(out, content)
+    say_taken(result is not None, 1, out)
+    if result is None:
+        with progress_bar("tuning") as progress:
+            found = search.tune(cases, random_count=random, seed=seed, progress=progress)
+        goodputs = found.goodput_frac.tolist()
+        result = {
+            "knobs": found.knobs.to_json(),
+            "cells": [row | {"goodput_frac": goodput} for row, goodput in zip(rows, goodputs, strict=True)],
+            "tried_count": len(found.tried),
+            "window": window,
+            "requests": requests,
+            "seed": seed,
+            "command": repeated_command(),
+            "content": content,
+        }
+        if out is not None:
+            write_text(out, json.dumps(result, indent=2) + "\n")
     if as_json:
         print_json(result)
         return
     _print_setting(result)
-    err.print(f"{len(found.tried)} settings tried" + (f"; written: {out}" if out else ""), highlight=False)
+    err.print(f"{result['tried_count']} settings tried" + (f"; written: {out}" if out else ""), highlight=False)
+
+
+def _tuned_before(path: Path, content: str) -> dict[str, Any] | None:
+    """What a file holds, if it follows from the same."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known if isinstance(known, dict) and known.get("content") == content else None
 
 
 def _print_setting(result: dict[str, Any]) -> None:
@@ -105,16 +121,21 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Seed 0 is the window itself, the others are resampled within it.")] = 5,
     training_window: Annotated[str, typer.Option(help="What best-constant is searched on.")] = "0%:60%",
     window: Annotated[str, typer.Option(help="Part of each trace's span that is served.")] = "60%:100%",
-    workers: Annotated[int | None, typer.Option(help="Processes, by default one a core.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for rows (resumes) and pictures.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", "--workers", help="Runs at a time; -1: one a core.")] = -1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results; what it holds unchanged is not run again.")
+    ] = None,
+    fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """A trained policy against heuristics and tuned constants on windows it has not seen, with confidence intervals."""
     announce_compilation()
     from l3env.experiments.learning import evaluate as evaluation
-    from l3env.experiments.learning.cells import Cell
     from l3env.experiments.learning.grid import table
+    from l3env.experiments.learning.scenarios import Scenario
     from l3env.policies.network import load_network
+    from l3env.runs.store import Store
+    from l3env.runs.workers import Workers
 
     networks = evaluation.networks_of(run)
     trained = load_network(Path(networks[0])).config.get("training", {})
@@ -128,25 +149,33 @@ def evaluate(
         if not values:
             raise L3EnvError(f"{name}: the network does not say what it was trained on; expected a value")
     loads = numbers(utilization, "--utilization")
-    cells = [
-        Cell(each_system, each_model, each, load, training_window, window)
+    scenarios = [
+        Scenario(each_system, each_model, each, load, training_window, window)
         for each_system, each_model, each, load in itertools.product(systems, models, traces, loads)
     ]
+    store = None if out is None else Store(out)
+    if store is not None:
+        store.begin(fresh=fresh)
     with progress_bar("evaluating") as progress:
-        figures, _ = evaluation.evaluate(
-            cells,
+        figures, judged = evaluation.evaluate(
+            scenarios,
             networks,
             evaluation.baselines_of(baselines),
             seeds_count=seeds,
-            store=None if out is None else out / "rows.jsonl",
-            workers=workers,
+            store=store,
+            workers=Workers(count=jobs),
             progress=progress,
         )
+    say_taken(judged.taken_count, len(judged.rows), out)
     if out is not None:
-        from l3env.experiments.learning import pictures
+        import pandas as pd
 
-        pictures.policy_picture(cells[0], networks[0], out / "policy.png")
-        err.print(f"written: {out}/rows.jsonl, policy.png", highlight=False)
+        from l3env.experiments.learning import pictures
+        from l3env.files import write_text
+
+        write_text(out / "results.csv", pd.DataFrame(judged.rows).to_csv(index=False))
+        pictures.policy_picture(scenarios[0], networks[0], out / "policy.png")
+        err.print(f"written: {out}/results.csv, policy.png", highlight=False)
     if as_json:
         print_json(figures)
     else:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from l3env.errors import L3EnvError
-from l3env.experiments.learning.cells import Cell, Job, run_jobs
 from l3env.experiments.learning.iqm import summarise
+from l3env.experiments.learning.scenarios import Judged, Scenario, judge
 from l3env.policies.learned_ppo import FILE
 from l3env.policy.protocol import Role
 from l3env.policy.registry import policies_of, policy_names
+from l3env.runs.jobs import Progress
+from l3env.runs.store import Store
+from l3env.runs.workers import HERE, Workers
 
 BASELINES = ("best-constant", "best-constant-global")  # constants besides the heuristics
 LEARNED = "learned"
@@ -53,20 +55,18 @@ def networks_of(ref: str) -> tuple[str, ...]:
 
 
 def evaluate(
-    cells: Sequence[Cell],
+    scenarios: Sequence[Scenario],
     networks: Sequence[str],
     baselines: Sequence[str],
     *,
     seeds_count: int = 5,
-    store: Path | None = None,
-    workers: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    store: Store | None = None,
+    workers: Workers = HERE,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], Judged]:
     """(figures as ``--json`` prints them, all rows)."""
-    known = {cell.key for cell in cells}
-    if len(known) != len(cells):
-        raise L3EnvError("evaluation: a cell is there twice")
-    jobs = [Job(cell, LEARNED, tuple(networks), seeds_count) for cell in cells]
-    jobs += [Job(cell, name, (name,), seeds_count) for cell, name in product(cells, baselines)]
-    rows = run_jobs(jobs, store, workers=workers, progress=progress)
-    return summarise(rows, LEARNED, [name for name in baselines if name in heuristics()]), rows
+    if len({scenario.key for scenario in scenarios}) != len(scenarios):
+        raise L3EnvError("evaluation: a scenario is there twice")
+    policies = {LEARNED: tuple(networks)} | {name: (name,) for name in baselines}
+    found = judge(scenarios, policies, seeds_count, store=store, workers=workers, progress=progress)
+    return summarise(found.rows, LEARNED, [name for name in baselines if name in heuristics()]), found

@@ -1,4 +1,4 @@
-"""Finds the weights of ``request-score``: CMA-ES on many cells at once, all candidates on the same requests.
+"""Finds the weights of ``request-score``: CMA-ES in many scenarios at once, all candidates on the same requests.
 
     python -m l3env.experiments.learning.evolve --out runs/evolve --generations 80 --seed 0
 
@@ -22,19 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cma
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
 from l3env.engine.engine import Engine
 from l3env.engine.state import Score
-from l3env.experiments.learning.cells import TRAINING_WINDOW, Cell, requests, tables_of
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
+from l3env.experiments.learning.scenarios import TRAINING_WINDOW, Scenario, requests, tables_of
 from l3env.files import whole, write_text
 from l3env.policies.request_score import KNOBS, weights_of
 from l3env.requests.workload import Workload
 from l3env.runs.driver import replica_shares, warm_up
+from l3env.runs.workers import Workers, all_of
 from l3env.search.tune import TIE_BREAK
 
 START: dict[str, float] = {
@@ -64,9 +64,9 @@ err = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Task:
-    """A stretch of a cell's training window, begun at a share of what is possible."""
+    """A stretch of a scenario's training window, begun at a share of what is possible."""
 
-    cell: Cell
+    scenario: Scenario
     begin_frac: float
 
 
@@ -76,22 +76,24 @@ def tasks_of(generation: int, seed: int) -> list[Task]:
     found = []
     for system, model, trace in itertools.product(SYSTEMS, MODELS, TRACES):
         utilization = round(float(rng.uniform(*UTILIZATIONS)), 3)
-        found.append(Task(Cell(system, model, trace, utilization), float(rng.random())))
-    return sorted(found, key=lambda task: (task.cell.model, task.cell.trace[0] not in "os"))  # the long ones first
+        found.append(Task(Scenario(system, model, trace, utilization), float(rng.random())))
+    return sorted(
+        found, key=lambda task: (task.scenario.model, task.scenario.trace[0] not in "os")
+    )  # the long ones first
 
 
 def stretch_of(task: Task) -> Workload:
     """The task's requests."""
-    whole = requests(task.cell, TRAINING_WINDOW)
-    wanted = next((count for name, count in STRETCH_REQUESTS.items() if task.cell.trace.startswith(name)), 1000)
-    count = min(wanted * tables_of(task.cell.system, task.cell.model).replicas_count, len(whole))
+    whole = requests(task.scenario, TRAINING_WINDOW)
+    wanted = next((count for name, count in STRETCH_REQUESTS.items() if task.scenario.trace.startswith(name)), 1000)
+    count = min(wanted * tables_of(task.scenario.system, task.scenario.model).replicas_count, len(whole))
     begin = round(task.begin_frac * (len(whole) - count))
     return whole.stretch(begin, begin + count)
 
 
 def serve(task: Task, candidates: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(P, weights) -> (share of requests that met their SLO, mean time in the system (s)), (P,) each."""
-    tables, workload = tables_of(task.cell.system, task.cell.model), stretch_of(task)
+    tables, workload = tables_of(task.scenario.system, task.scenario.model), stretch_of(task)
     parts = [workload.select(rows) for rows in replica_shares(workload, tables.replicas_count) if rows.size]
     engine = Engine(tables, len(candidates) * len(parts), max(map(len, parts)))
     for e, (weights, part) in enumerate(itertools.product(candidates, parts)):
@@ -103,6 +105,11 @@ def serve(task: Task, candidates: NDArray[np.float64]) -> tuple[NDArray[np.float
     met = env["slo_met_count"].reshape(len(candidates), -1).sum(axis=1)
     present_s = env["present_s"].reshape(len(candidates), -1).sum(axis=1)
     return met / len(workload), present_s / len(workload)
+
+
+def serve_part(work: tuple[Task, NDArray[np.float64]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``serve``, of some of the candidates: what one worker does."""
+    return serve(*work)
 
 
 def losses_of(met: NDArray[np.float64], present_s: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -156,28 +163,27 @@ def search(out: Path, generations: int, population: int, seed: int, seconds: flo
     kept = out / "evolve.pkl"
     strategy = begun(kept, [START.get(each.name, 0.0) for each in SEARCHED], SPREAD, population, seed)
     begin_s = time.monotonic()
-    with joblib.Parallel(n_jobs=workers, pre_dispatch="all", batch_size=1) as parallel:
-        while strategy.countiter < generations and time.monotonic() - begin_s < seconds:
-            tasks = tasks_of(strategy.countiter, seed)
-            asked = strategy.ask()
-            tried = np.array([full(each) for each in [*asked, strategy.mean]])
-            parts = np.array_split(tried, PARTS)
-            rows = parallel(joblib.delayed(serve)(task, part) for task in tasks for part in parts)
-            met, present_s = (np.concatenate([row[i] for row in rows]).reshape(len(tasks), -1) for i in (0, 1))
-            strategy.tell(asked, losses_of(met[:, :-1], present_s[:, :-1]))
-            keep(kept, strategy)
-            config = {
-                "seed": seed,
-                "generations": int(strategy.countiter),
-                "population": population,
-                "training_window": TRAINING_WINDOW,
-                "systems": SYSTEMS,
-                "models": MODELS,
-                "traces": TRACES,
-                "utilizations": UTILIZATIONS,
-            }
-            write_result(out / "request-score.json", strategy.mean, config)
-            log_generation(out, strategy, met, begin_s)
+    while strategy.countiter < generations and time.monotonic() - begin_s < seconds:
+        tasks = tasks_of(strategy.countiter, seed)
+        asked = strategy.ask()
+        tried = np.array([full(each) for each in [*asked, strategy.mean]])
+        work = [(task, part) for task in tasks for part in np.array_split(tried, PARTS)]
+        rows = all_of(serve_part, work, Workers(count=workers))
+        met, present_s = (np.concatenate([row[i] for row in rows]).reshape(len(tasks), -1) for i in (0, 1))
+        strategy.tell(asked, losses_of(met[:, :-1], present_s[:, :-1]))
+        keep(kept, strategy)
+        config = {
+            "seed": seed,
+            "generations": int(strategy.countiter),
+            "population": population,
+            "training_window": TRAINING_WINDOW,
+            "systems": SYSTEMS,
+            "models": MODELS,
+            "traces": TRACES,
+            "utilizations": UTILIZATIONS,
+        }
+        write_result(out / "request-score.json", strategy.mean, config)
+        log_generation(out, strategy, met, begin_s)
 
 
 def main() -> None:
@@ -187,7 +193,7 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the generation that reaches it")
-    parser.add_argument("--workers", type=int, default=joblib.cpu_count())
+    parser.add_argument("--workers", type=int, default=-1, help="processes; -1: one a core")
     given = parser.parse_args()
     warm_up()
     search(given.out, given.generations, given.population, given.seed, given.seconds, given.workers)

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.envs.requests import ServingRequestsVectorEnv
-from l3env.experiments.learning.cells import TRAINING_WINDOW
 from l3env.experiments.learning.evolve import UTILIZATIONS, Task, begun, keep, log_generation, losses_of, tasks_of
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
+from l3env.experiments.learning.scenarios import TRAINING_WINDOW
 from l3env.experiments.train.windows import in_window
 from l3env.files import write_text
 from l3env.policies.requests_agent import GENES, INTERVAL_S, SCORES, SETTINGS, START, VISIBLE, Agent, weights_of
@@ -74,10 +74,10 @@ def training_envs(system: str, model: str, trace: str, num_envs: int) -> Serving
 
 def try_out(task: Task, candidates: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(P, genes) -> (share of requests that met their SLO, mean time in the system (s)), (P,) each."""
-    cell = task.cell
-    envs = training_envs(cell.system, cell.model, cell.trace, len(candidates))
+    place = task.scenario
+    envs = training_envs(place.system, place.model, place.trace, len(candidates))
     seed = int(task.begin_frac * 2**31)  # draws where the stretch begins, and the replica
-    metrics, present_s = serve(envs, Agent(candidates), {"utilization": cell.utilization}, seed)
+    metrics, present_s = serve(envs, Agent(candidates), {"utilization": place.utilization}, seed)
     return np.array([each["slo_attainment_frac"] for each in metrics]), present_s
 
 

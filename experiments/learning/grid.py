@@ -3,8 +3,8 @@
     python -m l3env.experiments.learning.grid --learned policies/data/learned-ppo.npz --out runs/grid
 
 Systems x models x traces x utilizations x seeds; the first 60 % of each trace's span is for training, the rest for
-this. Finished runs are kept in ``OUT/rows.jsonl``, so an interrupted grid goes on; the table goes to
-``OUT/grid.json`` and ``OUT/grid.md``.
+this. Finished runs are kept in ``OUT``, so an interrupted grid goes on; the table goes to ``OUT/grid.json`` and
+``OUT/grid.md``.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import joblib
-from rich.console import Console
-
-from l3env.experiments.learning.cells import EVALUATION_WINDOW, TRAINING_WINDOW, Cell
+from l3env.cli.shared import err, progress_bar, say_taken
 from l3env.experiments.learning.evaluate import baselines_of, evaluate, networks_of
+from l3env.experiments.learning.scenarios import Scenario
 from l3env.files import write_text
+from l3env.runs.store import Store
+from l3env.runs.workers import Workers
 
 SYSTEMS = ("l3-dgx-a100", "hbm-pim-dgx-a100", "gpu-dgx-a100")
 MODELS = ("gpt-175b", "qwen-72b")
@@ -36,18 +35,16 @@ UTILIZATIONS = (0.7, 0.9, 1.1)
 SEEDS_COUNT = 5
 OPPONENTS = ("best_heuristic", "l3", "best_constant", "best_constant_global", "best_constant_in_order")
 
-err = Console(stderr=True)
 
-
-def grid_cells(
+def grid_scenarios(
     systems: Sequence[str] = SYSTEMS,
     models: Sequence[str] = MODELS,
     traces: Sequence[str] = TRACES,
     utilizations: Sequence[float] = UTILIZATIONS,
-) -> list[Cell]:
+) -> list[Scenario]:
     """All combinations."""
     combinations = itertools.product(systems, models, traces, utilizations)
-    return [Cell(*each, TRAINING_WINDOW, EVALUATION_WINDOW) for each in combinations]
+    return [Scenario(*each) for each in combinations]
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -89,28 +86,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/grid"))
     parser.add_argument("--baselines", default="best", help="best, or policies with commas between")
     parser.add_argument("--seeds", type=int, default=SEEDS_COUNT)
-    parser.add_argument("--workers", type=int, default=joblib.cpu_count())
+    parser.add_argument("--workers", type=int, default=-1, help="processes; -1: one a core")
     for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
         parser.add_argument(f"--{name}", nargs="+", default=default)
     parser.add_argument("--utilizations", nargs="+", type=float, default=UTILIZATIONS)
     given = parser.parse_args()
-    cells = grid_cells(given.systems, given.models, given.traces, given.utilizations)
-    start_s = time.monotonic()
-
-    def progress(done: int, total: int, what: str) -> None:
-        if done % max(total // 50, 1) == 0 or done == total:
-            err.print(f"{done} of {total} jobs, {time.monotonic() - start_s:.0f} s: {what}", highlight=False)
-
-    figures, _ = evaluate(
-        cells,
-        networks_of(given.learned),
-        baselines_of(given.baselines),
-        seeds_count=given.seeds,
-        store=given.out / "rows.jsonl",
-        workers=given.workers,
-        progress=progress,
-    )
-    given.out.mkdir(parents=True, exist_ok=True)
+    store = Store(given.out)
+    store.begin()
+    with progress_bar("judging") as progress:
+        figures, found = evaluate(
+            grid_scenarios(given.systems, given.models, given.traces, given.utilizations),
+            networks_of(given.learned),
+            baselines_of(given.baselines),
+            seeds_count=given.seeds,
+            store=store,
+            workers=Workers(count=given.workers),
+            progress=progress,
+        )
+    say_taken(found.taken_count, len(found.rows), given.out)
     write_text(given.out / "grid.json", json.dumps(figures, indent=2) + "\n")
     write_text(given.out / "grid.md", table(figures))
     err.print(table(figures), highlight=False, soft_wrap=True)

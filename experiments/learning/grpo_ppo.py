@@ -4,76 +4,80 @@
 
 Prints for each cell and algorithm the goodput of the best model on the evaluation window (not seen in training or in
 choosing it) and draws the learning curves: goodput on the validation window, the same episodes for all runs. Every run
-is a process; finished ones are kept in their folders, and a run that was cut off goes on from its last checkpoint.
+is a process; finished ones are kept, and a run that was cut off goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
-from l3env.experiments.learning.cells import Cell, Job, run_job
+from l3env.cli.shared import err, progress_bar
 from l3env.experiments.learning.pictures import compared_curves
+from l3env.experiments.learning.scenarios import Scenario, judge
 from l3env.experiments.train.config import TrainConfig, hyperparams_of
 from l3env.experiments.train.run import train
 from l3env.files import write_text
+from l3env.runs.cell import Result
+from l3env.runs.content import inputs_sha256, sources_sha256
+from l3env.runs.jobs import run_jobs
+from l3env.runs.store import Job, Store
+from l3env.runs.workers import Workers
 
-CELLS = (  # where settings matter much: see docs/learning-grid.md
-    Cell("l3-dgx-a100", "qwen-72b", "mooncake-conversation", 0.9),
-    Cell("l3-dgx-a100", "gpt-175b", "azure-conv-2023", 0.9),
+SCENARIOS = (  # where settings matter much: see docs/learning-grid.md
+    Scenario("l3-dgx-a100", "qwen-72b", "mooncake-conversation", 0.9),
+    Scenario("l3-dgx-a100", "gpt-175b", "azure-conv-2023", 0.9),
 )
 ALGORITHMS = ("maskable-ppo", "grpo")
 WORKLOAD_SEEDS = 5
 EVALUATIONS = 15  # of each run, on the validation window
-
-err = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Run:
     """One training."""
 
-    cell: Cell
-    algo: str
-    seed: int
-    steps: int
-    episode_requests: int
+    scenario: Scenario
+    config: TrainConfig
     out: Path
 
+    def job(self) -> Job:
+        """The training and its verdict."""
+        place = asdict(self.scenario)
+        row = place | {"algo": self.config.algo, "seed": self.config.seed}
+        named = inputs_sha256([self.scenario.system], [self.scenario.model], [self.scenario.trace])
+        depends = {"row": row, "config": self.config, "inputs": named, "l3env": sources_sha256(Path(__file__))}
+        return Job(f"{self.out.parent.name}.{self.out.name}", row, depends, partial(trained, self))
 
-def one(run: Run) -> dict[str, Any]:
-    """Trains once and judges the best model; a result that is there already is read."""
-    path = run.out / "result.json"
-    if path.exists():
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return known
-    config = TrainConfig(
-        algo=run.algo,
-        systems=(run.cell.system,),
-        models=(run.cell.model,),
-        traces=(run.cell.trace,),
-        utilization=(run.cell.utilization,),
-        env={"episode_requests": run.episode_requests},
-        total_steps=run.steps,
-        eval_steps=max(run.steps // EVALUATIONS, 1),
-        checkpoint_steps=max(run.steps // 5, 1),
-        seed=run.seed,
-        hyperparams=hyperparams_of(run.algo),
+
+def trained(run: Run) -> Result:
+    """Trains, going on from the last checkpoint in the folder, and judges the best model."""
+    network = train(run.config, run.out)
+    rows = judge([run.scenario], {run.config.algo: (str(network),)}, WORKLOAD_SEEDS).rows
+    return {"goodput_frac": float(np.mean([row["slo_attainment_frac"] for row in rows]))}, {}
+
+
+def config_of(scenario: Scenario, algo: str, seed: int, steps: int, episode_requests: int) -> TrainConfig:
+    return TrainConfig(
+        algo=algo,
+        systems=(scenario.system,),
+        models=(scenario.model,),
+        traces=(scenario.trace,),
+        utilization=(scenario.utilization,),
+        env={"episode_requests": episode_requests},
+        total_steps=steps,
+        eval_steps=max(steps // EVALUATIONS, 1),
+        checkpoint_steps=max(steps // 5, 1),
+        seed=seed,
+        hyperparams=hyperparams_of(algo),
     )
-    network = train(config, run.out)
-    goodput = [row["slo_attainment_frac"] for row in run_job(Job(run.cell, run.algo, (str(network),), WORKLOAD_SEEDS))]
-    row = asdict(run.cell) | {"algo": run.algo, "seed": run.seed, "goodput_frac": float(np.mean(goodput))}
-    write_text(path, json.dumps(row) + "\n")
-    return row
 
 
 def main() -> None:
@@ -84,22 +88,29 @@ def main() -> None:
     parser.add_argument("--episode-requests", type=int, default=500)
     parser.add_argument("--workers", type=int, default=-1)
     given = parser.parse_args()
-    os.environ["L3ENV_THREADS"] = "1"  # a process a core
     runs = [
-        Run(cell, algo, seed, given.steps, given.episode_requests, given.out / f"cell{c}" / f"{algo}-{seed}")
-        for c, cell in enumerate(CELLS)
+        Run(each, config_of(each, algo, seed, given.steps, given.episode_requests), given.out / f"cell{c}" / name)
+        for c, each in enumerate(SCENARIOS)
         for algo in ALGORITHMS
         for seed in range(given.seeds)
+        for name in [f"{algo}-{seed}"]
     ]
-    rows = joblib.Parallel(given.workers)(joblib.delayed(one)(run) for run in runs)
+    store = Store(given.out)
+    store.begin()
+    with progress_bar("training") as progress:
+        ended = run_jobs(
+            [run.job() for run in runs], store, workers=Workers(count=given.workers), progress=progress
+        ).of_all()
+    rows = [each.flat() for each in ended]
     write_text(given.out / "rows.json", json.dumps(rows, indent=2) + "\n")
     report(rows)
     compared_curves(
         {
-            f"{cell.system}, {cell.model}, {cell.trace}": {
-                algo: [run.out for run in runs if (run.cell, run.algo) == (cell, algo)] for algo in ALGORITHMS
+            f"{each.system}, {each.model}, {each.trace}": {
+                algo: [run.out for run in runs if (run.scenario, run.config.algo) == (each, algo)]
+                for algo in ALGORITHMS
             }
-            for cell in CELLS
+            for each in SCENARIOS
         },
         given.out / "grpo-ppo.png",
     )

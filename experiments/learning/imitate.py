@@ -17,21 +17,19 @@ import argparse
 import itertools
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
-from rich.console import Console
 
-from l3env.errors import L3EnvError
+from l3env.cli.shared import err, progress_bar
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
 from l3env.experiments.learning.teacher import (
     TAU,
@@ -48,12 +46,15 @@ from l3env.experiments.train.algorithms import set_up_torch
 from l3env.experiments.train.export import interface
 from l3env.policies.network import Network
 from l3env.policy.levels import LEVELS, Levels
+from l3env.runs.cell import Result
+from l3env.runs.content import inputs_sha256, sources_sha256
+from l3env.runs.jobs import run_jobs
+from l3env.runs.store import Job, Store
+from l3env.runs.workers import HERE, Workers, all_of
 
 HOLDOUT_FRAC = 0.1  # of cells: never learned from
 SIDE_BY_SIDE = 32  # episodes in one engine
 EPOCHS, LEAST_STEPS, BATCH, RATE = 20, 400, 2048, 2e-3
-
-err = Console(stderr=True)
 
 
 # --- learning
@@ -105,12 +106,12 @@ def imitate(
     *,
     rounds: int = 3,
     hidden: Sequence[int] = (128, 128),
-    workers: int = -1,
+    workers: Workers = HERE,
     fit_seed: int = 0,
     longest_s: float = math.inf,
     command: str = "",
 ) -> dict[str, float]:
-    """Writes ``policy.npz`` into ``out``; tuned cells are kept in ``tuned.jsonl`` and not tuned again.
+    """Writes ``policy.npz`` into ``out``; tuned cells are kept there and not tuned again.
 
     With another ``fit_seed`` (of the network and its learning; the cells are the same) it is ``policy-SEED.npz``.
     Cells whose arrivals span more than ``longest_s`` are tuned, but neither learned from nor held out.
@@ -120,8 +121,9 @@ def imitate(
     """
     out.mkdir(parents=True, exist_ok=True)
     set_up_torch()
-    os.environ["L3ENV_THREADS"] = "1"  # a process a core
-    rows = _tuned_cells(source, out / "tuned.jsonl", cells_count, workers)
+    store = Store(out)
+    store.begin()
+    rows = _tuned_cells(source, store, cells_count, workers)
     rows = [row for row in rows if span_s(source, row) <= longest_s]
     held_out = max(int(HOLDOUT_FRAC * len(rows)), 1)
     tested, learned = rows[:held_out], rows[held_out:]
@@ -178,7 +180,7 @@ def _ratio(row: Row, seen: Seen) -> float:
     return seen.goodput_frac / max(row["goodput_frac"], 1e-9)
 
 
-def _learn_from_own(source: Source, data: Data, rows: list[Row], path: str, workers: int) -> None:
+def _learn_from_own(source: Source, data: Data, rows: list[Row], path: str, workers: Workers) -> None:
     """What the network itself gets to see. Where it falls short, also which of its own choices to change.
 
     Knobs work together: the best constant's levels, one by one, need not be good beside what the network does.
@@ -187,51 +189,47 @@ def _learn_from_own(source: Source, data: Data, rows: list[Row], path: str, work
     short = [(row, seen) for row, seen in zip(rows, own, strict=True) if _ratio(row, seen) < 1 - TAU]
     for row, seen in zip(rows, own, strict=True):
         data.add(seen, row["targets"])
-    changes = joblib.Parallel(workers, return_as="generator")(
-        joblib.delayed(corrections)(source, row, seen.action) for row, seen in short
-    )
+    changes = all_of(_correction, [(source, row, seen.action) for row, seen in short], workers)
     for (_, seen), targets in zip(short, changes, strict=True):
         data.add(seen, targets)
 
 
 def _side_by_side(
-    function: Callable[..., list[Any]], source: Source, rows: list[Row], workers: int, *more: Any
+    function: Callable[..., list[Any]], source: Source, rows: list[Row], workers: Workers, *more: Any
 ) -> list[Any]:
     """What ``function(source, some rows, *more)`` gives for each row: rows of like length in one engine."""
     order = sorted(range(len(rows)), key=lambda k: span_s(source, rows[k]), reverse=True)
     parts = [order[k : k + SIDE_BY_SIDE] for k in range(0, len(order), SIDE_BY_SIDE)]
     found: list[Any] = [None] * len(rows)
-    results = joblib.Parallel(workers, return_as="generator")(
-        joblib.delayed(function)(source, [rows[k] for k in part], *more) for part in parts
-    )
+    results = all_of(_call, [(function, source, [rows[k] for k in part], *more) for part in parts], workers)
     for part, several in zip(parts, results, strict=True):
         for k, each in zip(part, several, strict=True):
             found[k] = each
     return found
 
 
-def _tuned_cells(source: Source, path: Path, count: int, workers: int) -> list[dict[str, Any]]:
-    head = json.dumps(asdict(source))
-    done: dict[int, dict[str, Any]] = {}
-    if path.exists():
-        first, *lines = path.read_text(encoding="utf-8").split("\n")
-        if first != head:
-            raise L3EnvError(f"{path}: cells of another source; remove it or choose another --out")
-        done = {row["i"]: row for row in map(json.loads, lines[:-1])}
-        path.write_text("".join(f"{line}\n" for line in (head, *map(json.dumps, done.values()))), encoding="utf-8")
-    else:
-        path.write_text(head + "\n", encoding="utf-8")
-    left = [i for i in range(count) if i not in done]
-    with path.open("a", encoding="utf-8") as file:
-        for row in joblib.Parallel(workers, return_as="generator_unordered")(
-            joblib.delayed(tuned)(source, i) for i in left
-        ):
-            done[row["i"]] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            if len(done) % max(count // 20, 1) == 0:
-                err.print(f"tuned {len(done)} of {count} cells", highlight=False)
-    return [done[i] for i in range(count)]
+def _correction(work: tuple[Source, Row, tuple[int, ...]]) -> list[float]:
+    return corrections(*work)
+
+
+def _call(work: tuple[Any, ...]) -> list[Any]:
+    function, *arguments = work
+    found: list[Any] = function(*arguments)
+    return found
+
+
+def _tuned_cells(source: Source, store: Store, count: int, workers: Workers) -> list[Row]:
+    """The best constant of each cell; those in the store, from the same requests, are not tuned again."""
+    named = inputs_sha256(source.systems, source.models, source.traces)
+    depends = {"source": source, "inputs": named, "l3env": sources_sha256(Path(__file__))}
+    jobs = [Job(f"tuned-{i}", {}, depends | {"i": i}, partial(_tuned, source, i)) for i in range(count)]
+    with progress_bar("tuning") as progress:
+        ended = run_jobs(jobs, store, workers=workers, progress=progress)
+    return [dict(done.figures) for done in ended.of_all()]
+
+
+def _tuned(source: Source, i: int) -> Result:
+    return tuned(source, i), {}
 
 
 def main() -> None:
@@ -270,7 +268,7 @@ def main() -> None:
         given.cells,
         rounds=given.rounds,
         hidden=given.hidden,
-        workers=given.workers,
+        workers=Workers(count=given.workers),
         fit_seed=given.fit_seed,
         longest_s=given.longest_s,
         command=command,

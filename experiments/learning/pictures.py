@@ -15,7 +15,7 @@ from l3env.choices import Budget, Order, SubBatching
 from l3env.engine.engine import Engine, Slo
 from l3env.envs.observe.features import FEATURES
 from l3env.envs.observe.observer import ViewObserver
-from l3env.experiments.learning.cells import Cell, requests
+from l3env.experiments.learning.scenarios import Scenario, requests
 from l3env.knobs import Knobs
 from l3env.machine.pair import compile_pair
 from l3env.policies.learned_ppo import Learned
@@ -81,9 +81,9 @@ class Watched(BasePolicy):
         return knobs
 
 
-def policy_picture(cell: Cell, network: str, path: Path) -> None:
+def policy_picture(scenario: Scenario, network: str, path: Path) -> None:
     """For each knob, how often each level is chosen in each eighth of the states seen, by several features."""
-    obs, actions = _watch(cell, network)
+    obs, actions = _watch(scenario, network)
     names = [name for name, _ in FEATURES]
     figure, grid = plt.subplots(
         len(LEVELS), len(STATES), figsize=(3 * len(STATES), 1.5 * len(LEVELS)), layout="constrained", squeeze=False
@@ -105,16 +105,18 @@ def policy_picture(cell: Cell, network: str, path: Path) -> None:
                 axes.set_ylabel(knob, fontsize=7)
             if k == len(LEVELS) - 1:
                 axes.set_xlabel(feature, fontsize=7)
-    figure.suptitle(f"{cell.system}, {cell.model}, {cell.trace}, utilization {cell.utilization:g}", fontsize=9)
+    figure.suptitle(
+        f"{scenario.system}, {scenario.model}, {scenario.trace}, utilization {scenario.utilization:g}", fontsize=9
+    )
     _save(figure, path)
 
 
-def _watch(cell: Cell, network: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(observations, actions) of a policy on the first replica of a cell."""
-    tables, workload = compile_pair(cell.system, cell.model), requests(cell, cell.window)
+def _watch(scenario: Scenario, network: str) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(observations, actions) of a policy on the first replica of a scenario."""
+    tables, workload = compile_pair(scenario.system, scenario.model), requests(scenario, scenario.window)
     part = workload.select(replica_shares(workload, tables.replicas_count)[0])
     policy = Learned(Path(network))
-    policy.prepare(tables, requests(cell, cell.training_window))
+    policy.prepare(tables, requests(scenario, scenario.training_window))
     engine = Engine(tables, 1, len(part))
     engine.reset(0, part, slo=Slo())
     watched = Watched(policy)

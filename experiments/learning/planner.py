@@ -7,29 +7,29 @@
     # where its settings were chosen
     python -m l3env.experiments.learning.planner --grid --training 0%:36% --window 36%:60%
 
-Cells and requests are those of ``experiments/learning/grid.py``. Finished runs are kept in ``OUT/rows.jsonl``, so an
-interrupted study goes on; the table goes to ``OUT/planner.md``. Goodput is the share of requests that meet their SLO.
+Cells and requests are those of ``experiments/learning/grid.py``. Finished runs are kept in ``OUT``, so an interrupted
+study goes on; the table goes to ``OUT/planner.md``. Goodput is the share of requests that meet their SLO.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import joblib
 import pandas as pd
-from rich.console import Console
 
-from l3env.experiments.learning.cells import EVALUATION_WINDOW, TRAINING_WINDOW, Cell, Job, run_jobs
-from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES, UTILIZATIONS, grid_cells
+from l3env.cli.shared import err, progress_bar, say_taken
+from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES, UTILIZATIONS, grid_scenarios
 from l3env.experiments.learning.iqm import CELL, GOODPUT, interquartile_mean
+from l3env.experiments.learning.scenarios import EVALUATION_WINDOW, TRAINING_WINDOW, Scenario, judge
 from l3env.files import write_text
 from l3env.policy.protocol import Role
 from l3env.policy.registry import policies_of
+from l3env.runs.store import Store
+from l3env.runs.workers import Workers
 
 HEURISTICS = tuple(name for name in policies_of(Role.HEURISTIC) if name != "l3")  # l3-model stands for it
 CONSTANTS = ("best-constant", "best-constant-in-order")  # the second is where the planner starts from
@@ -44,21 +44,22 @@ STUDIED: Mapping[str, str] = {
     "rmaxts, no virtual loss": "rmaxts?virtual_loss=false",
     "rmaxts, nothing beyond the interval": "rmaxts?beyond=false",
 }
-STUDIED_CELLS = ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0), (1, 1, 3), (2, 0, 0), (2, 0, 1), (2, 1, 1))  # as indices
+STUDIED_SCENARIOS = (
+    (0, 0, 0),
+    (0, 1, 1),
+    (1, 0, 1),
+    (1, 1, 0),
+    (1, 1, 3),
+    (2, 0, 0),
+    (2, 0, 1),
+    (2, 1, 1),
+)  # as indices
 
-err = Console(stderr=True)
 
-
-def studied_cells(utilization: float = 0.9) -> list[Cell]:
-    """Eight cells: every system and model, three of the traces (openr1 runs longest)."""
-    places = [(SYSTEMS[s], MODELS[m], TRACES[t]) for s, m, t in STUDIED_CELLS]
-    return [Cell(*place, utilization) for place in places]
-
-
-def jobs_of(cells: Sequence[Cell], policies: Mapping[str, str]) -> list[Job]:
-    """All policies on all cells; cells with long outputs, which take longest, first."""
-    slow_first = sorted(cells, key=lambda cell: "openr1" not in cell.trace)
-    return [Job(cell, name, (ref,), 1) for name, ref in policies.items() for cell in slow_first]
+def studied_scenarios(utilization: float = 0.9) -> list[Scenario]:
+    """Eight: every system and model, three of the traces (openr1 runs longest)."""
+    places = [(SYSTEMS[s], MODELS[m], TRACES[t]) for s, m, t in STUDIED_SCENARIOS]
+    return [Scenario(*place, utilization) for place in places]
 
 
 def goodputs(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -115,7 +116,7 @@ def main() -> None:
     what.add_argument("--grid", action="store_true", help="the planner at 512 simulations on the learning grid")
     what.add_argument("--study", action="store_true", help="budgets and ablations on eight cells")
     parser.add_argument("--out", type=Path, default=Path("runs/planner"))
-    parser.add_argument("--workers", type=int, default=joblib.cpu_count())
+    parser.add_argument("--workers", type=int, default=-1, help="processes; -1: one a core")
     parser.add_argument("--training", default=TRAINING_WINDOW, help="part of a trace's span to learn from")
     parser.add_argument("--window", default=EVALUATION_WINDOW, help="part to serve")
     parser.add_argument("--planners", nargs="+", help="forms of the planner, as rmaxts?simulations=128&gamma=1.0")
@@ -123,23 +124,29 @@ def main() -> None:
         parser.add_argument(f"--{name}", nargs="+", default=default)
     parser.add_argument("--utilizations", nargs="+", type=float, default=UTILIZATIONS)
     given = parser.parse_args()
-    cells = (
-        studied_cells() if given.study else grid_cells(given.systems, given.models, given.traces, given.utilizations)
+    scenarios = (
+        studied_scenarios()
+        if given.study
+        else grid_scenarios(given.systems, given.models, given.traces, given.utilizations)
     )
-    cells = [replace(cell, training_window=given.training, window=given.window) for cell in cells]
+    scenarios = [replace(each, training_window=given.training, window=given.window) for each in scenarios]
     planners = {ref: ref for ref in given.planners} if given.planners else STUDIED
     if given.grid and not given.planners:
         planners = {PLANNER: STUDIED[PLANNER]}
-    start_s = time.monotonic()
-
-    def progress(done: int, total: int, what: str) -> None:
-        err.print(f"{done} of {total} jobs, {time.monotonic() - start_s:.0f} s: {what}", highlight=False)
-
-    jobs = jobs_of(cells, {**planners, **{name: name for name in (*CONSTANTS, *HEURISTICS)}})
-    rows = run_jobs(jobs, given.out / "rows.jsonl", workers=given.workers, progress=progress)
-    given.out.mkdir(parents=True, exist_ok=True)
-    write_text(given.out / "planner.md", table(rows))
-    err.print(table(rows), highlight=False, soft_wrap=True)
+    policies = {**planners, **{name: name for name in (*CONSTANTS, *HEURISTICS)}}
+    store = Store(given.out)
+    store.begin()
+    with progress_bar("planning") as progress:
+        found = judge(
+            scenarios,
+            {name: (ref,) for name, ref in policies.items()},
+            store=store,
+            workers=Workers(count=given.workers),
+            progress=progress,
+        )
+    say_taken(found.taken_count, len(found.rows), given.out)
+    write_text(given.out / "planner.md", table(found.rows))
+    err.print(table(found.rows), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

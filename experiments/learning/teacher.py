@@ -20,7 +20,7 @@ from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
 from l3env.experiments.train.windows import in_window
 from l3env.policies.network import load_network
 from l3env.policy.levels import LEVELS, Levels, action_of, knobs_of, lasting, levels_of
-from l3env.search.tune import Cell, Grid, probe, tune
+from l3env.search.tune import Case, probe, tune
 
 TAU = 0.01  # a setting that loses 1 % of goodput gets 1/e of the best one's weight
 OTHERS_COUNT = 2  # settings other than the best that are rolled out, of those that reach GOOD_ENOUGH of it
@@ -83,12 +83,12 @@ def span_s(source: Source, row: Row) -> float:
     return episode(source, row["i"]).workload.span_s
 
 
-def _cells(source: Source, i: int) -> list[Cell]:
+def _cells(source: Source, i: int) -> list[Case]:
     """Cell ``i`` at each of the loads at which its setting should do well."""
     cell = episode(source, i)
     pair = _episodes(source).pairs[cell.pair_idx]
     predicted = _episodes(source).predicted(cell)
-    return [Cell(pair, cell.workload.at_load(load), cell.slo, True, predicted) for load in source.loads]
+    return [Case(pair, cell.workload.at_load(load), cell.slo, True, predicted) for load in source.loads]
 
 
 def tuned(source: Source, i: int) -> Row:
@@ -117,7 +117,7 @@ def _action(row: Mapping[Hashable, float], levels: Levels) -> list[int]:
 
 
 def targets(
-    around: dict[str, NDArray[np.float64]], grid: Grid, levels_by_knob: Levels = LEVELS, tau: float = TAU
+    around: dict[str, NDArray[np.float64]], grid: Levels, levels_by_knob: Levels = LEVELS, tau: float = TAU
 ) -> NDArray[np.float64]:
     """(levels,) a distribution over each knob's levels; the values in ``around`` are of the levels in ``grid``."""
     heads = []

@@ -14,18 +14,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
 from numpy.typing import NDArray
 
+from l3env.cli.shared import progress_bar
 from l3env.experiments.reproduce.proof_search import (
     ABLATIONS,
     RMAXTS,
@@ -34,8 +33,12 @@ from l3env.experiments.reproduce.proof_search import (
     TREE_SAMPLES,
     samples_needed,
 )
-from l3env.files import write_text
 from l3env.jit import kernel
+from l3env.runs.cell import Result
+from l3env.runs.content import sources_sha256
+from l3env.runs.jobs import run_jobs
+from l3env.runs.store import Job, Store
+from l3env.runs.workers import Workers
 from l3env.traces.prover.model import MOST_STEPS, ProofModel, mix, unit
 
 START = {"tail": 1.433, "live_p": 0.027, "live_q": 0.182, "error_p": 0.109, "stuck": 0.197}  # of an earlier fit
@@ -160,14 +163,27 @@ def judged(found: Fit, dead_frac: float, count: int = THEOREMS, longest: int = 3
     return row
 
 
-def study(
-    mean_steps: float, seed: int, seconds: float, dead_fracs: list[float], count: int, longest: int, out: Path
-) -> None:
-    """One fit and all that follows from it, in a file a ``dead_frac``."""
-    found = fit(mean_steps, seed, seconds, count)
-    for dead_frac in dead_fracs:
-        row = judged(found, dead_frac, count, longest)
-        write_text(out / f"{mean_steps:g}-{seed}-{dead_frac:g}.json", json.dumps(row) + "\n")
+@dataclass(frozen=True)
+class Study:
+    """One fit and all that follows from it."""
+
+    mean_steps: float
+    seed: int
+    seconds: float
+    dead_fracs: tuple[float, ...]
+    theorems_count: int
+    longest: int
+
+    def job(self) -> Job:
+        depends = {"study": self, "l3env": sources_sha256(Path(__file__))}
+        return Job(f"{self.mean_steps:g}-{self.seed}", {"mean_steps": self.mean_steps}, depends, partial(studied, self))
+
+
+def studied(study: Study) -> Result:
+    """A row for each ``dead_frac``."""
+    found = fit(study.mean_steps, study.seed, study.seconds, study.theorems_count)
+    rows = [judged(found, dead_frac, study.theorems_count, study.longest) for dead_frac in study.dead_fracs]
+    return {"rows": rows}, {}
 
 
 def main() -> None:
@@ -181,16 +197,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=-1)
     parser.add_argument("--out", type=Path, default=Path("runs/fit-prover"))
     asked = parser.parse_args()
-    os.environ["L3ENV_THREADS"] = "1"  # a process a core
-    asked.out.mkdir(parents=True, exist_ok=True)
-    dead_fracs = [float(each) for each in asked.dead.split(",")]
-    joblib.Parallel(asked.workers)(
-        joblib.delayed(study)(
-            float(steps), seed, 60 * asked.minutes, dead_fracs, asked.theorems, asked.longest, asked.out
-        )
+    dead_fracs = tuple(float(each) for each in asked.dead.split(","))
+    jobs = [
+        Study(float(steps), seed, 60 * asked.minutes, dead_fracs, asked.theorems, asked.longest).job()
         for steps, seed in itertools.product(asked.mean_steps.split(","), range(asked.seeds))
-    )
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(asked.out.glob("*-*-*.json"))]
+    ]
+    store = Store(asked.out)
+    store.begin()
+    with progress_bar("fitting") as progress:
+        ended = run_jobs(jobs, store, workers=Workers(count=asked.workers), progress=progress)
+    rows = [row for done in ended.of_all() for row in done.figures["rows"]]
     rows.sort(key=lambda row: row["loss"])
     for row in rows:
         model, single, tree = row["model"], row["single-pass"], row["RMaxTS"]

@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import sys
-import time
+import uuid
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import joblib
 import pandas as pd
 
+from l3env.cli.shared import progress_bar, say_taken
 from l3env.files import write_text
 from l3env.machine.pair import compile_pair
 from l3env.policy.registry import make_policy
+from l3env.runs.cell import Result, job_name
+from l3env.runs.content import inputs_sha256, policy_content, sources_sha256
+from l3env.runs.jobs import run_jobs
 from l3env.runs.reactive import run_reactive
+from l3env.runs.store import Job, Store
+from l3env.runs.workers import Workers
 from l3env.traces.prover import log as prover_log
 from l3env.traces.prover.search import MODES, ProofSearch, SearchSettings, earlier_requests
 
@@ -44,26 +49,45 @@ SHOWN = (
     "kv_hbm_peak_frac",
     "kv_pim_peak_frac",
     "prefix_hit_tokens_frac",
+    "requests_count",
 )
 
 
-def searched(
-    system: str, policy: str, settings: SearchSettings, log: Path | None = None, prefix_cache: str = "off"
-) -> dict[str, Any]:
-    """One run: what was asked and its figures."""
-    client = ProofSearch(settings)
-    training = earlier_requests(client)
-    start = time.perf_counter()
-    tables = compile_pair(system, MODEL)
+@dataclass(frozen=True)
+class Search:
+    """One run."""
+
+    system: str
+    policy: str
+    settings: SearchSettings
+    prefix_cache: str = "off"
+
+    def job(self, log: Path | None = None) -> Job:
+        """Its search, and ``log`` of every generation. One whose log is not there is not taken from a folder."""
+        row: dict[str, Any] = {"system": self.system, "policy": self.policy, "prefix_cache": self.prefix_cache}
+        row["verifiers_count"] = self.settings.verifiers_count
+        made_of = inputs_sha256([self.system], [MODEL], []), policy_content(self.policy), sources_sha256(Path(__file__))
+        missing = None if log is None or log.exists() else uuid.uuid4().hex
+        parts = (self.system, self.policy, self.prefix_cache, str(self.settings.verifiers_count))
+        return Job(
+            job_name(self, *parts), row, {"search": self, "of": made_of, "log": missing}, partial(run, self, log)
+        )
+
+
+def run(search: Search, log: Path | None = None) -> Result:
+    """Its figures."""
+    client = ProofSearch(search.settings)
     outcome = run_reactive(
-        tables, client, lambda: make_policy(policy), training=training, record=False, prefix_cache=prefix_cache
+        compile_pair(search.system, MODEL),
+        client,
+        lambda: make_policy(search.policy),
+        training=earlier_requests(client),
+        record=False,
+        prefix_cache=search.prefix_cache,
     )
     if log is not None:
         prover_log.write(client.log, log)
-    row: dict[str, Any] = {"system": system, "policy": policy, "prefix_cache": prefix_cache}
-    row["verifiers_count"] = settings.verifiers_count
-    row |= {name: outcome.metrics[name] for name in SHOWN}
-    return row | {"requests_count": outcome.metrics["requests_count"], "wall_s": time.perf_counter() - start}
+    return {name: outcome.metrics[name] for name in SHOWN}, {}
 
 
 def main() -> None:
@@ -76,35 +100,31 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="folder for a log of every run, which is a trace (format prover-log)")
     parser.add_argument("--prefix-cache", default="off", help="off, lru, lfu or tree, or several")
     parser.add_argument("--workers", type=int, default=1, help="runs side by side; -1: one a core")
-    parser.add_argument("--out", type=Path, help="a CSV file of all rows")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/proof-serving"), help="folder for results, which are not run again"
+    )
     asked = parser.parse_args()
     if asked.log is not None:
         asked.log.mkdir(parents=True, exist_ok=True)
-    runs = list(
-        itertools.product(
-            map(int, asked.verifiers.split(",")),
-            asked.systems.split(","),
-            asked.policies.split(","),
-            asked.prefix_cache.split(","),
-        )
+    asked_for = itertools.product(
+        map(int, asked.verifiers.split(",")),
+        asked.systems.split(","),
+        asked.policies.split(","),
+        asked.prefix_cache.split(","),
     )
-    rows = []
-    work = (joblib.delayed(one)(asked.samples, asked.mode, asked.log, *run) for run in runs)
-    for row in joblib.Parallel(asked.workers, return_as="generator")(work):
-        rows.append(row)
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        if asked.out is not None:
-            write_text(asked.out, pd.DataFrame(rows).to_csv(index=False))
-    print(pd.DataFrame(rows).round(3).to_string())
-
-
-def one(
-    samples: int, mode: str, logs: Path | None, verifiers: int, system: str, policy: str, prefix_cache: str
-) -> dict[str, Any]:
-    """A row of the table."""
-    settings = SearchSettings(samples_count=samples, verifiers_count=verifiers, mode=mode)
-    log = None if logs is None else logs / f"{system}.{policy}.{verifiers}.{prefix_cache}.jsonl"
-    return searched(system, policy, settings, log, prefix_cache)
+    jobs = []
+    for verifiers, system, policy, prefix_cache in asked_for:
+        settings = SearchSettings(samples_count=asked.samples, verifiers_count=verifiers, mode=asked.mode)
+        name = f"{system}.{policy}.{verifiers}.{prefix_cache}.jsonl"
+        jobs.append(Search(system, policy, settings, prefix_cache).job(None if asked.log is None else asked.log / name))
+    store = Store(asked.out)
+    store.begin()
+    with progress_bar("searching") as progress:
+        ended = run_jobs(jobs, store, workers=Workers(count=asked.workers), progress=progress)
+    say_taken(ended.taken_count, len(jobs), asked.out)
+    rows = pd.DataFrame([done.flat() for done in ended.of_all()]).drop(columns="error")
+    write_text(asked.out / "rows.csv", rows.to_csv(index=False))
+    print(rows.round(3).to_string())
 
 
 if __name__ == "__main__":

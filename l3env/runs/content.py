@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from l3env.jit import PACKAGE, sources
+from l3env.machine.specs import named
 from l3env.policy.registry import policy_files, policy_module
 from l3env.policy.sources import data_files
+from l3env.requests.registry import load_trace
 from l3env.requests.workload import Workload
 
 NOT_COMPUTED_WITH = ("sources",)  # of a spec: where its values come from
@@ -55,6 +57,12 @@ def requests_sha256(workload: Workload) -> str:
 def files_sha256(files: Iterable[Path], folder: Path | None = None) -> dict[str, str]:
     """Of each file, by its path from a folder, or from the current one."""
     return {os.path.relpath(file, folder): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def inputs_sha256(systems: Iterable[str], models: Iterable[str], traces: Iterable[str]) -> str:
+    """Of what systems, models and traces stand for now."""
+    specs = [[named("system", each) for each in systems], [named("model", each) for each in models]]
+    return sha256([*specs, [requests_sha256(load_trace(each)) for each in traces]])
 
 
 @cache

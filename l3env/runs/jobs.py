@@ -22,6 +22,13 @@ class Ended:
     done: list[Done]
     taken_count: int
 
+    def of_all(self) -> list[Done]:
+        """The results, where all of them are needed. Raises L3EnvError where one failed."""
+        failed = [done for done in self.done if done.error is not None]
+        if failed:
+            raise L3EnvError(f"{len(failed)} of {len(self.done)} runs failed, the first: {failed[0].error}")
+        return self.done
+
 
 def attempt(job: Job) -> Done:
     """Whatever goes wrong becomes part of the result."""

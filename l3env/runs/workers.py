@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 from joblib import Parallel, cpu_count, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+from l3env.errors import L3EnvError
 from l3env.threads import at_most
 
 OWN_VARIABLES = "L3ENV_"  # of the environment
@@ -60,6 +61,14 @@ def each(
         except TerminatedWorkerError:
             for place in list(left)[:under_way]:
                 yield place, _alone(function, left.pop(place))
+
+
+def all_of(function: Callable[[Item], Result], items: Sequence[Item], workers: Workers = HERE) -> list[Result]:
+    """The results of all items, in their order. Raises L3EnvError where one took its process down."""
+    found = dict(each(function, items, workers))
+    if died := [place for place, result in found.items() if result is None]:
+        raise L3EnvError(f"{len(died)} of {len(items)} calls took their process down: out of memory, or a crash")
+    return [found[place] for place in range(len(items))]  # type: ignore[misc]
 
 
 def _alone(function: Callable[[Item], Result], item: Item) -> Result | None:

@@ -29,12 +29,10 @@ ROUNDS_COUNT = 4
 ENGINE_BYTES = 512e6  # of environments run side by side
 TIE_BREAK = 1e-4  # weight of time in the system: decides between settings of equal goodput
 
-Grid = Levels
-
-ACTIONS: Grid = lasting(LEVELS)
+ACTIONS: Levels = lasting(LEVELS)
 """The settings that an agent's actions can reach, but for the one that admits nobody for ever."""
 
-GRID: Grid = {**ACTIONS, **{name: about.levels for name, about in ABOUT.items() if about.tuned and not about.acts}}
+GRID: Levels = {**ACTIONS, **{name: about.levels for name, about in ABOUT.items() if about.tuned and not about.acts}}
 """All settings: those of every built-in heuristic with fixed knobs are among them."""
 
 STARTS = (
@@ -49,7 +47,7 @@ STARTS = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class Case:
     """What a setting is tried on: a machine and requests at their load.
 
     Attributes:
@@ -80,13 +78,13 @@ class Tuned:
     goodput_frac: NDArray[np.float64]
     tried: pd.DataFrame
     around: dict[str, NDArray[np.float64]]
-    grid: Grid
+    grid: Levels
 
 
 def tune(
-    cells: Sequence[Cell],
+    cells: Sequence[Case],
     *,
-    grid: Grid = GRID,
+    grid: Levels = GRID,
     random_count: int = RANDOM_COUNT,
     rounds_count: int = ROUNDS_COUNT,
     seed: int = 0,
@@ -120,7 +118,7 @@ def tune(
     return search.result(best)
 
 
-def probe(cells: Sequence[Cell], knobs: Knobs, *, grid: Grid = GRID) -> Tuned:
+def probe(cells: Sequence[Case], knobs: Knobs, *, grid: Levels = GRID) -> Tuned:
     """A setting, and every change of one of its knobs: ``around`` says what each would give.
 
     Raises L3EnvError for a value that the grid does not have.
@@ -141,7 +139,7 @@ Setting = tuple[int, ...]  # a level of each knob of the grid
 class _Search:
     """Every setting tried so far and how it did, (S, C)."""
 
-    def __init__(self, cells: list[Cell], grid: Grid, progress: Callable[[int, int, str], None] | None) -> None:
+    def __init__(self, cells: list[Case], grid: Levels, progress: Callable[[int, int, str], None] | None) -> None:
         self.cells, self.grid, self.progress = cells, grid, progress
         self.row: dict[Setting, int] = {}
         self.met = np.zeros((0, len(cells)))
@@ -185,13 +183,13 @@ class _Search:
         return Tuned(_knobs(self.grid, best), self.met[self.row[best]].copy(), tried, around, self.grid)
 
 
-def serve(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def serve(cell: Case, knobs: Sequence[Knobs]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Serves a cell under each setting: (share of requests that met their SLO, mean time in the system (s))."""
     met_mask, present_s = serve_each(cell, knobs)
     return met_mask.mean(axis=1), present_s
 
 
-def serve_each(cell: Cell, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def serve_each(cell: Case, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Serves a cell under each setting: ((S, N) requests that met their SLO, (S,) mean time in the system (s))."""
     replicas = 1 if cell.one_replica else cell.tables.replicas_count
     shares = [rows for rows in replica_shares(cell.workload, replicas) if rows.size]
@@ -222,7 +220,7 @@ def int_or_float(value: Any) -> float:
     return float(value) if isinstance(value, float) else int(value)
 
 
-def _useful(grid: Grid, cells: Sequence[Cell]) -> Grid:
+def _useful(grid: Levels, cells: Sequence[Case]) -> Levels:
     """Levels that do something in one of the cells, predicted lengths taken for known where all have them; of knobs of
     which none does, the first."""
     has = frozenset[Need]().union(*(available(cell.tables) for cell in cells))
@@ -235,11 +233,11 @@ def _useful(grid: Grid, cells: Sequence[Cell]) -> Grid:
     return {name: levels or grid[name][:1] for name, levels in kept.items()}
 
 
-def _knobs(grid: Grid, setting: Setting) -> Knobs:
+def _knobs(grid: Levels, setting: Setting) -> Knobs:
     return Knobs(**{name: levels[i] for (name, levels), i in zip(grid.items(), setting, strict=True)})
 
 
-def _starts(grid: Grid) -> list[Setting]:
+def _starts(grid: Levels) -> list[Setting]:
     """STARTS with each knob at its level, or at the first where the grid does not have it."""
     levels_of = [
         [levels.index(value) if (value := getattr(knobs, name)) in levels else 0 for name, levels in grid.items()]
@@ -248,12 +246,12 @@ def _starts(grid: Grid) -> list[Setting]:
     return [tuple(each) for each in levels_of]
 
 
-def _random(grid: Grid, count: int, rng: np.random.Generator) -> list[Setting]:
+def _random(grid: Levels, count: int, rng: np.random.Generator) -> list[Setting]:
     draws = np.stack([rng.integers(len(levels), size=count) for levels in grid.values()], axis=1)
     return [tuple(row) for row in draws.tolist()]
 
 
-def _changes(grid: Grid, setting: Setting) -> list[Setting]:
+def _changes(grid: Levels, setting: Setting) -> list[Setting]:
     """Every change of one knob."""
     return [
         (*setting[:k], i, *setting[k + 1 :])

@@ -42,6 +42,9 @@ def test_tune(tmp_path: Path) -> None:
     assert all(0 < row["goodput_frac"] <= 1 for row in found["cells"])
     assert json.loads(out.read_text()) == found
     read_knobs(out)
+    again = runner.invoke(app, ["tune", *options, "--requests", "60", "--random", "4", "--out", str(out), "--json"])
+    assert "1 of 1 taken from" in again.stderr
+    assert json.loads(again.stdout) == found
 
 
 def test_train_then_evaluate(tmp_path: Path) -> None:
@@ -69,6 +72,9 @@ def test_train_then_evaluate(tmp_path: Path) -> None:
     assert len(figures["cells"]) == 1
     assert figures["cells"][0]["trace"] == TRACE
     assert (tmp_path / "eval" / "policy.png").exists()
+    result = runner.invoke(app, ["evaluate", str(out), *options, "--out", str(tmp_path / "eval"), "--json"])
+    assert "8 of 8 taken from" in result.stderr
+    assert json.loads(result.stdout) == figures
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,12 @@ import torch as th
 from l3env.choices import Order
 from l3env.envs.observe.features import FEATURES
 from l3env.errors import L3EnvError
-from l3env.experiments.learning import cells as cells_module
 from l3env.experiments.learning import pictures, teacher
-from l3env.experiments.learning.cells import Cell, Job, read_store, requests, run_job, run_jobs
 from l3env.experiments.learning.evaluate import LEARNED, baselines_of, evaluate, heuristics, networks_of
-from l3env.experiments.learning.grid import grid_cells, table
+from l3env.experiments.learning.grid import grid_scenarios, table
 from l3env.experiments.learning.imitate import fit, imitate
 from l3env.experiments.learning.iqm import interquartile_mean, interval, summarise
+from l3env.experiments.learning.scenarios import Scenario, judge, requests
 from l3env.experiments.train.export import interface
 from l3env.machine.pair import compile_pair
 from l3env.policies.learned_ppo import Learned
@@ -31,10 +30,11 @@ from l3env.policy.registry import make_policy
 from l3env.requests.registry import load_trace
 from l3env.runs.driver import run_policy
 from l3env.runs.saturation import load_at_capacity
+from l3env.runs.store import Store
 from l3env.search.tune import ACTIONS, probe
 
 TRACE = "profile:azure-conv-2023?n=300"
-CELL = Cell("gpu-dgx-a100", "qwen-72b", TRACE, 0.9)
+SCENARIO = Scenario("gpu-dgx-a100", "qwen-72b", TRACE, 0.9)
 LEVELS_COUNT = sum(len(levels) for levels in LEVELS.values())
 
 
@@ -102,12 +102,12 @@ def test_summary_by_hand() -> None:
         summarise(rows_of(goodput | {"b": [[0.5], [0.1, 0.1]]}), "learned", ["a"])
 
 
-# --- cells
+# --- scenarios
 
 
-def test_a_job_is_the_runner_on_the_held_out_window() -> None:
+def test_a_policy_is_judged_on_the_held_out_window() -> None:
     """The rows equal runs by hand: the window from 60 %, resampled by seed, at its own capacity's utilization."""
-    rows = run_job(Job(CELL, "edf", ("edf",), 2))
+    rows = judge([SCENARIO], {"edf": ("edf",)}, 2).rows
     tables = compile_pair("gpu-dgx-a100", "qwen-72b")
     base = load_trace(f"{TRACE}&window=60%:100%")
     full = load_at_capacity(tables, base)
@@ -117,55 +117,49 @@ def test_a_job_is_the_runner_on_the_held_out_window() -> None:
         assert row["slo_attainment_frac"] == outcome.metrics["slo_attainment_frac"]
         assert row["seed"] == seed
     training = load_trace(f"{TRACE}&window=0%:60%")
-    assert requests(CELL, "0%:60%").rate_per_s == pytest.approx(
+    assert requests(SCENARIO, "0%:60%").rate_per_s == pytest.approx(
         0.9 * load_at_capacity(tables, training) * training.rate_per_s
     )
 
 
-def test_jobs_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in the store is not run again; a line that was cut off is run again; a bad one is an error."""
-    store = tmp_path / "rows.jsonl"
-    jobs = [Job(CELL, name, (name,), 1) for name in ("fcfs", "edf")]
-    rows = run_jobs(jobs, store, workers=1)
-    ran: list[str] = []
-
-    def spy(job: Job) -> list[dict[str, object]]:
-        ran.append(job.name)
-        return run_job(job)
-
-    monkeypatch.setattr(cells_module, "run_job", spy)
-    assert run_jobs(jobs, store, workers=1) == rows
-    assert ran == []
-    text = store.read_text()
-    store.write_text(text[:-20])
-    again = run_jobs(jobs, store, workers=1)
-    assert ran == ["edf"]
-    for left, right in zip(rows, again, strict=True):
-        assert {**left, "wall_s": 0} == {**right, "wall_s": 0}
-    assert len(read_store(store)) == 2
-    store.write_text("nonsense\n" + text)
-    with pytest.raises(L3EnvError, match="line 1: expected a finished job"):
-        read_store(store)
+def test_what_was_judged_is_taken_from_the_folder(tmp_path: Path) -> None:
+    """The same rows again, none of them run; a network that was trained on is run again, the baselines are not."""
+    store = Store(tmp_path / "out")
+    store.begin()
+    file = network(tmp_path / "net.npz")
+    policies = {LEARNED: (file,), "fcfs": ("fcfs",), "edf": ("edf",)}
+    first = judge([SCENARIO], policies, store=store)
+    again = judge([SCENARIO], policies, store=store)
+    assert (first.taken_count, again.taken_count) == (0, 3)
+    assert again.rows == first.rows
+    network(tmp_path / "net.npz", seed=1)
+    assert judge([SCENARIO], policies, store=store).taken_count == 2
 
 
-def test_processes_change_nothing(tmp_path: Path) -> None:
-    jobs = [Job(CELL, name, (name,), 1) for name in ("fcfs", "edf")]
-    for left, right in zip(run_jobs(jobs, workers=1), run_jobs(jobs, workers=2), strict=True):
-        assert {**left, "wall_s": 0} == {**right, "wall_s": 0}
+def test_a_policy_that_fails_leaves_the_others_results(tmp_path: Path) -> None:
+    store = Store(tmp_path / "out")
+    store.begin()
+    (tmp_path / "bad.py").write_text(
+        "from l3env import BasePolicy\n\nclass Bad(BasePolicy):\n    name = 'bad'\n"
+        "    def decide(self, view):\n        return 3\n"
+    )
+    with pytest.raises(L3EnvError, match="1 of 2 runs failed"):
+        judge([SCENARIO], {"bad": (f"{tmp_path}/bad.py:Bad",), "fcfs": ("fcfs",)}, store=store)
+    assert judge([SCENARIO], {"fcfs": ("fcfs",)}, store=store).taken_count == 1
 
 
 def test_evaluation_takes_several_training_seeds_in_turn(tmp_path: Path) -> None:
     files = [network(tmp_path / f"{seed}.npz", seed) for seed in (0, 1)]
-    figures, rows = evaluate([CELL], files, ("edf", "fcfs"), seeds_count=2, workers=1)
-    learned = [row for row in rows if row["policy"] == LEARNED]
+    figures, judged = evaluate([SCENARIO], files, ("edf", "fcfs"), seeds_count=2)
+    learned = [row for row in judged.rows if row["policy"] == LEARNED]
     tables = compile_pair("gpu-dgx-a100", "qwen-72b")
     for seed, row in enumerate(learned):
-        outcome = run_policy(tables, requests(CELL, CELL.window, seed), Learned(Path(files[seed])))
+        outcome = run_policy(tables, requests(SCENARIO, SCENARIO.window, seed), Learned(Path(files[seed])))
         assert row["slo_attainment_frac"] == outcome.metrics["slo_attainment_frac"]
     assert {"iqm_vs_best_heuristic", "iqm_vs_best_heuristic_low", "iqm_vs_best_heuristic_high", "cells"} <= set(figures)
     json.dumps(figures, allow_nan=False)
-    with pytest.raises(L3EnvError, match="a cell is there twice"):
-        evaluate([CELL, CELL], files, ("edf",), workers=1)
+    with pytest.raises(L3EnvError, match="a scenario is there twice"):
+        evaluate([SCENARIO, SCENARIO], files, ("edf",))
 
 
 def test_opponents_and_networks_by_name(tmp_path: Path) -> None:
@@ -182,7 +176,7 @@ def test_opponents_and_networks_by_name(tmp_path: Path) -> None:
 
 
 def test_the_learning_grid_is_the_whole_of_it() -> None:
-    cells = grid_cells()
+    cells = grid_scenarios()
     assert len(cells) == len({cell.key for cell in cells}) == 3 * 2 * 4 * 3
     assert any(cell.trace.startswith("splice:") for cell in cells)
 
@@ -193,7 +187,7 @@ def test_pictures(tmp_path: Path) -> None:
         "steps,goodput_frac,standard_error,wall_s\n0,0.4,0.1,1\n10,0.6,0.1,2\n"
     )
     pictures.learning_curve([tmp_path / "run"], tmp_path / "curve.png")
-    pictures.policy_picture(CELL, network(tmp_path / "net.npz"), tmp_path / "policy.png")
+    pictures.policy_picture(SCENARIO, network(tmp_path / "net.npz"), tmp_path / "policy.png")
     assert (tmp_path / "curve.png").stat().st_size > 5000
     assert (tmp_path / "policy.png").stat().st_size > 5000
 
@@ -306,16 +300,16 @@ def test_fit_learns_a_rule_it_can_express() -> None:
 
 
 def test_imitation_writes_a_policy_and_does_not_tune_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = imitate(SOURCE, tmp_path, 6, rounds=2, hidden=(16,), workers=1)
+    figures = imitate(SOURCE, tmp_path, 6, rounds=2, hidden=(16,))
     assert 0 < figures["mean"] <= 1.5
     policy = Learned(tmp_path / "policy.npz")
     outcome = run_policy(compile_pair("gpu-dgx-a100", "qwen-72b"), load_trace(TRACE), policy)
     assert 0 <= outcome.metrics["slo_attainment_frac"] <= 1
-    monkeypatch.setattr("l3env.experiments.learning.imitate.tuned", lambda *args: pytest.fail("tuned again"))
+    monkeypatch.setattr("l3env.experiments.learning.imitate.tuned", lambda *args: 1 / 0)  # tuned again
     th.manual_seed(1)
-    assert imitate(SOURCE, tmp_path, 6, rounds=2, hidden=(16,), workers=1) == figures
-    with pytest.raises(L3EnvError, match="cells of another source"):
-        imitate(replace(SOURCE, seed=9), tmp_path, 6, workers=1)
+    assert imitate(SOURCE, tmp_path, 6, rounds=2, hidden=(16,)) == figures
+    with pytest.raises(L3EnvError, match="6 of 6 runs failed, the first: ZeroDivisionError"):
+        imitate(replace(SOURCE, seed=9), tmp_path, 6)
 
 
 def test_imitation_with_more_knobs_and_a_predictor(tmp_path: Path) -> None:
@@ -328,7 +322,7 @@ def test_imitation_with_more_knobs_and_a_predictor(tmp_path: Path) -> None:
         order = np.split(np.array(row["targets"]), np.cumsum([len(v) for v in more.levels.values()]))[4]
         assert order[Order.SHORTEST_PREDICTED_HOPELESS_LAST] > 0  # it was tried
         assert teacher.seen_under_settings(more, [row])[0][0].goodput_frac == row["goodput_frac"]
-    imitate(more, tmp_path, 4, rounds=1, hidden=(8,), workers=1)
+    imitate(more, tmp_path, 4, rounds=1, hidden=(8,))
     policy = Learned(tmp_path / "policy.npz")
     tables = compile_pair("gpu-dgx-a100", "qwen-72b")
     outcome = run_policy(tables, load_trace(TRACE), policy, training=load_trace(TRACE))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from l3env.errors import L3EnvError
-from l3env.experiments.learning.cells import PLANNING, Cell, run_jobs
-from l3env.experiments.learning.planner import CONSTANTS, jobs_of, studied_cells, table
+from l3env.experiments.learning.planner import CONSTANTS, studied_scenarios, table
+from l3env.experiments.learning.scenarios import PLANNING, Scenario, judge
 from l3env.policies.rmaxts import RMaxTS
 from l3env.policy.registry import make_policy
 
@@ -26,12 +24,13 @@ def test_bad_arguments_are_one_clear_error(ref: str) -> None:
         make_policy(ref)
 
 
-def test_with_no_trial_left_for_the_tree_it_is_the_best_constant(tmp_path: Path) -> None:
+def test_with_no_trial_left_for_the_tree_it_is_the_best_constant() -> None:
     """As many simulations as scenarios: only the default runs, and asking it again and again changes nothing."""
-    cells = [Cell("l3-dgx-a100", "gpt-175b", "profile:azure-conv-2023?n=250", 0.9, "0%:60%", "60%:100%")]
+    scenario = Scenario("l3-dgx-a100", "gpt-175b", "profile:azure-conv-2023?n=250", 0.9)
     policies = {"rmaxts": "rmaxts?simulations=32", "rmaxts-96": "rmaxts?simulations=96&interval_requests=16"}
-    jobs = jobs_of(cells, {**policies, **{name: name for name in (*CONSTANTS, "edf")}})
-    planned, more, _, constant, _ = rows = run_jobs(jobs, tmp_path / "rows.jsonl", workers=1)
+    policies |= {name: name for name in (*CONSTANTS, "edf")}
+    found = judge([scenario], {name: (ref,) for name, ref in policies.items()})
+    planned, more, _, constant, _ = rows = found.rows
     assert planned["slo_attainment_frac"] == constant["slo_attainment_frac"]
     assert planned["makespan_s"] == constant["makespan_s"]
     assert planned["deviations_frac"] == 0
@@ -57,8 +56,8 @@ def test_table_divides_cell_by_cell() -> None:
     assert [each.strip() for each in lines[-1].split("|")[5:-1]] == ["0.490", "0.500", "0.700", "0.980", "0.700", "edf"]
 
 
-def test_studied_cells_are_of_the_grid_and_differ() -> None:
-    cells = studied_cells()
+def test_studied_scenarios_are_of_the_grid_and_differ() -> None:
+    cells = studied_scenarios()
     assert len({cell.key for cell in cells}) == len(cells) == 8
     assert len({cell.system for cell in cells}) == 3
     assert len({cell.model for cell in cells}) == 2

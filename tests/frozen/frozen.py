@@ -1,11 +1,11 @@
-"""Small runs of every kind whose results are kept as hashes in ``frozen.json``: a guard against unmeant changes.
+"""Small runs of every kind whose results are kept in ``frozen.json``: a guard against unmeant changes.
 
     python -m tests.frozen.frozen check [PATTERN ...]    # runs the cells, compares, exits 1 on an unlisted difference
     python -m tests.frozen.frozen write [PATTERN ...]    # keeps what comes out as right
     python -m tests.frozen.frozen list [PATTERN ...]
 
-A pattern is part of a cell's name, or a shell pattern, or ``core``. What was corrected on purpose since the hashes were
-kept stands in ``drifts.json``: a list of {"cell", "part", "reason"}, shell patterns of names of cells and their parts.
+A pattern is part of a cell's name, or a shell pattern, or ``core``. What was corrected on purpose since then stands in
+ ``drifts.json``: a list of {"cell", "part", "reason"}, shell patterns of names of cells and their parts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from l3env.files import write_text
 from tests.frozen.cells import CORE, Cells, all_cells
-from tests.frozen.hashes import Parts
+from tests.frozen.figures import Part, Parts, same
 from tests.frozen.kinds import Frozen
 
 HERE = Path(__file__).parent
@@ -62,16 +62,16 @@ def write(patterns: Sequence[str]) -> int:
     return 0
 
 
-def differences(old: Parts, new: Parts) -> dict[str, tuple[str, str]]:
+def differences(old: Parts, new: Parts) -> dict[str, tuple[Part, Part]]:
     """Parts that differ, (old, new); a part that only the new ones have is an addition, no difference."""
-    return {part: (old[part], new.get(part, "none")) for part in old if new.get(part) != old[part]}
+    return {part: (old[part], new.get(part, "none")) for part in old if not same(old[part], new.get(part))}
 
 
 def is_listed(drifts: Sequence[Mapping[str, str]], cell: str, part: str) -> bool:
     return any(fnmatch.fnmatch(cell, each["cell"]) and fnmatch.fnmatch(part, each["part"]) for each in drifts)
 
 
-def compared(name: str, cell: Frozen) -> tuple[dict[str, tuple[str, str]], list[str]]:
+def compared(name: str, cell: Frozen) -> tuple[dict[str, tuple[Part, Part]], list[str]]:
     """Runs a cell: (parts that differ, (old, new); those of them that are not listed)."""
     known, drifts = kept()[name], json.loads(DRIFTS.read_text(encoding="utf-8"))
     found = differences(known["parts"], run(cell, known["rate"]))

@@ -34,9 +34,9 @@ from l3env.errors import SpecError
 from l3env.experiments.reproduce.run import rows_of
 from l3env.machine.tables import Tables, compile_tables
 from l3env.runs.reactive import run_reactive
-from l3env.search.tune import Cell, probe, tune
+from l3env.search.tune import Case, probe, tune
 from l3env.traces.prover.search import ProofSearch, SearchSettings, earlier_requests
-from tests.frozen.hashes import Parts, column, columns, digest_of, known_metrics, parts_of
+from tests.frozen.figures import Part, Parts, column, columns, known_metrics, numbers, parts_of
 from tests.frozen.served import KINDS, Chains, plain
 
 KNOBS = (
@@ -121,7 +121,7 @@ class Pairs:
     def run(self, rate: float) -> Parts:
         return {model: self._one(model, rate) for model in self.models}
 
-    def _one(self, model: str, rate: float) -> str:
+    def _one(self, model: str, rate: float) -> Part:
         try:
             tables = machine(self.system, model)
         except SpecError as error:
@@ -132,7 +132,7 @@ class Pairs:
         outcome = run_policy(
             tables, requests, FixedKnobs("fixed", Knobs(prefill_budget_tokens=budget, hbm_share_frac=0.2))
         )
-        return f"{digest_of(parts_of(outcome))} {outcome.metrics['makespan_s']!r}"
+        return numbers(parts_of(outcome))
 
 
 @cache
@@ -187,8 +187,8 @@ class Env:
             elif self.envs and "final_info" in info:
                 finals += [each for each in info["final_info"]["metrics"] if each is not None]
         env.close()
-        ends = {"final metrics": digest_of([known_metrics(each) for each in finals]), "episodes": repr(len(finals))}
-        return {what: column(np.stack(values)) for what, values in seen.items()} | ends
+        parts: Parts = {what: column(np.stack(values)) for what, values in seen.items()}
+        return parts | {"final metrics": numbers([known_metrics(each) for each in finals])}
 
     def _note(self, seen: dict[str, list[Any]], obs: Any, info: Mapping[str, Any]) -> None:
         """Adds what an agent sees to the columns."""
@@ -259,12 +259,11 @@ class Traces:
         return 0.0
 
     def run(self, rate: float) -> Parts:
-        parts = {}
+        parts: Parts = {}
         for spec in self.specs:
             w = load_trace(spec, seed=self.seed)
             times = (w.arrival_s, w.prompt_tokens, w.output_tokens, w.parent_idx, w.think_s, w.session_idx)
-            hashed = columns((*times, w.prefix_ids, w.prefix_offsets))
-            parts[spec] = f"{hashed} {len(w)} {float(w.prompt_tokens.mean()):.9g}"
+            parts[spec] = [float(len(w)), *columns((*times, w.prefix_ids, w.prefix_offsets))]
         return parts
 
 
@@ -281,9 +280,9 @@ class Search:
         return Served(self.system, self.model, kind=self.kind).rate()
 
     def run(self, rate: float) -> Parts:
-        cells = [Cell(machine(self.system, self.model), KINDS[self.kind](80, rate, 0), Slo())]
+        cells = [Case(machine(self.system, self.model), KINDS[self.kind](80, rate, 0), Slo())]
         found = probe(cells, Knobs()) if self.probing else tune(cells, random_count=12, rounds_count=1)
-        parts = {
+        parts: Parts = {
             "tried": column(found.tried[["goodput_frac", "value"]].to_numpy()),
             "knobs": " ".join(f"{float(getattr(found.knobs, name)):g}" for name in KNOBS),
             "goodput": column(found.goodput_frac),
@@ -306,11 +305,10 @@ class Compared:
 
     def run(self, rate: float) -> Parts:
         rows = compare(list(self.policies), self.system, self.model, self.trace, **self.options).results
-        parts = {}
+        parts: Parts = {}
         for row in rows.to_dict("records"):
             name = f"{row['policy']} seed {row['seed']} at {row['utilization'] or row['load']:.3g}"
-            hashed = digest_of(known_metrics(row))
-            parts[name] = f"{hashed} load {row['load']!r} makespan {row['makespan_s']!r}"
+            parts[name] = numbers([row["load"], known_metrics(row)])
         return parts
 
 
@@ -325,4 +323,4 @@ class Figure:
 
     def run(self, rate: float) -> Parts:
         rows = rows_of(self.name, lambda *_: None)
-        return {f"{i:02d} {row['case']}: {row['quantity']}": repr(row["ours"]) for i, row in enumerate(rows)}
+        return {f"{i:02d} {row['case']}: {row['quantity']}": numbers(row["ours"]) for i, row in enumerate(rows)}

@@ -205,7 +205,7 @@ def test_compiled_equals_python() -> None:
 
 def test_the_search_makes_losses_smaller_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A search of two generations in two pieces equals one in one piece; its file runs."""
-    task = evolve.Task(evolve.Cell(*GPU, "mixed", 1.0), 0.0)
+    task = evolve.Task(evolve.Scenario(*GPU, "mixed", 1.0), 0.0)
     monkeypatch.setattr(evolve, "tasks_of", lambda generation, seed: [task])
     monkeypatch.setattr(evolve, "stretch_of", lambda task: mixed(30))
     evolve.search(tmp_path / "whole", 2, 4, 0, np.inf, 1)

@@ -21,7 +21,7 @@ from l3env.policies.imagined import Known, Lengths
 from l3env.policies.rmaxts import SCENARIOS, RMaxTS, _Search, portfolio
 from l3env.policy.protocol import FixedKnobs
 from l3env.runs.driver import run_policy
-from l3env.search.tune import Cell, serve_each
+from l3env.search.tune import Case, serve_each
 
 PAIR = ("l3-dgx-a100", "gpt-175b")
 SETTINGS = (
@@ -298,7 +298,7 @@ def test_actions_complement_the_best_constant(tables: Tables) -> None:
     actions = portfolio(constant, tables, training)
     assert actions[0] == constant.knobs
     assert len(set(actions)) == len(actions) > 1
-    met = [serve_each(Cell(tables, training.at_load(load)), actions)[0] for load in (1.0, 1.5)]
+    met = [serve_each(Case(tables, training.at_load(load)), actions)[0] for load in (1.0, 1.5)]
     parts = np.concatenate([np.stack([p.mean(axis=1) for p in np.array_split(m, 8, axis=1)]) for m in met]).T
     reached = np.maximum.accumulate(parts, axis=0).sum(axis=1)
     gains = np.diff(reached)
@@ -308,7 +308,7 @@ def test_actions_complement_the_best_constant(tables: Tables) -> None:
 
 def test_requests_served_under_settings_are_those_of_a_run(tables: Tables) -> None:
     trace = l3env.load_trace("profile:azure-conv-2023?n=150").at_load(0.6)
-    met_mask, _ = serve_each(Cell(tables, trace), SETTINGS)
+    met_mask, _ = serve_each(Case(tables, trace), SETTINGS)
     for knobs, met in zip(SETTINGS, met_mask, strict=True):
         outcome = run_policy(tables, trace, FixedKnobs("fixed", knobs))
         np.testing.assert_array_equal(met, outcome.requests["slo_met"].astype(bool))

@@ -15,7 +15,7 @@ from l3env.envs.serving import ServingEnv
 from l3env.errors import PlanError
 from l3env.knobs import ABOUT, KNOB_DTYPE, UNLIMITED, knob_names, knob_table, words_in, words_of
 from l3env.policy.levels import LEVELS, MORE_LEVELS, action_of, knobs_of, levels_of
-from l3env.search.tune import GRID, Cell, tune
+from l3env.search.tune import GRID, Case, tune
 
 NAMES = [field.name for field in fields(Knobs)]
 PAGE = Path(__file__).parents[2] / "docs" / "reference.md"
@@ -69,7 +69,7 @@ def test_every_knob_can_be_an_action() -> None:
 def test_every_knob_can_be_searched() -> None:
     """Of knobs that do nothing on the machine one level is tried; all others are."""
     work = Workload.build("two", [0.0, 0.1], [20, 30], [3, 4])
-    cell = Cell(compile_pair("l3-dgx-h200", "deepseek-v3"), work, predicted_tokens=np.array([3, 4]))
+    cell = Case(compile_pair("l3-dgx-h200", "deepseek-v3"), work, predicted_tokens=np.array([3, 4]))
     found = tune([cell], grid={name: ABOUT[name].levels for name in NAMES}, random_count=0, rounds_count=1)
     assert [*found.around] == NAMES
     single = {name for name, levels in found.grid.items() if len(levels) == 1}

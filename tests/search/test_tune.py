@@ -23,7 +23,7 @@ from l3env.requests.registry import load_trace
 from l3env.runs.compare import compare
 from l3env.runs.driver import run_policy
 from l3env.runs.saturation import load_at_capacity
-from l3env.search.tune import ACTIONS, GRID, Cell, serve, tune
+from l3env.search.tune import ACTIONS, GRID, Case, serve, tune
 
 TRACE = "profile:azure-conv-2023?n=150"
 TINY = {
@@ -34,12 +34,12 @@ TINY = {
 }
 
 
-def cell(system: str = "l3-dgx-a100", model: str = "qwen-72b", utilization: float = 1.2) -> Cell:
+def cell(system: str = "l3-dgx-a100", model: str = "qwen-72b", utilization: float = 1.2) -> Case:
     tables, workload = compile_pair(system, model), load_trace(TRACE)
-    return Cell(tables, workload.at_load(utilization * load_at_capacity(tables, workload)))
+    return Case(tables, workload.at_load(utilization * load_at_capacity(tables, workload)))
 
 
-def runner_goodput(which: Cell, knobs: Knobs) -> float:
+def runner_goodput(which: Case, knobs: Knobs) -> float:
     outcome = run_policy(which.tables, which.workload, FixedKnobs("fixed", knobs), slo=which.slo, record=False)
     return outcome.metrics["slo_attainment_frac"]
 
@@ -124,7 +124,7 @@ def test_best_constant_is_searched_for_the_runs_own_objective() -> None:
         outcome = run_policy(which.tables, which.workload, policy, slo=slo, training=which.workload, record=False)
         goodput = outcome.metrics["slo_attainment_frac"]
         assert goodput == outcome.metrics["training_slo_attainment_frac"]
-        assert policy.knobs == tune([Cell(which.tables, which.workload, slo)]).knobs
+        assert policy.knobs == tune([Case(which.tables, which.workload, slo)]).knobs
     with pytest.raises(PolicyError, match="needs earlier requests"):
         run_policy(which.tables, which.workload, BestConstant())
 
