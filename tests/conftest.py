@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,17 @@ import pytest
 
 import l3env
 from l3env.machine.tables import Tables
+from tests import warm
+
+MANY_TESTS = 1000
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Where processes share all tests, they share the compiling of kernels first."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None and len(session.items) > MANY_TESTS:
+        warm.compile_share(int(worker.removeprefix("gw")), int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
 
 
 @pytest.fixture(scope="session")

@@ -133,25 +133,15 @@ def evaluate(
     from l3env.experiments.learning import evaluate as evaluation
     from l3env.experiments.learning.grid import table
     from l3env.experiments.learning.scenarios import Scenario
-    from l3env.policies.network import load_network
     from l3env.runs.store import Store
     from l3env.runs.workers import Workers
 
     networks = evaluation.networks_of(run)
-    trained = load_network(Path(networks[0])).config.get("training", {})
-
-    def chosen(given: str | None, option: str, key: str) -> tuple[str, ...]:
-        return tuple(trained.get(key, ())) if given is None else names(given, option)
-
-    systems, models = chosen(system, "--system", "systems"), chosen(model, "--model", "models")
-    traces = tuple(trained.get("traces", ())) if not trace else tuple(trace)
-    for name, values in (("--system", systems), ("--model", models), ("--trace", traces)):
-        if not values:
-            raise L3EnvError(f"{name}: the network does not say what it was trained on; expected a value")
-    loads = numbers(utilization, "--utilization")
+    places = _places(networks[0], system, model, trace)
     scenarios = [
-        Scenario(each_system, each_model, each, load, training_window, window)
-        for each_system, each_model, each, load in itertools.product(systems, models, traces, loads)
+        Scenario(machine, served, requests, load, training_window, window)
+        for machine, served, requests in itertools.product(*places)
+        for load in numbers(utilization, "--utilization")
     ]
     store = None if out is None else Store(out)
     if store is not None:
@@ -168,15 +158,36 @@ def evaluate(
         )
     say_taken(judged.taken_count, len(judged.rows), out)
     if out is not None:
-        import pandas as pd
-
-        from l3env.experiments.learning import pictures
-        from l3env.files import write_text
-
-        write_text(out / "results.csv", pd.DataFrame(judged.rows).to_csv(index=False))
-        pictures.policy_picture(scenarios[0], networks[0], out / "policy.png")
-        err.print(f"written: {out}/results.csv, policy.png", highlight=False)
+        _write(judged.rows, scenarios[0], networks[0], out)
     if as_json:
         print_json(figures)
     else:
         err.print(table(figures), highlight=False, soft_wrap=True)
+
+
+def _places(network: str, system: str | None, model: str | None, trace: list[str] | None) -> list[tuple[str, ...]]:
+    """Systems, models and traces: those asked for, else those that a network was trained on."""
+    from l3env.policies.network import load_network
+
+    trained = load_network(Path(network)).config.get("training", {})
+    found = {
+        "system": trained.get("systems", ()) if system is None else names(system, "--system"),
+        "model": trained.get("models", ()) if model is None else names(model, "--model"),
+        "trace": trace or trained.get("traces", ()),
+    }
+    for name, values in found.items():
+        if not values:
+            raise L3EnvError(f"--{name}: the network does not say what it was trained on; expected a value")
+    return [tuple(values) for values in found.values()]
+
+
+def _write(rows: list[dict[str, Any]], scenario: Any, network: str, out: Path) -> None:
+    """The rows as a table, and what the policy does in a scenario as a picture."""
+    import pandas as pd
+
+    from l3env.experiments.learning import pictures
+    from l3env.files import write_text
+
+    write_text(out / "results.csv", pd.DataFrame(rows).to_csv(index=False))
+    pictures.policy_picture(scenario, network, out / "policy.png")
+    err.print(f"written: {out}/results.csv, policy.png", highlight=False)

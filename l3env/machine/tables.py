@@ -165,7 +165,9 @@ def compile_tables(
         coef["dispatch_frac"] = experts.DISPATCH_FRAC if system.experts.overlap_by_phase else 0.0
         coef["comm_sm_frac"] = system.experts.comm_sm_count / max(system.gpu.sm_count, 1)
     lanes, blocks = np.array([lane_pool], dtype=np.int64), np.array([pool_blocks], dtype=np.int64)
-    forms = tuple(map(int, PimForm)) if coef["decompressed_lane"][0] else (int(PimForm.STORED),)
+    # models that guess tokens, too: kernels that are compiled for the one are compiled for both
+    several = coef["decompressed_lane"][0] or coef["drafts_count"][0]
+    forms = tuple(map(int, PimForm)) if several else (int(PimForm.STORED),)
     times = np.array([[rows[name] for name in ROWS]])
     return Tables(system, model, degree, replicas, TableArrays(coef, times, lanes, blocks, forms))
 
