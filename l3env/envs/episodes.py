@@ -6,8 +6,10 @@ episode come from its environment's own random generator, so a seed repeats it, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 import numpy as np
@@ -72,6 +74,16 @@ class EpisodeOptions(TypedDict, total=False):
     """The rule by which cached prompt segments are given up: "lru", "lfu" or "tree"; or "off"."""
     seed: int
     """Of the trace, where it is generated."""
+
+
+def known_only(given: Iterable[str], *more: str) -> None:
+    """Raises L3EnvError for an argument that no environment takes, with the right ones; ``more`` are of this one."""
+    known = [*more, *EpisodeOptions.__annotations__]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise L3EnvError(f"unknown argument {name!r}; {hint}expected some of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -140,8 +152,6 @@ class Episodes:
         """From an environment's keyword arguments; see ``ServingEnv``. Raises L3EnvError for what is wrong."""
         if decision not in DECISIONS:
             raise L3EnvError(f"decision = {decision!r}; expected one of {', '.join(DECISIONS)}")
-        if not interval_s > 0:
-            raise L3EnvError(f"interval_s = {interval_s}; expected a number > 0")
         if episode_requests is not None and episode_requests < 1:
             raise L3EnvError(f"episode_requests = {episode_requests}; expected at least 1, or None")
         chosen_reward = get_reward(reward)
@@ -160,7 +170,7 @@ class Episodes:
             tbt_scale=range_of("tbt_scale", tbt_scale),
             slo_form=Slo(form=slo_form).form,
             until=DECISIONS[decision],
-            interval_s=interval_s,
+            interval_s=interval_of("interval_s", interval_s),
             episode_requests=episode_requests,
             reward=chosen_reward,
             predictor=predictor,
@@ -205,10 +215,7 @@ class Episodes:
         slo = Slo(rng.uniform(*self.ttft_scale), rng.uniform(*self.tbt_scale), form=self.slo_form)
         load = self._load(rng, wanted, pair_idx, trace_idx)
         pair, workload = self.pairs[pair_idx], self.workloads[trace_idx]
-        replica = int(wanted.get("replica", rng.integers(pair.replicas_count)))
-        if not 0 <= replica < pair.replicas_count:
-            raise L3EnvError(f"replica = {replica}; expected 0 to {pair.replicas_count - 1}")
-        share = self._share(trace_idx, pair.replicas_count, replica)
+        share = self._share(rng, trace_idx, pair.replicas_count, wanted.get("replica"))
         count = min(self._count(pair, workload), len(share))
         first = int(wanted.get("start", rng.integers(len(share) - count + 1)))
         if not 0 <= first < len(share):
@@ -218,13 +225,34 @@ class Episodes:
             part = share.stretch(first, min(first + count, len(share)))
         return Episode(pair_idx, trace_idx, load, part.at_load(load) if load != 1.0 else part, slo)
 
-    def _share(self, trace_idx: int, replicas_count: int, replica: int) -> Workload:
-        """The requests of one replica, as the offline runner deals them out; found on first use."""
+    def _share(self, rng: np.random.Generator, trace_idx: int, replicas_count: int, wanted: Any) -> Workload:
+        """The requests of the replica asked for, or of any that has some, as the offline runner deals them out."""
         key = trace_idx, replicas_count
         if key not in self._shares:
             workload = self.workloads[trace_idx]
-            self._shares[key] = [workload.select(rows) for rows in replica_shares(workload, replicas_count)]
-        return self._shares[key][replica]
+            dealt = [rows for rows in replica_shares(workload, replicas_count) if rows.size]
+            self._shares[key] = [workload.select(rows) for rows in dealt]  # in turn: the first ones have requests
+        shares = self._shares[key]
+        replica = int(rng.integers(len(shares)) if wanted is None else wanted)
+        if not 0 <= replica < len(shares):
+            fewer = (
+                f": only so many of {replicas_count} get a request of this trace"
+                if len(shares) < replicas_count
+                else ""
+            )
+            raise L3EnvError(f"replica = {replica}; expected 0 to {len(shares) - 1}{fewer}")
+        return shares[replica]
+
+    def changed(self, name: str, value: Any) -> Episodes:
+        """These episodes with another value of what episodes are drawn from, from the next reset on.
+
+        Raises L3EnvError for an option that is fixed once the environment is made, and for a wrong value.
+        """
+        if name not in CHANGEABLE:
+            raise L3EnvError(
+                f"{name!r} cannot be changed once an environment is made; expected {', '.join(CHANGEABLE)}"
+            )
+        return replace(self, **{name: CHANGEABLE[name](name, value)})
 
     def _pair_idx(self, rng: np.random.Generator, system: str | None, model: str | None) -> int:
         fits = [i for i, name in enumerate(self.names) if system in (None, name[0]) and model in (None, name[1])]
@@ -270,6 +298,13 @@ class Episodes:
         return np.ones_like(clock_s) if self.until == Until.ITERATIONS else clock_s + self.interval_s
 
 
+def interval_of(what: str, given: float) -> float:
+    """Seconds. Raises L3EnvError for anything but a number > 0."""
+    if not given > 0 or math.isinf(given):
+        raise L3EnvError(f"{what} = {given}; expected a number > 0")
+    return float(given)
+
+
 def names_of(what: str, given: Names) -> tuple[str, ...]:
     """One name or several as a tuple. Raises L3EnvError where there is none, or one twice."""
     names = (given,) if isinstance(given, str) else tuple(given)
@@ -292,6 +327,16 @@ def range_of(what: str, given: Range) -> tuple[float, float]:
     if not (0 < low <= high < float("inf")):
         raise L3EnvError(f"{what} = {given!r}; expected a number > 0, or a range [low, high] of such")
     return low, high
+
+
+CHANGEABLE: Mapping[str, Callable[[str, Any], Any]] = {
+    "load": range_of,
+    "utilization": lambda what, given: None if given is None else range_of(what, given),
+    "ttft_scale": range_of,
+    "tbt_scale": range_of,
+    "interval_s": interval_of,
+    "reward": lambda _, given: get_reward(given),
+}
 
 
 def _between(ends: tuple[float, float], share: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from l3env.engine.engine import Engine
@@ -39,6 +40,8 @@ class ServingRequestsEnv(ServingEnv):
         render_mode: as for ``ServingEnv``.
     """
 
+    _more_arguments = ("visible", "show", "knobs")
+
     def __init__(
         self,
         *,
@@ -63,11 +66,15 @@ class ServingRequestsEnv(ServingEnv):
 class ServingRequestsVectorEnv(ServingVectorEnv):
     """E of them over one set of arrays; arguments as for ``ServingRequestsEnv``."""
 
+    _more_arguments = ("visible", "show", "knobs")
+
     def __init__(
         self,
         num_envs: int = 1,
         *,
         max_episode_steps: int | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
         visible: int = DEFAULT_VISIBLE,
         show: str = "arrival",
         knobs: Mapping[str, Any] | None = None,
@@ -77,7 +84,13 @@ class ServingRequestsVectorEnv(ServingVectorEnv):
         chosen = levels_beside(action_knobs)
         shown = {"visible": visible, "show": order_shown(show), "knobs": fixed_knobs(knobs), "levels": chosen}
         self._shown: dict[str, Any] = shown
-        super().__init__(num_envs, max_episode_steps=max_episode_steps, **options)
+        super().__init__(
+            num_envs,
+            max_episode_steps=max_episode_steps,
+            autoreset_mode=autoreset_mode,
+            render_mode=render_mode,
+            **options,
+        )
         self.levels = chosen
         self.single_observation_space, self.single_action_space = request_spaces(visible, len(chosen))
         self.observation_space = batch_space(self.single_observation_space, num_envs)

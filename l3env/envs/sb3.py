@@ -16,11 +16,12 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
-from l3env.envs.vector import ServingVectorEnv
+from l3env.envs.vector import ServingVectorEnv, mode_of
 from l3env.errors import L3EnvError
 from l3env.knobs import Knobs
 from l3env.policy.levels import LEVELS, Levels, action_of, sizes_of
@@ -48,6 +49,8 @@ def make_vec_env(
     Raises:
         L3EnvError: something wrong with the arguments.
     """
+    if mode_of(kwargs.get("autoreset_mode", AutoresetMode.SAME_STEP)) != AutoresetMode.SAME_STEP:
+        raise L3EnvError("autoreset_mode: Stable-Baselines3 starts episodes anew in the same step; expected SameStep")
     return ServingVecEnv(ServingVectorEnv(num_envs, **kwargs), seed=seed, discrete=discrete, reward_scale=reward_scale)
 
 
@@ -96,8 +99,9 @@ class ServingVecEnv(VecEnv):
     def reset(self) -> NDArray[np.float32]:
         """Starts E episodes; seeds given before are used once."""
         seed, self._next_seed = self._next_seed, None
-        obs, info = self.env.reset(seed=seed)
+        obs, info = self.env.reset(seed=seed, options=[options or None for options in self._options])
         self._masks = info["action_mask"]
+        self._note_resets(range(self.num_envs), info)
         self._returns[:] = 0.0
         self._lengths[:] = 0
         self._reset_seeds()
@@ -127,11 +131,18 @@ class ServingVecEnv(VecEnv):
         self._returns += rewards
         self._lengths += 1
         infos = [self._nothing] * self.num_envs
-        for e in np.flatnonzero(dones).tolist():
+        ends = np.flatnonzero(dones).tolist()
+        self._note_resets(ends, info)
+        for e in ends:
             infos[e] = self._ended(e, info, bool(truncated[e]))
         scaled = (rewards * self.reward_scale).astype(np.float32)
         self.seconds_in_env += time.perf_counter() - start_s
         return obs, scaled, dones, infos
+
+    def _note_resets(self, which: Iterable[int], info: dict[str, Any]) -> None:
+        for e in which:
+            started = {"elapsed_s": 0.0, "clock_s": float(info["clock_s"][e]), "action_mask": self.action_masks()[e]}
+            self.reset_infos[e] = started
 
     def _ended(self, e: int, info: dict[str, Any], truncated: bool) -> dict[str, Any]:
         wall_s = round(time.perf_counter() - self._start_s, 6)
@@ -155,15 +166,19 @@ class ServingVecEnv(VecEnv):
         return setting_masks(self._masks, self.settings, self.env.levels)
 
     def get_attr(self, attr_name: str, indices: Indices = None) -> list[Any]:
-        """The attribute is one for all environments."""
-        value = getattr(self, attr_name) if attr_name == "action_masks" else getattr(self.env, attr_name)
+        """The attribute is one for all environments; of what episodes are drawn from, too."""
+        home = next((each for each in (self.env, self.env.episodes) if hasattr(each, attr_name)), self.env)
+        value = getattr(self if attr_name == "action_masks" else home, attr_name)
         return [value] * len(self._which(indices))
 
     def set_attr(self, attr_name: str, value: Any, indices: Indices = None) -> None:
-        """Sets it for all environments. Raises L3EnvError for some of them only."""
+        """Sets what episodes are drawn from (``episodes.CHANGEABLE``) for all environments, from their next start on.
+
+        Raises L3EnvError for another attribute, and for some of the environments only.
+        """
         if len(self._which(indices)) != self.num_envs:
             raise L3EnvError(f"set_attr({attr_name!r}): environments share their attributes; expected no indices")
-        setattr(self.env, attr_name, value)
+        self.env.change(attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Indices = None, **kwargs: Any) -> Any:
         """``action_masks`` (rows of the environments asked for), or a method of the batched environment."""

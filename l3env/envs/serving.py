@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Stop
 from l3env.engine.segments import eviction_rule
-from l3env.envs.episodes import EpisodeOptions, Episodes
+from l3env.envs.episodes import EpisodeOptions, Episodes, known_only
 from l3env.envs.observe.features import FEATURES
 from l3env.envs.observe.observer import Observer, action_space, observation_space
 from l3env.envs.render import Renderer
@@ -39,6 +39,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012  # Gymnasium's
+    _more_arguments: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
             raise L3EnvError(
                 f"render_mode = {render_mode!r}; expected {', '.join(self.metadata['render_modes'])} or None"
             )
+        known_only(options, "render_mode", "action_knobs", *self._more_arguments)
         self.render_mode = render_mode
         self.renderer = None if render_mode is None else Renderer()
         self.observation_space: gymnasium.spaces.Space[NDArray[np.float32]] = observation_space()

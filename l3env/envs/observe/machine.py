@@ -6,6 +6,7 @@ from l3env.engine.state import NOMINAL_PROMPT_TOKENS
 from l3env.envs.observe.feature import Feature, scales_of, share, squash
 from l3env.envs.observe.prices import fc_head_s
 from l3env.jit import helper
+from l3env.machine.arrays import FIRST_PIM, HBM
 from l3env.machine.forms import stored_lanes, stored_pools
 from l3env.machine.iteration import ttft_alone_s
 from l3env.machine.price import hbm_attention_s, lane_attention_s, pim_side_s
@@ -48,8 +49,8 @@ def write_machine(t, s, e, mark, row):
     table = env["table_idx"]
     coef = t.coef[table]
     block, lanes = coef["block_tokens"], stored_lanes(t.forms, t.coef[table])
-    hbm_tokens, pim_tokens = float(t.pool_blocks[table, 0] * block), 0.0
-    for pool in range(1, stored_pools(t.forms, t.coef[table])):
+    hbm_tokens, pim_tokens = float(t.pool_blocks[table, HBM] * block), 0.0
+    for pool in range(FIRST_PIM, stored_pools(t.forms, t.coef[table])):
         pim_tokens += float(t.pool_blocks[table, pool] * block)
     mark["capacity_tokens"] = hbm_tokens + pim_tokens
     mark["prefill_token_s"] = ttft_alone_s(t, table, PACE_TOKENS) / PACE_TOKENS

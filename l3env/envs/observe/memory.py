@@ -7,6 +7,7 @@ import numpy as np
 from l3env.engine.kernels.memory import decoding_count, growth_blocks
 from l3env.envs.observe.feature import Feature, scales_of, share, squash
 from l3env.jit import helper, inner
+from l3env.machine.arrays import FIRST_PIM, HBM
 from l3env.machine.forms import decompressed_scale, pim_blocks_used, stored_lanes, stored_pools
 
 
@@ -46,7 +47,7 @@ def write_memory(t, s, e, mark, row):
     table = s.env[e]["table_idx"]
     block = t.coef[table]["block_tokens"]
     used, blocks, promised, growth, fullest = 0, 0, 0, 0, 0.0
-    for pool in range(1, stored_pools(t.forms, t.coef[table])):
+    for pool in range(FIRST_PIM, stored_pools(t.forms, t.coef[table])):
         used += s.pool[e, pool]["used"]
         blocks += t.pool_blocks[table, pool]
         promised += s.pool[e, pool]["promised"]
@@ -55,7 +56,7 @@ def write_memory(t, s, e, mark, row):
     used, more_promised, more_growth = with_decompressed(t.forms, t, s, e, used)
     promised, growth = promised + more_promised, growth + more_growth
     fullest = max(fullest, share(float(used), float(blocks)))
-    hbm_used, hbm_blocks = s.pool[e, 0]["used"], t.pool_blocks[table, 0]
+    hbm_used, hbm_blocks = s.pool[e, HBM]["used"], t.pool_blocks[table, HBM]
     free = blocks + hbm_blocks - used - hbm_used
     mark["free_tokens"] = float(free * block) + 1.0
     hbm_count = s.lane[e, 0, 0]["count"] + s.lane[e, 1, 0]["count"]
@@ -67,9 +68,9 @@ def write_memory(t, s, e, mark, row):
     row[Memory.hbm_steps_to_full] = squash(hbm_free, SCALE.hbm_steps_to_full * hbm_count) if hbm_count > 0 else 1.0
     row[Memory.pim_steps_to_full] = squash(pim_free, SCALE.pim_steps_to_full * pim_count) if pim_count > 0 else 1.0
     row[Memory.next_growth] = squash(float(growth + growth_blocks(t, s, e, 0)), float(free) + 1.0)
-    row[Memory.promised] = squash(float(promised + s.pool[e, 0]["promised"]), float(blocks + hbm_blocks))
+    row[Memory.promised] = squash(float(promised + s.pool[e, HBM]["promised"]), float(blocks + hbm_blocks))
     slowest, total, lanes = 0.0, 0.0, stored_lanes(t.forms, t.coef[table])
-    for lane in range(1, lanes):
+    for lane in range(FIRST_PIM, lanes):
         load = s.lane[e, 0, lane]["kv"] + s.lane[e, 1, lane]["kv"]
         slowest = max(slowest, load)
         total += load
