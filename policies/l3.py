@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from l3env.choices import Status
 from l3env.engine.state import SUB_BATCHES
 from l3env.knobs import Knobs
+from l3env.machine.arrays import FIRST_PIM, HBM
 from l3env.machine.tables import Tables
 from l3env.policies.predictors import Errors, OnlineForest, OnlineLinear
 from l3env.policies.sarathi import TOKEN_BUDGET
@@ -121,9 +122,9 @@ class L3(BasePolicy):
                 self._align(phases, i)
         self._choose_mode(phases)
         prefill = {r: chunk for phase in phases for r, (chunk, _) in phase.chunks.items()}
-        return Plan(
-            admit=dict.fromkeys(admitted, "pim"), prefill=prefill, sub_batch=admitted, interleave=self._interleave
-        )
+        places = {r: place for r, (place, _) in admitted.items()}
+        subs = {r: i for r, (_, i) in admitted.items()}
+        return Plan(admit=places, prefill=prefill, sub_batch=subs, interleave=self._interleave)
 
     def _go_on(self, view: View) -> Plan:
         """Nothing but decoding: the mode is looked at again every so often."""
@@ -205,12 +206,12 @@ class L3(BasePolicy):
             phases[int(row["sub_batch"])].chunks[int(row["idx"])] = (int(row["prefill_left_tokens"]), history)
         return phases
 
-    def _admit(self, view: View, phases: list[Phase]) -> tuple[dict[int, int], bool]:
-        """New requests (request -> sub-batch), and whether memory ended it."""
-        free, margin = room(view)
+    def _admit(self, view: View, phases: list[Phase]) -> tuple[dict[int, tuple[str, int]], bool]:
+        """New requests (request -> place and sub-batch), and whether memory ended it."""
+        room = Room(view)
         members = [phase.decodes_count + len(phase.chunks) for phase in phases]
         queue = view.waiting(limit=PEEK_COUNT)
-        admitted: dict[int, int] = {}
+        admitted: dict[int, tuple[str, int]] = {}
         place = 0
         while place < queue.size:
             wanted = [i for i in range(SUB_BATCHES) if self._wants_more(phases, i)]
@@ -219,12 +220,10 @@ class L3(BasePolicy):
             for _ in range(self._round_count):
                 i = min(wanted, key=lambda sub: members[sub])
                 row = queue[place]
-                need = int(row["prompt_tokens"]) + int(row["emitted_tokens"]) + view.pools.block_tokens
-                best = int(np.argmax(free))
-                if need > free[best] - margin:
+                place_of = room.take(int(row["prefill_left_tokens"]))
+                if place_of is None:
                     return admitted, True
-                free[best] -= need
-                admitted[int(row["idx"])] = i
+                admitted[int(row["idx"])] = place_of, i
                 phases[i].chunks[int(row["idx"])] = (int(row["prefill_left_tokens"]), 0)
                 members[i] += 1
                 place += 1
@@ -262,13 +261,41 @@ class L3(BasePolicy):
 
 def slowest_lane(decoding: NDArray[np.void]) -> float:
     """KV tokens that the fullest rank reads in the next step."""
-    return float(np.bincount(decoding["lane"], weights=decoding["kv_tokens"] + 1).max()) if decoding.size else 0.0
+    there = decoding[decoding["pool"] >= FIRST_PIM]
+    return float(np.bincount(there["lane"], weights=there["kv_tokens"] + 1).max()) if there.size else 0.0
 
 
-def room(view: View) -> tuple[NDArray[np.int64], float]:
-    """(free tokens of each PIM pool after this step's growth, tokens to keep free in each)."""
-    pools = view.pools
-    free = pools.free_tokens[1:].copy()
-    growth = view.running_count * pools.block_tokens
-    margin = KEEP_FREE_FRAC * pools.capacity_blocks[1:].max() * pools.block_tokens
-    return free, margin + (growth if free.size == 1 else growth / free.size * 2)
+class Room:
+    """Memory for new requests: on the PIM side, and in HBM for those that no PIM pool holds.
+
+    A share of each PIM pool is kept free, and room for what runs to grow; a request that is alone may take it all.
+    """
+
+    def __init__(self, view: View) -> None:
+        pools = view.pools
+        self._block_tokens = pools.block_tokens
+        self._whole_tokens = int(pools.capacity_blocks[FIRST_PIM:].max()) * pools.block_tokens
+        self._free = pools.free_tokens[FIRST_PIM:].copy()
+        self._hbm_free = int(pools.free_tokens[HBM])
+        growth = view.running_count * pools.block_tokens
+        self._margin = KEEP_FREE_FRAC * self._whole_tokens + (
+            growth if self._free.size == 1 else growth / self._free.size * 2
+        )
+        self._hbm_margin = growth
+        self._alone = view.running_count == 0
+
+    def take(self, tokens: int) -> str | None:
+        """Where a request with so many tokens of KV goes; None where there is no room."""
+        whole = -(-tokens // self._block_tokens) * self._block_tokens
+        alone, self._alone = self._alone, False
+        if whole > self._whole_tokens:
+            need = whole if alone else whole + self._block_tokens + self._hbm_margin
+            if need > self._hbm_free:
+                return None
+            self._hbm_free -= whole + self._block_tokens
+            return "hbm"
+        best = int(np.argmax(self._free))
+        if not alone and tokens + self._block_tokens > self._free[best] - self._margin:
+            return None
+        self._free[best] -= tokens + self._block_tokens
+        return "pim"

@@ -15,6 +15,7 @@ import numpy as np
 
 from l3env.choices import Budget, PimForm, SubBatching
 from l3env.knobs import Knobs
+from l3env.machine.arrays import HBM
 from l3env.machine.batch import Decodes
 from l3env.machine.tables import Tables
 from l3env.policy.protocol import BasePolicy
@@ -41,7 +42,7 @@ def capacity(tables: Tables, place: Place, context_tokens: float) -> float:
     pools = tables.arrays.pool_blocks[0] * (1 - HEADROOM_FRAC) // blocks
     own = int(tables.arrays.coef["decompressed_pool"][0])
     pim = float(pools[own] if place.pim_form == PimForm.DECOMPRESSED else pools[1 : own or None].sum())
-    share, hbm = place.hbm_share_frac, float(pools[0])
+    share, hbm = place.hbm_share_frac, float(pools[HBM])
     if share in (0.0, 1.0):
         return hbm if share else pim
     return min(hbm / share, pim / (1 - share))

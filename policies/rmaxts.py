@@ -328,7 +328,8 @@ def portfolio(constant: BestConstant, system: Tables, training: Workload) -> lis
         ]
         tried = [constant.knobs, *(knobs for knobs in tried if knobs != constant.knobs)]
         cells = [Case(system, training.at_load(load), constant.slo) for load in LOADS]
-        parts = [part for cell in cells for part in np.array_split(serve_each(cell, tried)[0], PARTS, axis=1)]
+        count = min(PARTS, len(training))
+        parts = [part for cell in cells for part in np.array_split(serve_each(cell, tried)[0], count, axis=1)]
         goodput = np.stack([part.mean(axis=1) for part in parts], axis=1)  # (S, LOADS x PARTS)
         chosen, reached = [0], goodput[0]
         while len(chosen) < ACTIONS:

@@ -151,7 +151,9 @@ def test_side_by_side_equals_alone_and_a_reset_ends_it() -> None:
     np.testing.assert_array_equal(together.state.req["finish_s"][1], plain.state.req["finish_s"][0])
 
 
-@pytest.mark.parametrize("pair", [GPU, ("l3-dgx-a100", "gpt-175b"), ("hbm-pim-dgx-a100", "llama-2-7b")])
+@pytest.mark.parametrize(
+    "pair", [GPU, ("l3-dgx-a100", "gpt-175b"), ("hbm-pim-dgx-a100", "llama-2-7b?max_model_len=100000")]
+)
 def test_all_requests_are_served(pair: tuple[str, str]) -> None:
     workload = mixed(80, rate_per_s=50.0)
     outcome = run_policy(compile_pair(*pair), workload, RequestScore())
@@ -200,7 +202,7 @@ def test_compiled_equals_python() -> None:
         ).stdout
         for disabled in ("0", "1")
     ]
-    assert json.loads(answers[0]) == pytest.approx(json.loads(answers[1]), rel=1e-12)
+    assert json.loads(answers[0]) == pytest.approx(json.loads(answers[1]), rel=1e-12, nan_ok=True)
 
 
 def test_the_search_makes_losses_smaller_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

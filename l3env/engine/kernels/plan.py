@@ -25,6 +25,7 @@ from l3env.engine.kernels.run import Stop, ready, skip_idle
 from l3env.engine.kernels.schedule import lighter_sub
 from l3env.engine.state import NOWHERE, SUB_BATCHES
 from l3env.jit import helper, kernel
+from l3env.machine.arrays import FIRST_PIM, HBM
 from l3env.machine.forms import room, stored_lanes
 
 AUTO = -1  # sub-batch or place left to the engine
@@ -68,7 +69,7 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
     whole = blocks_of(s.prefix, e, r, target, block)
     best, least = NOWHERE, np.inf
     own = t.coef[table]["decompressed_lane"]
-    first = 1 if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else 0
+    first = FIRST_PIM if pool == ANY_PIM or (pool == AUTO and t.coef[table]["has_pim"]) else HBM
     end = np.int64(stored_lanes(t.forms, t.coef[table]))
     if pool == DECOMPRESSED or (own > 0 and pool == t.coef[table]["decompressed_pool"]):
         first, end = own, own + 1
@@ -80,9 +81,9 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
             load = lane_load(s, e, sub, lane, interleaved) - offered_tokens(s.prefix, e, of)
             if load < least:
                 best, least = lane, load
-    if best == NOWHERE and pool == AUTO and first == 1:
-        if s.pool[e, 0]["used"] + whole - offered_blocks(s.prefix, e, 0) <= t.pool_blocks[table, 0]:
-            return 0
+    if best == NOWHERE and pool == AUTO and first == FIRST_PIM:
+        if s.pool[e, HBM]["used"] + whole - offered_blocks(s.prefix, e, HBM) <= t.pool_blocks[table, HBM]:
+            return HBM
     return best
 
 
@@ -149,6 +150,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved, multi_token
     passes. ``env["stop"]`` is set as by ``run``.
     """
     env, req = s.env[e], s.req
+    before = env["preemptions_count"]
     for i in range(env["prefill_count"]):
         req[e, s.lists[e, i]["prefill"]]["chunk_tokens"] = 0
     set_drafting(s.lane_class, t, env, multi_token)
@@ -177,7 +179,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved, multi_token
     if decode or planned > 0:
         mode = np.int64(SubBatching.ON if interleaved and t.coef[env["table_idx"]]["has_pim"] else SubBatching.OFF)
         execute(t, s, e, decode, mode)
-    elif not skip_idle(t, s, e):
+    elif env["preemptions_count"] == before and not skip_idle(t, s, e):  # who was preempted may be admitted at once
         return Fault.NONE
     ready(t, s, e)
     return Fault.NONE
