@@ -14,7 +14,7 @@ class Status(IntEnum):
     DECODE = 3
     PAUSED = 4  # keeps its KV, does not decode
     FINISHED = 5
-    REJECTED = 6  # can never fit in any pool
+    REJECTED = 6  # longer than the model serves, or than any pool holds
 
 
 class Order(IntEnum):
@@ -76,6 +76,14 @@ class SubBatching(IntEnum):
     OFF = 0
     ON = 1
     ADAPTIVE = 2  # in each iteration, interleaved or as one batch, whichever is shorter
+
+
+class Side(IntEnum):
+    """Whose memory a KV pool is, and whose processors attend there."""
+
+    GPU = 0
+    PIM = 1
+    HOST = 2  # the host's processors
 
 
 class PimForm(IntEnum):

@@ -174,7 +174,7 @@ def _prefix_ids(table: Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _build(
     file: str,
     header: str | None,
-    columns: dict[str, NDArray[Any]],
+    columns: dict[str, Any],
     ids: NDArray[np.int64],
     lengths: NDArray[np.int64],
     stem: str = "",

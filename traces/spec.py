@@ -50,6 +50,13 @@ def parse_arrivals(text: str) -> str:
     return text
 
 
+def parse_switch(text: str) -> bool:
+    """``true`` or ``false``. Raises ValueError."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError("true or false")
+    return text.lower() == "true"
+
+
 GENERAL: Mapping[str, Callable[[str], Any]] = {
     "window": parse_window,
     "n": parse_count,
@@ -63,6 +70,7 @@ GENERAL: Mapping[str, Callable[[str], Any]] = {
     "ramp": parse_swing,
     "swing": parse_swing,
     "period": parse_positive,
+    "recorded_floor": parse_switch,
 }
 
 
@@ -93,6 +101,7 @@ def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:
     kind, rate = values.get("arrivals"), values.get("rate")
     drawn = workload.source.get("drawn_with_seed") is not None
     window = values.get("window")
+    workload = replace(workload, recorded_floor=values.get("recorded_floor", workload.recorded_floor))
     if window is not None and kind in ("poisson", "gamma") and workload.span_s <= 0:
         if seed and not drawn:
             workload, drawn = resample(workload, seed), True

@@ -112,6 +112,11 @@ def measured(name: str, model: str, workload: str, assumptions: Assumptions = DE
     return metrics if metrics["rejected_count"] <= OUT_OF_MEMORY_FRAC * metrics["requests_count"] else None
 
 
+def throughput(figures: dict[str, float]) -> float:
+    """Tokens/s over the whole run, as the paper counts it: its requests are all there at the start."""
+    return figures["output_tokens_count"] / figures["makespan_s"]
+
+
 def row(figure: str, case: str, quantity: str, paper: float | None, ours: float | None, note: str = "") -> Row:
     """One line of the comparison; the ratio is ours over the paper's."""
     ratio = None if paper is None or ours is None or paper == 0 else ours / paper

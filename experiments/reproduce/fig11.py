@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from l3env.experiments.reproduce.common import DEFAULT, MODELS, RIVALS, TRACES, Assumptions, Row, best, measured, row
+from l3env.experiments.reproduce.common import (
+    DEFAULT,
+    MODELS,
+    RIVALS,
+    TRACES,
+    Assumptions,
+    Row,
+    best,
+    measured,
+    row,
+    throughput,
+)
 
 PAPER = {"rank-pim": 7.21, "hbm-pim": 5.15, "hbm-pim-ext": 3.45, "gpu": 3.94, "cpu-offload": 9.2}
 NAMES = {
@@ -24,7 +35,7 @@ def speedups(rival: str, assumptions: Assumptions) -> list[tuple[float, str]]:
         for trace in TRACES:
             ours, theirs = (measured(name, model, trace, assumptions) for name in ("l3", rival))
             if ours is not None and theirs is not None:
-                ratio = ours["output_tokens_per_s"] / theirs["output_tokens_per_s"]
+                ratio = throughput(ours) / throughput(theirs)
                 found.append((ratio, f"{model}, {trace}"))
     return found
 
@@ -42,7 +53,7 @@ def rows() -> list[Row]:
 
 def _throughput(name: str, trace: str) -> float:
     figures = measured(name, "opt-66b", trace)
-    return figures["output_tokens_per_s"] if figures is not None else float("nan")
+    return throughput(figures) if figures is not None else float("nan")
 
 
 def best_case(rival: str, assumptions: Assumptions) -> Row:

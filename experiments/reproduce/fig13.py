@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from l3env.experiments.reproduce.common import DEFAULT, Assumptions, Row, machine, row, scheduler, trace
+from l3env.experiments.reproduce.common import DEFAULT, Assumptions, Row, machine, row, scheduler, throughput, trace
 from l3env.runs.driver import run_policy
 from l3env.units import GIB
 
@@ -40,7 +40,7 @@ def output_tokens_per_s(bandwidth_scale: int, capacity_scale: int, assumptions: 
         pim__ranks_per_channel_count=bandwidth_scale,
     )
     outcome = run_policy(tables, trace("openr1"), scheduler(tables, assumptions), record=False)
-    return outcome.metrics["output_tokens_per_s"]
+    return throughput(outcome.metrics)
 
 
 def rows() -> list[Row]:

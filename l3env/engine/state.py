@@ -164,6 +164,7 @@ ENV_DTYPE = np.dtype(
         ("arrived_count", np.int64),
         ("finished_count", np.int64),
         ("rejected_count", np.int64),
+        ("rejected_context_count", np.int64),  # of these, for being longer than the model serves
         ("admitted_count", np.int64),
         ("preemptions_count", np.int64),
         ("slo_met_count", np.int64),

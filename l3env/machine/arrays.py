@@ -13,12 +13,15 @@ TABLE_TOKENS = 32768  # up to here; beyond, the last slope goes on (compute-boun
 SLOPE_STEPS = 256  # strides behind that slope where times rise in steps (waves of tiles)
 ROWS = ("fc", "head", "comm", "draft", "experts")  # what is tabulated by tokens, see ``TableArrays``
 FC, HEAD, COMM, DRAFT, EXPERTS = range(len(ROWS))
+HBM = 0  # the pool and the lane of KV in the GPUs' HBM,
+FIRST_PIM = 1  # and the first ones of the PIM side; see ``Tables.pools`` for what each is
 
 COEF_DTYPE = np.dtype(
     [
         ("lanes_count", np.int64),
         ("pools_count", np.int64),
         ("block_tokens", np.int64),
+        ("served_tokens", np.int64),  # prompt and output of the longest request that is served
         ("has_pim", np.int64),  # is there a PIM side (pools 1..)?
         ("decompressed_lane", np.int64),  # lane of decompressed KV, the last one; 0: none
         ("decompressed_pool", np.int64),  # its pool, the last one; 0: none

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from l3env.jit import helper, inner
+from l3env.machine.arrays import FIRST_PIM, HBM
 from l3env.machine.price import decompressed_attention_s
 
 
@@ -44,12 +45,12 @@ def room(forms, coef, blocks, pools, pool):
 def shared_room(coef, blocks, pools, pool):
     """``room`` where both forms share the ranks: decompressed KV takes the same share of all other PIM pools."""
     own, share = coef["decompressed_pool"], coef["decompressed_share"]
-    if pool == 0 or own == 0:
+    if pool == HBM or own == 0:
         return blocks[pool]
     if pool != own:
         return blocks[pool] - np.int64(np.ceil(pools[own]["used"] * share))
     capacity = blocks[own]
-    for other in range(1, own):
+    for other in range(FIRST_PIM, own):
         capacity = min(capacity, np.int64((blocks[other] - pools[other]["used"]) / share))
     return capacity
 
@@ -58,7 +59,7 @@ def shared_room(coef, blocks, pools, pool):
 def pim_blocks_used(forms, coef, pools):
     """Blocks held on the PIM side, in blocks of KV as stored."""
     used = np.int64(0)
-    for pool in range(1, stored_pools(forms, coef)):
+    for pool in range(FIRST_PIM, stored_pools(forms, coef)):
         used += pools[pool]["used"]
     return used + np.int64(pools[coef["decompressed_pool"]]["used"] * decompressed_scale(forms, coef))
 
@@ -77,7 +78,7 @@ def decompressed_load(forms, t, table, lanes, queries):
     if len(forms) == 1:
         return 0.0, 0.0
     lane = t.coef[table]["decompressed_lane"]
-    if lane == 0:
+    if lane == HBM:
         return 0.0, 0.0
     kv = lanes[lane]["kv"] + queries * lanes[lane]["count"]
     return kv, decompressed_attention_s(t, table, kv, queries)
@@ -108,6 +109,6 @@ def pim_lanes(forms, coef, decompressed):
     if len(forms) == 1:
         return np.int64(1), np.int64(coef["lanes_count"])
     lane = coef["decompressed_lane"]
-    if lane == 0:
+    if lane == HBM:
         return np.int64(1), np.int64(coef["lanes_count"])
     return (lane, lane + 1) if decompressed else (np.int64(1), np.int64(lane))

@@ -19,6 +19,7 @@ import numpy as np
 
 from l3env.choices import SubBatching
 from l3env.jit import inner, kernel
+from l3env.machine.arrays import FIRST_PIM
 from l3env.machine.forms import decompressed_load, stored_lanes, stored_requests, stored_tokens
 from l3env.machine.price import (
     draft_batch_s,
@@ -158,7 +159,7 @@ def decode_step(t, table, lanes, requests, queries):
     """
     first_s, second_s, both_s = 0.0, 0.0, 0.0
     first_kv, second_kv = 0.0, 0.0
-    for lane in range(1, stored_lanes(t.forms, t.coef[table])):
+    for lane in range(FIRST_PIM, stored_lanes(t.forms, t.coef[table])):
         here_s = loaded_lane_s(t, table, lanes[0, lane], queries), loaded_lane_s(t, table, lanes[1, lane], queries)
         first_s, second_s = max(first_s, here_s[0]), max(second_s, here_s[1])
         both_s = max(both_s, here_s[0] + here_s[1])

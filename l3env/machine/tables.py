@@ -20,15 +20,45 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.choices import PimForm, SubBatching
+from l3env.choices import PimForm, Side, SubBatching
 from l3env.errors import SpecError
-from l3env.machine.arrays import COEF_DTYPE, ROWS, SLOPE_STEPS, STRIDE_TOKENS, TableArrays, fc_grid_tokens
+from l3env.machine.arrays import (
+    COEF_DTYPE,
+    FIRST_PIM,
+    HBM,
+    ROWS,
+    SLOPE_STEPS,
+    STRIDE_TOKENS,
+    TableArrays,
+    fc_grid_tokens,
+)
 from l3env.machine.batch import Chunk, Decodes, chunk_rows, loads
 from l3env.machine.costs import energy, experts, gpu, link, memory, pim
 from l3env.machine.iteration import Iteration, price_batch
 from l3env.machine.specs import GpuSpec, ModelSpec, SystemSpec
 
 DEFAULT_BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A memory for KV.
+
+    Attributes:
+        name: "HBM", "PIM", or "PIM 3" where there are several; "PIM, decompressed".
+        side: whose memory it is; that side's processors attend to what lies there.
+        blocks_count: its capacity; 0 where KV may not lie there.
+        lanes_count: what computes there serially, side by side.
+        form: how KV lies.
+        link: name of the link that KV and queries take from the GPUs; None where they are there.
+    """
+
+    name: str
+    side: Side
+    blocks_count: int
+    lanes_count: int
+    form: PimForm
+    link: str | None
 
 
 @dataclass(frozen=True)
@@ -52,8 +82,29 @@ class Tables:
         return self.system.pim is not None
 
     @property
+    def pools(self) -> tuple[Pool, ...]:
+        """Where KV may lie, by the index that views, plans and logs use."""
+        decompressed = int(self.arrays.coef["decompressed_pool"][0])
+        lanes = np.bincount(self.arrays.lane_pool[0], minlength=self.arrays.pool_blocks.shape[1])
+        found = [Pool("HBM", Side.GPU, int(self.arrays.pool_blocks[0, HBM]), 1, PimForm.STORED, None)]
+        link = None if self.system.pim_link is None else self.system.pim_link.name
+        end = decompressed or self.arrays.pool_blocks.shape[1]
+        for pool in range(FIRST_PIM, self.arrays.pool_blocks.shape[1]):
+            assert self.system.pim is not None
+            host = self.system.pim.kind == "host-cpu"
+            name = "host" if host else "PIM"
+            if pool == decompressed:
+                name += ", decompressed"
+            elif end > FIRST_PIM + 1:
+                name += f" {pool - FIRST_PIM}"
+            form = PimForm.DECOMPRESSED if pool == decompressed else PimForm.STORED
+            blocks = int(self.arrays.pool_blocks[0, pool])
+            found.append(Pool(name, Side.HOST if host else Side.PIM, blocks, int(lanes[pool]), form, link))
+        return tuple(found)
+
+    @property
     def has_hbm_kv(self) -> bool:
-        return bool(self.arrays.pool_blocks[0, 0] > 0)
+        return bool(self.arrays.pool_blocks[0, HBM] > 0)
 
     @property
     def block_tokens(self) -> int:
@@ -62,13 +113,13 @@ class Tables:
     @property
     def hbm_tokens(self) -> int:
         """KV tokens that fit in the HBM pool of one replica."""
-        return int(self.arrays.pool_blocks[0, 0]) * self.block_tokens
+        return int(self.arrays.pool_blocks[0, HBM]) * self.block_tokens
 
     @property
     def pim_tokens(self) -> int:
         """KV tokens that fit in the PIM pools of one replica, in the form in which the model stores them."""
         decompressed = int(self.arrays.coef["decompressed_pool"][0])
-        return int(self.arrays.pool_blocks[0, 1 : decompressed or None].sum()) * self.block_tokens
+        return int(self.arrays.pool_blocks[0, FIRST_PIM : decompressed or None].sum()) * self.block_tokens
 
     def iteration_s(
         self,
@@ -141,7 +192,7 @@ def compile_tables(
     if system.pim is not None:
         plan = pim.layout(system.pim, model, system.host_gpus_count // degree)
         pim_bytes = (free_hbm,) if system.pim.holds_weights else plan.pool_bytes
-        lane_pool += [1 + pool for pool in plan.lane_pool]
+        lane_pool += [FIRST_PIM + pool for pool in plan.lane_pool]
         pool_blocks += [int(size // block_bytes) for size in pim_bytes]
         _fill_pim(coef, system, model, degree, plan)
         if model.mla is not None:
@@ -152,7 +203,7 @@ def compile_tables(
             pool_blocks.append(int(min(pool_blocks[1:]) // (ratio / len(pim_bytes))))
     _fill_gpu(coef, system, model, degree)
     coef["lanes_count"], coef["pools_count"] = len(lane_pool), len(pool_blocks)
-    coef["block_tokens"] = block_tokens
+    coef["block_tokens"], coef["served_tokens"] = block_tokens, model.served_tokens
     if max(pool_blocks) == 0:
         raise SpecError(f"{model.name} on {system.name}: weights and activations leave no room for KV")
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from l3env.engine.kernels.plan import ANY_PIM, AUTO, DECOMPRESSED, Op
 from l3env.errors import PlanError
 from l3env.knobs import Knobs
+from l3env.machine.arrays import HBM
 
-PLACES = {"auto": AUTO, "pim": ANY_PIM, "pim-decompressed": DECOMPRESSED, "hbm": 0}
+PLACES = {"auto": AUTO, "pim": ANY_PIM, "pim-decompressed": DECOMPRESSED, "hbm": HBM}
 
 
 @dataclass(frozen=True)

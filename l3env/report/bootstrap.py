@@ -90,7 +90,7 @@ def seed_units(group: pd.DataFrame, policies: list[str]) -> Units:
 def request_units(group: pd.DataFrame, policies: list[str], requests: Mapping[str, pd.DataFrame]) -> Units:
     """A unit per block of consecutive requests, the blocks of several seeds one after the other.
 
-    Goodput counts requests that met their SLO, at the run's own requests per makespan.
+    Goodput counts requests that met their SLO within the run's steady window.
     """
     parts: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
     shape = (len(policies), len(REQUEST_FIGURES))
@@ -103,13 +103,14 @@ def request_units(group: pd.DataFrame, policies: list[str], requests: Mapping[st
         size = block_size(count)
         blocks = max(-(-count // size), 1)
         sums, counts = np.zeros((blocks, *shape)), np.zeros((blocks, *shape))
-        for policy, makespan_s in zip(cells["policy"], cells["makespan_s"], strict=True):
+        window_s = cells["steady_window_s" if "steady_window_s" in cells else "makespan_s"]
+        for policy, of_run_s in zip(cells["policy"], window_s, strict=True):
             frame = frames[policy]
             if frame is None or frame.empty:
                 continue
             p = policies.index(policy)
             block = frame["row"].to_numpy() // size
-            for m, values in enumerate(_request_values(frame, float(makespan_s))):
+            for m, values in enumerate(_request_values(frame, float(of_run_s))):
                 known = np.isfinite(values)
                 sums[:, p, m] = np.bincount(block, np.where(known, values, 0.0), minlength=blocks)
                 counts[:, p, m] = np.bincount(block, known, minlength=blocks)
@@ -124,11 +125,13 @@ def block_size(requests_count: int) -> int:
     return max(min(BLOCK_REQUESTS, requests_count // MIN_BLOCKS), -(-requests_count // MAX_BLOCKS), 1)
 
 
-def _request_values(frame: pd.DataFrame, makespan_s: float) -> list[NDArray[np.float64]]:
+def _request_values(frame: pd.DataFrame, window_s: float) -> list[NDArray[np.float64]]:
     """Values of REQUEST_FIGURES, in that order, whose means are the figures."""
     met = frame["slo_met"].to_numpy(dtype=float)
-    rate = len(frame) / makespan_s if makespan_s > 0 else np.nan
-    return [met * rate, met, *(frame[name].to_numpy(dtype=float) for name in ("ttft_s", "tpot_s", "e2e_s"))]
+    finish_s, arrival_s = frame["finish_s"].to_numpy(dtype=float), frame["arrival_s"].to_numpy(dtype=float)
+    inside = finish_s - np.nanmin(arrival_s) <= window_s
+    rate = len(frame) / window_s if window_s > 0 else np.nan
+    return [met * inside * rate, met, *(frame[name].to_numpy(dtype=float) for name in ("ttft_s", "tpot_s", "e2e_s"))]
 
 
 def _rows(units: Units, policies: list[str]) -> list[dict[str, object]]:

@@ -110,8 +110,8 @@ def _facts(comparison: Comparison) -> str:
     ]
     form = "" if slo.form == "mean-tbt" else f" ({slo.form})"
     return (
-        f"{requests:,.0f} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form} · "
-        "± half the bootstrap 95 % interval"
+        f"{requests:,.0f} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form}\n"
+        "rates over the steady window · ± half the bootstrap 95 % interval"
     )
 
 

@@ -1,7 +1,8 @@
 """The validated request table: what a trace becomes and all that the engine reads of one.
 
 Columns are parallel arrays of length N, sorted by arrival. A request may depend on another (``parent_idx``):
-it then arrives ``think_s`` after its parent has finished, and its ``arrival_s`` is only the earliest it may be.
+it then arrives ``think_s`` after its parent has finished (a closed loop), whatever its recorded ``arrival_s``; where
+``recorded_floor`` is set, not before that.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Workload:
             an equal prefix. Empty where the trace has none.
         prefix_offsets: (N + 1,) int64, request i owns ``prefix_ids[prefix_offsets[i]:prefix_offsets[i + 1]]``.
         prefix_block_tokens: tokens per id; 0 where the trace has none.
+        recorded_floor: dependent requests arrive at their recorded ``arrival_s`` at the earliest.
         source: where the rows come from: url, licence, loader, what was skipped and why.
     """
 
@@ -47,6 +49,7 @@ class Workload:
     prefix_ids: NDArray[np.int64]
     prefix_offsets: NDArray[np.int64]
     prefix_block_tokens: int = 0
+    recorded_floor: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -63,6 +66,7 @@ class Workload:
         prefix_ids: ArrayLike | None = None,
         prefix_offsets: ArrayLike | None = None,
         prefix_block_tokens: int = 0,
+        recorded_floor: bool = False,
         source: Mapping[str, Any] | None = None,
     ) -> Workload:
         """Copies the columns into arrays of the right type, checks them, raises WorkloadError naming row and field."""
@@ -87,6 +91,7 @@ class Workload:
             if prefix_offsets is None
             else np.array(prefix_offsets, dtype=np.int64),
             prefix_block_tokens=int(prefix_block_tokens),
+            recorded_floor=recorded_floor,
             source=dict(source or {}),
         )
         workload.check()
@@ -102,8 +107,13 @@ class Workload:
 
     @property
     def rate_per_s(self) -> float:
-        """(N - 1) / span; infinite where all requests arrive at once."""
-        return (len(self) - 1) / self.span_s if self.span_s > 0 else float("inf")
+        """Requests that are offered a second; infinite where all arrive at once.
+
+        The first of the R requests that depend on no other arrive at (R - 1) / their span; each brings N / R in all.
+        """
+        roots = self.arrival_s[self.parent_idx < 0]
+        span_s = float(roots[-1] - roots[0])
+        return (roots.size - 1) / span_s * (len(self) / roots.size) if span_s > 0 else float("inf")
 
     @property
     def stand_ins(self) -> list[str]:
@@ -165,6 +175,7 @@ class Workload:
             prefix_ids=np.concatenate(pieces) if pieces else None,
             prefix_offsets=np.concatenate([[0], np.cumsum(lengths)]),
             prefix_block_tokens=self.prefix_block_tokens,
+            recorded_floor=self.recorded_floor,
             source=self.source,
         )
 
@@ -204,11 +215,15 @@ class Workload:
         return self.select(np.arange(min(count, len(self))))
 
     def at_load(self, load: float) -> Workload:
-        """The same requests at ``load`` times their own rate (arrival times and think times divided by it)."""
+        """The same requests at ``load`` times their own rate: arrival times divided by it, think times as they are."""
         if not (np.isfinite(load) and load > 0):
             raise WorkloadError(f"{self.name}: load {load}; expected a finite number > 0")
-        return replace(self, arrival_s=self.arrival_s / load, think_s=self.think_s / load)
+        return replace(self, arrival_s=self.arrival_s / load)
 
     def closed_loop(self) -> Workload:
         """All requests present at time 0 (children still follow their parents)."""
         return replace(self, arrival_s=np.zeros(len(self)))
+
+    def all_at_once(self) -> Workload:
+        """The same, and nobody pauses between requests: what is left of the time is the machine's."""
+        return replace(self.closed_loop(), think_s=np.zeros(len(self)))

@@ -63,7 +63,7 @@ def run_policy(
         engine.reset(e, part, slo=slo, predicted_tokens=predictions(policy, part))
         drive(engine, e, policy)
         own.append(policy.figures())
-    outcome = collect(engine, range(len(shares)), shares)
+    outcome = collect(engine, range(len(shares)), shares, tables.replicas_count)
     outcome.metrics.update({name: float(np.mean([each[name] for each in own])) for name in own[0]})
     return outcome
 

@@ -134,9 +134,32 @@ class Grid:
             for ref in refs:
                 named(kind, ref)
         for trace in self.traces:
-            self._note_prefix_ids(load_trace(trace))
+            workload = load_trace(trace)
+            self._note_prefix_ids(workload)
+            self._note_closed_loop(workload)
+            self._note_long_requests(workload)
         if self.training is not None:
             load_trace(self.training)
+
+    def _note_closed_loop(self, workload: Workload) -> None:
+        roots = int((workload.parent_idx < 0).sum())
+        if self.utilizations and roots < len(workload):
+            text = (
+                f"{len(workload) - roots:,} requests wait for others to finish: what comes depends on what is served; "
+            )
+            text += f"utilization is that of the {roots:,} that do not, each bringing its followers"
+            warnings.warn(f"trace {workload.name}: {text}", stacklevel=4)
+
+    def _note_long_requests(self, workload: Workload) -> None:
+        for ref in self.models:
+            served_tokens = named("model", ref).served_tokens
+            count = int((workload.prompt_tokens + workload.output_tokens > served_tokens).sum())
+            if count:
+                text = (
+                    f"{count:,} of {len(workload):,} requests are longer than the {served_tokens:,} tokens that {ref} "
+                )
+                text += f"serves, and are rejected; {ref}?max_model_len=TOKENS sets another limit"
+                warnings.warn(f"trace {workload.name}: {text}", stacklevel=4)
 
     def _note_prefix_ids(self, workload: Workload) -> None:
         if workload.prefix_ids.size and self.prefix_cache == "off":

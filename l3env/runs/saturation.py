@@ -17,9 +17,12 @@ from l3env.runs.driver import run_policy
 def capacity_requests_per_s(
     tables: Tables, workload: Workload, policy: Policy | None = None, *, prefix_cache: str = "off"
 ) -> float:
-    """What a system serves at saturation: all requests present at once, rate at which the first 90 % finish."""
+    """What a system serves at saturation: all requests present at once, rate at which the first 90 % finish.
+
+    Requests that depend on others follow them without think time.
+    """
     chosen = policy or make_policy(reference_policy(tables.has_pim))
-    outcome = run_policy(tables, workload.closed_loop(), chosen, record=False, prefix_cache=prefix_cache)
+    outcome = run_policy(tables, workload.all_at_once(), chosen, record=False, prefix_cache=prefix_cache)
     finish_s = np.sort(outcome.requests["finish_s"].dropna().to_numpy())
     if finish_s.size == 0:
         raise L3EnvError(f"{workload.name}: no request ever fits on {tables.system.name} with {tables.model.name}")
@@ -34,5 +37,8 @@ def load_at_capacity(tables: Tables, workload: Workload, *, prefix_cache: str = 
         L3EnvError: all requests arrive at once.
     """
     if not math.isfinite(workload.rate_per_s):
-        raise L3EnvError(f"{workload.name}: all requests arrive at once, so utilization has no meaning; use load")
+        raise L3EnvError(
+            f"{workload.name}: all requests that depend on no other arrive at once, so utilization has no meaning; "
+            "use load"
+        )
     return capacity_requests_per_s(tables, workload, prefix_cache=prefix_cache) / workload.rate_per_s

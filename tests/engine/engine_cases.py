@@ -120,6 +120,7 @@ def workloads(draw, max_requests: int = 40, max_output: int = 60) -> Workload:
         np.where(rng.random(count) < 0.1, 1, rng.integers(1, max_output + 1, count)),
         parent_idx=parent,
         think_s=np.where(parent >= 0, rng.random(count) * draw(st.sampled_from([0.0, 0.5, 50.0])), 0.0),
+        recorded_floor=draw(st.booleans()),
     )
 
 

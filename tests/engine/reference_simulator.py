@@ -212,7 +212,9 @@ class ReferenceSimulator:
         self.requests = [
             Request(
                 idx=i,
-                arrival_s=float(workload.arrival_s[i]),
+                arrival_s=float(workload.arrival_s[i])
+                if workload.recorded_floor or workload.parent_idx[i] < 0
+                else 0.0,
                 think_s=float(workload.think_s[i]),
                 prompt=int(workload.prompt_tokens[i]),
                 output=int(workload.output_tokens[i]),

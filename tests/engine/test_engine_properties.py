@@ -412,6 +412,7 @@ FREE_GPU = dict.fromkeys(
         "prefill_query_s",
         "prefill_fixed_s",
         "prefill_history_fixed_s",
+        "prefill_history_token_s",
         "prefill_new_s",
         "hbm_token_s",
         "hbm_verify_s",

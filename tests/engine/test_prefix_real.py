@@ -10,7 +10,7 @@ from l3env.engine.engine import Engine, Stop
 from l3env.knobs import Knobs
 from l3env.traces import kv_cache_tester, mooncake
 from l3env.traces.stats import prefix_hit_frac
-from tests.engine.engine_cases import compiled, with_memory
+from tests.engine.engine_cases import compiled, with_coef, with_memory
 from tests.traces.real_traces import MOONCAKE, SESSIONS, SYNTHETIC, real
 
 ENDLESS_BLOCKS = 1 << 40
@@ -21,6 +21,7 @@ def served(workload, blocks: int, eviction: Eviction = Eviction.LRU, *, pair=("g
     """One replica with pools of so many blocks serves the whole workload, whole prompts, first come first served."""
     tables = compiled(*pair)
     tables = with_memory(tables, BLOCK_TOKENS, [blocks] * tables.arrays.pool_blocks.shape[1])
+    tables = with_coef(tables, served_tokens=2**31)  # the traces are of models with longer contexts
     engine = Engine(tables, 1, len(workload), prefix_cache=eviction)
     engine.reset(0, workload)
     Knobs(headroom_frac=0.0).write(engine.knobs, 0)

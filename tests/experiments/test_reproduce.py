@@ -12,7 +12,7 @@ import l3env
 from l3env import Workload
 from l3env.errors import L3EnvError
 from l3env.experiments.reproduce import common, fig12, fig13, roofline, run
-from l3env.experiments.reproduce.common import DEFAULT, machine, measured
+from l3env.experiments.reproduce.common import DEFAULT, machine, measured, throughput
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_best_case_speedups(rival: str, model: str, trace: str, paper: float, to
     ours, theirs = (measured(name, model, trace) for name in ("l3", rival))
     assert ours is not None
     assert theirs is not None
-    assert ours["output_tokens_per_s"] / theirs["output_tokens_per_s"] == pytest.approx(paper, rel=tolerance)
+    assert throughput(ours) / throughput(theirs) == pytest.approx(paper, rel=tolerance)
 
 
 @pytest.mark.parametrize("rival", ["gpu", "hbm-pim"])
@@ -40,7 +40,7 @@ def test_hbm_pim_is_below_gpu_only_on_opt_dolphin() -> None:
     gpu, pim = (measured(name, "opt-66b", "dolphin-r1") for name in ("gpu", "hbm-pim"))
     assert gpu is not None
     assert pim is not None
-    assert pim["output_tokens_per_s"] < gpu["output_tokens_per_s"]
+    assert throughput(pim) < throughput(gpu)
 
 
 def test_batch_and_latency_of_gpt_175b() -> None:

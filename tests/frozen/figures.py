@@ -26,6 +26,7 @@ SHOWN = (
     "makespan_s", "ttft_p99_s", "tbt_mean_s", "tpot_p50_s", "slo_attainment_frac", "energy_j_per_token",
     "iterations_count", "preemptions_count", "kv_hbm_peak_frac", "kv_pim_peak_frac", "prefix_hit_tokens_frac",
 )  # fmt: skip
+SINCE = ("steady_window_s", "output_tokens_count", "rejected_context_count")  # figures that there were not
 MEASURED = ("wall_s", "decision_ms")  # by the clock on the wall: no two runs are alike
 
 Part = list[float] | str
@@ -79,7 +80,24 @@ def columns(arrays: Iterable[Any]) -> list[float]:
 
 def known_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The figures every run has, in order."""
-    return {name: float(metrics[name]) for name in METRICS if name in metrics}
+    known = {name: float(metrics[name]) for name in METRICS if name in metrics}
+    if "steady_window_s" in metrics and "makespan_s" in metrics:
+        known |= over_the_makespan(metrics)
+    return {name: 0.0 if np.isnan(value) and name in ZERO_ONCE else value for name, value in known.items()}
+
+
+ZERO_ONCE = ("pim_imbalance_frac", "recomputed_tokens_frac")  # of nothing: NaN now
+
+
+def over_the_makespan(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Rates as they were when the cells were frozen; those of the steady window are tested in tests/runs."""
+    span = float(metrics["makespan_s"]) or float("nan")
+    met = float(metrics["slo_attainment_frac"]) * float(metrics["requests_count"])
+    return {
+        "output_tokens_per_s": float(metrics["output_tokens_count"]) / span,
+        "requests_per_s": float(metrics["finished_count"]) / span,
+        "goodput_requests_per_s": met / span,
+    }
 
 
 def parts_of(outcome: Outcome) -> Parts:
@@ -89,7 +107,7 @@ def parts_of(outcome: Outcome) -> Parts:
     own = {
         name: float(value)
         for name, value in sorted(outcome.metrics.items())
-        if name not in known and name not in MEASURED
+        if name not in known and name not in MEASURED and name not in SINCE
     }
     parts: Parts = {
         "requests": columns(table[name].astype(str) if name == "status" else table[name] for name in REQUESTS),

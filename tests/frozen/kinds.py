@@ -45,6 +45,9 @@ KNOBS = (
 )  # fmt: skip
 
 
+SERVED_TOKENS = 1_000_000  # as when they were frozen: a model had no longest request
+
+
 class Frozen(Protocol):
     """A cell."""
 
@@ -57,12 +60,12 @@ class Frozen(Protocol):
 def machine(system: str, model: str, changes: tuple[tuple[str, Any], ...] = ()) -> Tables:
     """A compiled pair; changes are fields of the system or the model (``system__``, ``model__``), or ``tp``."""
     if not changes:
-        return compile_pair(system, model)
+        return compile_pair(system, f"{model}?max_model_len={SERVED_TOKENS}")
     of = {
         side: {name.removeprefix(f"{side}__"): value for name, value in changes if name.startswith(f"{side}__")}
         for side in ("system", "model")
     }
-    specs = load(f"system/{system}", **of["system"]), load(f"model/{model}", **of["model"])
+    specs = load(f"system/{system}", **of["system"]), load(f"model/{model}", max_model_len=SERVED_TOKENS, **of["model"])
     return compile_tables(*specs, tp=dict(changes).get("tp"))
 
 

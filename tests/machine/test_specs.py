@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from l3env.choices import PimForm, Side
 from l3env.errors import SpecError
 from l3env.machine import specs
+from l3env.machine.pair import compile_pair
 from l3env.units import GIB, TERA
 
 PRESETS = [(kind, name) for kind in specs.KINDS for name in specs.names(kind)]
@@ -280,3 +282,20 @@ def test_a_users_file_that_is_wrong_is_named(tmp_path: Path):
 def test_specs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         specs.load("gpu/a100-80").hbm_bytes = 1
+
+
+def test_pools_say_what_they_are() -> None:
+    """Capacities add up to what the tables hold in all; roles follow from the specs, not from the position."""
+    l3 = compile_pair("l3-dgx-a100", "qwen-72b")
+    names = [pool.name for pool in l3.pools]
+    assert names == ["HBM", *(f"PIM {channel}" for channel in range(len(names) - 1))]
+    assert [pool.side for pool in l3.pools] == [Side.GPU] + [Side.PIM] * (len(names) - 1)
+    assert sum(pool.blocks_count for pool in l3.pools[1:]) * l3.block_tokens == l3.pim_tokens
+    assert sum(pool.lanes_count for pool in l3.pools) == l3.arrays.lane_pool.shape[1]
+    assert {pool.link for pool in l3.pools[1:]} == {"pcie4-x16"}
+    latent = compile_pair("l3-dgx-h200", "deepseek-v3").pools
+    assert [pool.form for pool in latent] == [PimForm.STORED] * (len(latent) - 1) + [PimForm.DECOMPRESSED]
+    (hbm, host) = compile_pair("cpu-offload-dgx-a100", "opt-66b").pools
+    assert (hbm.side, host.side, host.name) == (Side.GPU, Side.HOST, "host")
+    (_, beside) = compile_pair("hbm-pim-dgx-a100", "llama-2-7b").pools
+    assert (beside.side, beside.link) == (Side.PIM, None)

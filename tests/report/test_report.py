@@ -39,6 +39,7 @@ def request_frame(rng: np.random.Generator, count: int, slowness: float) -> pd.D
     ttft_s = slowness * rng.exponential(0.5, count)
     tpot_s = np.where(output > 1, rng.uniform(0.02, 0.05, count) * slowness, np.nan)
     e2e_s = ttft_s + np.nan_to_num(tpot_s) * (output - 1)
+    arrival_s = np.linspace(0, MAKESPAN_S / 2, count)
     return pd.DataFrame(
         {
             "row": np.arange(count),
@@ -46,6 +47,8 @@ def request_frame(rng: np.random.Generator, count: int, slowness: float) -> pd.D
             "ttft_s": ttft_s,
             "tpot_s": tpot_s,
             "e2e_s": e2e_s,
+            "arrival_s": arrival_s,
+            "finish_s": np.minimum(arrival_s + e2e_s, MAKESPAN_S),
             "slo_met": ttft_s < 1.0,
         }
     )
@@ -79,6 +82,7 @@ def result_row(frame: pd.DataFrame, pim: bool) -> dict[str, Any]:
     met = int(frame["slo_met"].sum())
     row |= {"requests_count": np.int64(len(frame)), "finished_count": len(frame), "rejected_count": 0}
     row |= {"preemptions_count": 7, "iterations_count": 1000, "makespan_s": MAKESPAN_S, "output_tokens_per_s": 1234.5}
+    row |= {"steady_window_s": MAKESPAN_S}
     row |= {GOODPUT: met / MAKESPAN_S, "slo_attainment_frac": met / len(frame), "gpu_busy_frac": 0.6}
     row |= {"gpu_bubble_frac": 0.25, "pim_busy_frac": 0.4, "pim_bubble_frac": 0.5, "queue_mean_count": 3.0}
     if not pim:

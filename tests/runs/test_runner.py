@@ -72,12 +72,18 @@ def test_metrics_follow_from_the_requests() -> None:
     """The figures of a row, recomputed from its requests."""
     comparison = compare(["sarathi"], *PAIR, TRACE, load=0.4)
     row, requests = comparison.results.iloc[0], comparison.requests[key_of(comparison, "sarathi", 0.4)]
-    assert row["makespan_s"] == pytest.approx(requests["finish_s"].max())
-    assert row["output_tokens_per_s"] == pytest.approx(requests["output_tokens"].sum() / row["makespan_s"])
+    assert row["makespan_s"] == pytest.approx(requests["finish_s"].max() - requests["arrival_s"].min())
+    assert row["output_tokens_count"] == requests["output_tokens"].sum()
+    end_s = max(requests["arrival_s"].max(), np.quantile(requests["finish_s"], 0.9, method="inverted_cdf"))
+    inside = requests["finish_s"] <= end_s
+    assert row["steady_window_s"] == pytest.approx(end_s - requests["arrival_s"].min())
+    assert row["requests_per_s"] == pytest.approx(inside.sum() / row["steady_window_s"])
+    whole = requests["output_tokens"][inside].sum(), requests["output_tokens"][requests["first_token_s"] <= end_s].sum()
+    assert whole[0] <= row["output_tokens_per_s"] * row["steady_window_s"] <= whole[1]
     assert row["ttft_p99_s"] == pytest.approx(np.quantile(requests["ttft_s"], 0.99))
     met = (requests["ttft_s"] <= requests["ttft_slo_s"]) & ~(requests["tpot_s"] > requests["tbt_slo_s"])
     assert row["slo_attainment_frac"] == pytest.approx(met.mean())
-    assert row["goodput_requests_per_s"] == pytest.approx(met.sum() / row["makespan_s"])
+    assert row["goodput_requests_per_s"] == pytest.approx((met & inside).sum() / row["steady_window_s"])
     weights = requests["output_tokens"] - 1
     assert row["tbt_mean_s"] == pytest.approx(np.nansum(requests["tpot_s"] * weights) / weights.sum())
     assert row["gpu_busy_frac"] <= 1

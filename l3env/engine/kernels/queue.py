@@ -225,7 +225,7 @@ def note_end(s, e, met):
 
 @helper
 def arrive(t, s, e, r):
-    """A request enters the system: into the queue, or rejected where it can never fit."""
+    """A request enters the system: into the queue, or rejected where it is too long for the model or for every pool."""
     req, env = s.req, s.env[e]
     env["arrived_count"] += 1
     note_arrival(s, e, r)
@@ -233,10 +233,13 @@ def arrive(t, s, e, r):
     table = env["table_idx"]
     need_tokens = np.int64(req[e, r]["prompt_tokens"]) + s.truth[e, r] - 1
     need_blocks = blocks_of(s.prefix, e, r, need_tokens, t.coef[table]["block_tokens"])
-    for pool in range(t.coef[table]["pools_count"]):
-        if need_blocks <= t.pool_blocks[table, pool]:
-            enqueue(s, e, r)
-            return
+    if need_tokens < t.coef[table]["served_tokens"]:
+        for pool in range(t.coef[table]["pools_count"]):
+            if need_blocks <= t.pool_blocks[table, pool]:
+                enqueue(s, e, r)
+                return
+    else:
+        env["rejected_context_count"] += 1
     req[e, r]["status"] = Status.REJECTED
     env["rejected_count"] += 1
     note_end(s, e, 0.0)

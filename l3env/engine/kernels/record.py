@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from l3env.jit import helper
+from l3env.machine.arrays import HBM
 from l3env.machine.forms import pim_blocks_used
 
 
@@ -32,7 +33,7 @@ def write_log(t, s, e):
     log[e, row]["prefill_tokens"] += env["last_prefill_tokens"]
     log[e, row]["waiting_count"] = env["waiting_count"]
     log[e, row]["running_count"] = env["running_count"]
-    log[e, row]["hbm_blocks"] = s.pool[e, 0]["used"]
+    log[e, row]["hbm_blocks"] = s.pool[e, HBM]["used"]
     log[e, row]["pim_blocks"] = pim_blocks_used(t.forms, t.coef[env["table_idx"]], s.pool[e])
     env["log_count"] = row + 1
 

@@ -15,6 +15,7 @@ from l3env.engine.kernels.prefix import ask_pools, blocks_of, offered_blocks, of
 from l3env.engine.kernels.queue import least_score, next_waiting, waiting_key
 from l3env.engine.state import NOWHERE, SUB_BATCHES
 from l3env.jit import helper, inner
+from l3env.machine.arrays import FIRST_PIM, HBM
 from l3env.machine.forms import pim_lanes, room
 from l3env.machine.iteration import Work, no_prefill, phase, with_chunk
 from l3env.machine.price import pim_side_s
@@ -53,7 +54,7 @@ def could_ever_fit(t, s, e, r, pool):
 @inner
 def only_hbm_holds(t, s, e, r):
     """Is the KV to build now too large for every PIM pool?"""
-    for pool in range(1, t.coef[s.env[e]["table_idx"]]["pools_count"]):
+    for pool in range(FIRST_PIM, t.coef[s.env[e]["table_idx"]]["pools_count"]):
         if could_ever_fit(t, s, e, r, pool):
             return False
     return True
@@ -88,23 +89,23 @@ def find_lane(t, s, k, e, r, sub):
     """
     table = s.env[e]["table_idx"]
     ask_pools(s.prefix, e, r)
-    hbm_fits = has_room(t, s, k, e, r, 0)
+    hbm_fits = has_room(t, s, k, e, r, HBM)
     if not t.coef[table]["has_pim"]:
-        return 0 if hbm_fits else NOWHERE
+        return HBM if hbm_fits else NOWHERE
     share = k[e]["hbm_share_frac"]
     if share <= 0.0:
         lane = find_pim_lane(t, s, k, e, r, sub)
-        return 0 if lane == NOWHERE and hbm_fits and only_hbm_holds(t, s, e, r) else lane
+        return HBM if lane == NOWHERE and hbm_fits and only_hbm_holds(t, s, e, r) else lane
     total = 0
     for pool in range(t.coef[table]["pools_count"]):
         total += s.pool[e, pool]["used"]
-    if hbm_fits and s.pool[e, 0]["used"] <= share * total:
-        return 0
+    if hbm_fits and s.pool[e, HBM]["used"] <= share * total:
+        return HBM
     lane = NOWHERE
-    if share != 1.0 or not could_ever_fit(t, s, e, r, 0):
+    if share != 1.0 or not could_ever_fit(t, s, e, r, HBM):
         lane = find_pim_lane(t, s, k, e, r, sub)
     if lane == NOWHERE and hbm_fits:
-        return 0
+        return HBM
     return lane
 
 

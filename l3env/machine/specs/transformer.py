@@ -115,6 +115,9 @@ class ModelSpec:
     tied_embedding: bool = False
     vocab_size: Annotated[Count, Meta(le=10_000_000)]
     context_tokens: Count
+    max_model_len: Annotated[
+        Count | None, "prompt and output of the longest request served; by default the context"
+    ] = None
     tensor_parallel_count: Annotated[Count, Meta(le=1_024), "the deployment the source uses; a system may override"]
     bytes_per_parameter: Annotated[Positive, Meta(le=8)]
     bytes_per_kv_element: Annotated[Positive, Meta(le=8)]
@@ -133,6 +136,11 @@ class ModelSpec:
         if self.moe and self.moe.dense_layers_count > self.layers_count:
             problems.append(f"moe.dense_layers_count = {self.moe.dense_layers_count}: expected <= {self.layers_count}")
         return problems
+
+    @property
+    def served_tokens(self) -> int:
+        """Prompt and output tokens of the longest request that is served; longer ones are rejected."""
+        return self.context_tokens if self.max_model_len is None else self.max_model_len
 
     @property
     def naive_form(self) -> AttentionForm:
