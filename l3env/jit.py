@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,10 @@ from typing import TypeVar
 
 import llvmlite
 import numba
+from numba.core.errors import NumbaExperimentalFeatureWarning
+
+# lanes of the engine may go where lanes of a described batch go: their first fields are the same
+warnings.filterwarnings("ignore", ".*has been considered a subtype", NumbaExperimentalFeatureWarning)
 
 F = TypeVar("F", bound=Callable[..., object])
 
