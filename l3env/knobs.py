@@ -141,6 +141,16 @@ class Knobs:
         tuned=True,
         need=lambda level: Need.PIM if level in (Budget.ALIGN, Budget.ALIGN_WHEN_FULL) else None,
     )
+    running_max_count: int = knob(
+        UNLIMITED, "requests that run, at most", (16, 64, 128, 256, UNLIMITED), unit="requests", low=1
+    )
+    chunk_max_tokens: int = knob(
+        UNLIMITED,
+        "prompt tokens of one request an iteration, at most, unless it is alone",
+        (128, 256, 512, 1024, 2048, UNLIMITED),
+        unit="tokens",
+        low=1,
+    )
     budget_counts_decodes: bool = knob(
         False,
         "decoding requests use up the budget first, one token each (Sarathi-Serve)",

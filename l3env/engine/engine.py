@@ -178,6 +178,11 @@ class Engine:
         if wanted.form == "p99-gap":
             self._rank_limits(e, count)
         self.state.env["table_idx"][e] = table_idx
+        engine = self.pairs[table_idx].system.serving
+        self.state.env["frontend_s"][e] = engine.frontend_s
+        self.state.env["ahead"][e] = engine.schedules_ahead
+        self.state.env["by_chunk"][e] = engine.blocks_by_chunk
+        self.state.env["waits_after_preemption"][e] = engine.waits_after_preemption
         self.state.env["requests_count"][e] = count
         if found is not None:
             self._add_prefixes(e, np.arange(count), workload, found)

@@ -125,6 +125,7 @@ REQUEST_DTYPE = np.dtype(
         ("emitted_tokens", np.int32),  # as of ``joined_clock``
         ("kv_tokens", np.int32),  # as of ``joined_clock``
         ("chunk_tokens", np.int32),  # prefill planned for the next iteration
+        ("held_tokens", np.int32),  # KV tokens whose blocks are taken while it prefills
         ("promised_blocks", np.int32),  # predicted blocks at its end, for reserving admission
         ("running_pos", np.int32),  # its place in ``running``
         ("joined_clock", np.int64),
@@ -150,11 +151,18 @@ ENV_DTYPE = np.dtype(
         ("table_idx", np.int64),
         ("requests_count", np.int64),
         ("clock_s", np.float64),
+        ("seen_s", np.float64),  # what has happened by then is known to who schedules; the clock, unless ``ahead``
+        ("frontend_s", np.float64),  # from an arrival until it can be seen; of the serving engine, as the next three
+        ("ahead", np.int64),  # is an iteration scheduled while the one before it runs?
+        ("by_chunk", np.int64),  # are a prompt's blocks taken chunk by chunk, or whole at admission?
+        ("waits_after_preemption", np.int64),  # no admission in an iteration that preempts
         ("next_root_idx", np.int64),  # first root request not arrived yet
         ("running_count", np.int64),
         ("prefill_count", np.int64),
         ("joining_count", np.int64),
         ("waiting_count", np.int64),
+        ("leaving_count", np.int64),  # finished in the last iteration, and not known to have
+        ("preempted_before_count", np.int64),  # preemptions before this iteration
         ("heaps_built", np.int64),  # bit per queue order
         ("admitted_seq", np.int64),
         ("stop", np.int64),  # see kernels.run.Stop
@@ -301,6 +309,7 @@ POOL_DTYPE = np.dtype(
         ("used", np.int64),  # blocks held
         ("peak", np.int64),  # most blocks ever held
         ("promised", np.int64),  # predicted blocks of the residents at their ends
+        ("leaving", np.int64),  # of ``used``: blocks of requests that are not known to have finished
     ],
     align=True,
 )
@@ -320,6 +329,7 @@ LISTS_DTYPE = np.dtype(
         ("prefill", np.int32),  # requests in PREFILL in order of admission, first prefill_count
         ("slo_s", np.float64),  # TBT SLOs of the workload in ascending order
         ("joining", np.int32),  # requests flagged ``joining``, first joining_count
+        ("leaving", np.int32),  # finished, and not known to have, first leaving_count; ``held_tokens`` are their blocks
     ],
     align=True,
 )

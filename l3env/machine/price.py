@@ -102,6 +102,12 @@ def gpu_batch_s(t, table, work_s, tokens):
 
 
 @inner
+def host_step_s(t, table, requests):
+    """The least time of a step that the serving engine's host keeps up with; ideal engines: 0."""
+    return t.coef[table]["step_host_s"] + t.coef[table]["step_host_request_s"] * requests
+
+
+@inner
 def draft_batch_s(t, table, requests):
     """Guessing a token for so many requests."""
     if requests == 0:

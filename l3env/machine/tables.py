@@ -202,6 +202,7 @@ def compile_tables(
             lane_pool.append(len(pool_blocks))
             pool_blocks.append(int(min(pool_blocks[1:]) // (ratio / len(pim_bytes))))
     _fill_gpu(coef, system, model, degree)
+    coef["step_host_s"], coef["step_host_request_s"] = system.serving.step_host_s, system.serving.step_host_request_s
     coef["lanes_count"], coef["pools_count"] = len(lane_pool), len(pool_blocks)
     coef["block_tokens"], coef["served_tokens"] = block_tokens, model.served_tokens
     if max(pool_blocks) == 0:
@@ -228,8 +229,19 @@ def _rows(system: SystemSpec, model: ModelSpec, tp: int) -> dict[str, NDArray[np
     experts' part of FC."""
     grid = fc_grid_tokens()
     fc, comm = experts.fc_and_all_to_all_s(system, model, tp, grid)
+    if system.serving.captured_tokens or system.serving.step_gpu_s:
+        fc = _as_stepped(fc, system)
     head, draft = gpu.head_s(model, system.gpu, tp, grid), experts.draft_s(system, model, tp, grid)
     return {"fc": fc, "head": head, "comm": comm, "draft": draft, "experts": experts.phase_s(system, model, tp, grid)}
+
+
+def _as_stepped(fc_s: NDArray[np.float64], system: SystemSpec) -> NDArray[np.float64]:
+    """FC as the serving engine runs it: padded to the captured batches, with what a step has beside the layers."""
+    padded = fc_s.copy()
+    for tokens in range(1, (system.serving.captured_tokens or (0,))[-1] + 1):
+        padded[tokens] = fc_s[system.serving.padded_tokens(tokens)]  # the grid holds every count up to DENSE_TOKENS
+    padded[1:] += system.serving.step_gpu_s
+    return padded
 
 
 def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: int) -> None:

@@ -44,13 +44,13 @@ def test_preset_loads_and_every_value_has_a_source(kind, name):
     assert isinstance(spec, specs.KINDS[kind])
     assert spec.name == name
     # defaults that leave a term out need no source
-    optional = dataclasses.fields(spec) if kind in ("gpu", "model", "system") else ()
+    optional = dataclasses.fields(spec) if kind in ("gpu", "model", "system", "engine") else ()
     neutral = {f.name for f in optional if f.default == getattr(spec, f.name)}
     values = {f.name for f in dataclasses.fields(spec)} - {"name", "sources"}
     absent = {key for key in values if getattr(spec, key) is None}
     assert values - absent - neutral <= set(spec.sources) <= values - absent
     assert all(len(text) > 3 for text in spec.sources.values())
-    for key in ("mla", "moe", "experts"):  # tables of their own
+    for key in ("mla", "moe", "experts", "memory"):  # tables of their own
         inner = getattr(spec, key, None)
         if inner is not None:
             assert set(inner.sources) == {f.name for f in dataclasses.fields(inner)} - {"sources"}

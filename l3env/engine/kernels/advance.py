@@ -6,7 +6,7 @@ import numpy as np
 
 from l3env.choices import SloForm, Status
 from l3env.engine.kernels.drafts import classes_count, second_tokens_count, step_clocks
-from l3env.engine.kernels.memory import decoding_count, finish, join_decode, leave_prefill, pool_of
+from l3env.engine.kernels.memory import decoding_count, finish, join_decode, leave_prefill, let_go, pool_of
 from l3env.engine.kernels.prefix import publish
 from l3env.engine.kernels.slo import note_prefill_token, note_step_deadlines, note_step_gaps
 from l3env.engine.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES
@@ -18,6 +18,8 @@ LOG_GAP_RATIO = np.log(GAP_RATIO)
 @inner
 def step_all(t, s, e, decode, prefill):
     """Decodes and prefills take their step, and who has emitted its last token leaves."""
+    if s.env[e]["ahead"]:
+        let_go(s, e)
     if decode:
         step_decodes(s, e, t.coef[s.env[e]["table_idx"]]["lanes_count"])
     if prefill:

@@ -82,6 +82,7 @@ def account(t, s, e, batch, iteration, energy_j):
     energy_j += coef["decompressed_token_j"] * decode.decompressed_kv_tokens + moved_j
     energy_j += coef["transfer_token_j"] * prefill.pushed_tokens
     duration_s = iteration.duration_s
+    env["seen_s"] = env["clock_s"]
     env["clock_s"] += duration_s
     env["iterations_count"] += 1
     env["busy_s"] += duration_s

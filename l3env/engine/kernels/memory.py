@@ -1,6 +1,7 @@
 """KV accounting: which blocks a request holds from admission to its end, and what it adds to its lane's load.
 
-Blocks for the whole prompt are taken at admission; a decoding request takes one more whenever its KV fills the last.
+Blocks for the whole prompt are taken at admission, or chunk by chunk once all of it would fit, as the engine's rules
+are; a decoding request takes one more whenever its KV fills the last.
 KV of a request that emitted its first token from a prompt of P tokens is P; each token that a decode step emits adds
 one (a guess that did not hold leaves none).
 """
@@ -12,7 +13,15 @@ import numpy as np
 from l3env.choices import SloForm, Status, Victim
 from l3env.engine.kernels.drafts import class_of, classes_count, count_class, drop_surplus, second_tokens
 from l3env.engine.kernels.heap import push, remove
-from l3env.engine.kernels.prefix import blocks_of, evict_to_fit, hold_prefix, release_prefix, segment_tokens
+from l3env.engine.kernels.prefix import (
+    blocks_of,
+    cached_blocks,
+    evict_to_fit,
+    hold_prefix,
+    release_prefix,
+    segment_tokens,
+    shares,
+)
 from l3env.engine.kernels.queue import dequeue, enqueue, note_end, release_children, running_mean
 from l3env.engine.kernels.slo import is_met, note_join, note_leave
 from l3env.engine.state import FINISH_HEAP, FINISHED_WEIGHT, NOWHERE, SUB_BATCHES
@@ -56,7 +65,7 @@ def held_blocks(t, s, e, r):
     """Blocks a running request holds, shared ones too; growth of the present step only once its clock has moved."""
     block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
     if s.req[e, r]["status"] == Status.PREFILL:
-        return blocks_of(s.prefix, e, r, np.int64(s.req[e, r]["target_tokens"]), block)
+        return blocks_of(s.prefix, e, r, np.int64(s.req[e, r]["held_tokens"]), block)
     return blocks_of(s.prefix, e, r, kv_now(s, e, r), block)
 
 
@@ -87,7 +96,9 @@ def admit(t, s, e, r, lane, sub):
     promised = blocks_of(s.prefix, e, r, target + left - 1, block)
     req[e, r]["promised_blocks"] = promised
     req[e, r]["prefilled_tokens"] = 0
-    s.pool[e, pool]["used"] += blocks_of(s.prefix, e, r, target, block)
+    held = np.int64(0) if env["by_chunk"] and not shares(s.prefix) else target
+    req[e, r]["held_tokens"] = held
+    s.pool[e, pool]["used"] += blocks_of(s.prefix, e, r, held, block)
     hold_prefix(s.prefix, req, s.pool, e, r, pool, t.pool_blocks[table, pool])
     s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
     s.pool[e, pool]["promised"] += promised
@@ -106,6 +117,137 @@ def admit(t, s, e, r, lane, sub):
     env["running_count"] += 1
     s.lists[e, env["prefill_count"]]["prefill"] = r
     env["prefill_count"] += 1
+
+
+@inner
+def chunk_blocks(t, s, e, r):
+    """Blocks that a prompt's planned chunk takes."""
+    block = t.coef[s.env[e]["table_idx"]]["block_tokens"]
+    tokens = np.int64(s.req[e, r]["prefilled_tokens"]) + s.req[e, r]["chunk_tokens"]
+    if tokens <= s.req[e, r]["held_tokens"]:
+        return np.int64(0)
+    return blocks_of(s.prefix, e, r, tokens, block) - held_blocks(t, s, e, r)
+
+
+@helper
+def hold(t, s, e, r, need):
+    """Takes the blocks of a prompt's planned chunk."""
+    req, pool = s.req[e, r], pool_of(t, s, e, r)
+    req["held_tokens"] = max(req["held_tokens"], req["prefilled_tokens"] + req["chunk_tokens"])
+    s.pool[e, pool]["used"] += need
+    s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
+
+
+@helper
+def take_growth(t, s, e, pool):
+    """Blocks of a pool for a decode step and the planned chunks of its prompts under way, if it has them all."""
+    need, table = growth_blocks(t, s, e, pool), s.env[e]["table_idx"]
+    for i in range(s.env[e]["prefill_count"]):
+        r = s.lists[e, i]["prefill"]
+        if pool_of(t, s, e, r) == pool:
+            need += chunk_blocks(t, s, e, r)
+    if s.pool[e, pool]["used"] + need > room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool):
+        return False
+    s.pool[e, pool]["used"] += growth_blocks(t, s, e, pool)
+    for i in range(s.env[e]["prefill_count"]):
+        r = np.int64(s.lists[e, i]["prefill"])
+        if pool_of(t, s, e, r) == pool:
+            hold(t, s, e, r, chunk_blocks(t, s, e, r))
+    s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
+    if need > 0:
+        evict_to_fit(s.prefix, s.pool, e, pool, t.pool_blocks[table, pool])
+    return True
+
+
+@helper
+def take_chunk(t, s, e, r, rule, grown):
+    """Takes the blocks of a prompt's planned chunk; where there are none, requests are preempted, maybe this one.
+
+    ``grown``: decoding requests hold the block of the coming step.
+    """
+    table, pool = s.env[e]["table_idx"], pool_of(t, s, e, r)
+    need = chunk_blocks(t, s, e, r)
+    while s.pool[e, pool]["used"] + need > room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool):
+        before = growth_blocks(t, s, e, pool) if grown else 0
+        victim = preempt_from(t, s, e, pool, rule)
+        s.pool[e, pool]["used"] -= before - growth_blocks(t, s, e, pool) if grown else 0
+        if victim == r:
+            return
+    hold(t, s, e, r, need)
+
+
+@helper
+def take_chunks(t, s, e, rule, grown):
+    """``take_chunk`` for all that are planned, in order of admission; returns their tokens."""
+    i, planned = 0, 0
+    while i < s.env[e]["prefill_count"]:
+        r = np.int64(s.lists[e, i]["prefill"])
+        take_chunk(t, s, e, r, rule, grown)
+        if s.req[e, r]["status"] == Status.PREFILL:
+            i += 1
+    for place in range(s.env[e]["prefill_count"]):
+        planned += s.req[e, s.lists[e, place]["prefill"]]["chunk_tokens"]
+    return planned
+
+
+@helper
+def keep_until_seen(s, e, r, pool, blocks):
+    """Who schedules ahead learns of a finish one iteration later: until then its blocks and its place are taken."""
+    s.pool[e, pool]["used"] += blocks
+    s.pool[e, pool]["leaving"] += blocks
+    s.req[e, r]["held_tokens"] = blocks
+    s.lists[e, s.env[e]["leaving_count"]]["leaving"] = r
+    s.env[e]["leaving_count"] += 1
+
+
+@helper
+def leave_now(t, s, e, pool, victim):
+    """One that has finished unseen is preempted where it came in after the victim; True where there was one."""
+    env = s.env[e]
+    chosen, newest = NOWHERE, np.int64(-1)
+    if victim != NOWHERE:
+        newest = s.req[e, victim]["admitted_seq"]
+    for i in range(env["leaving_count"]):
+        r = s.lists[e, i]["leaving"]
+        if pool_of(t, s, e, r) == pool and s.req[e, r]["admitted_seq"] > newest:
+            chosen, newest = i, s.req[e, r]["admitted_seq"]
+    if chosen == NOWHERE:
+        return False
+    blocks = s.req[e, s.lists[e, chosen]["leaving"]]["held_tokens"]
+    s.pool[e, pool]["used"] -= blocks
+    s.pool[e, pool]["leaving"] -= blocks
+    env["leaving_count"] -= 1
+    s.lists[e, chosen]["leaving"] = s.lists[e, env["leaving_count"]]["leaving"]
+    env["preemptions_count"] += 1
+    return True
+
+
+@helper
+def preempt_from(t, s, e, pool, rule):
+    """Preempts whom the rule says; returns who, -1 for one that had finished unseen."""
+    victim = choose_victim(t, s, e, pool, rule)
+    if s.env[e]["leaving_count"] > 0 and rule == Victim.NEWEST_ADMITTED and leave_now(t, s, e, pool, victim):
+        return NOWHERE
+    preempt(t, s, e, victim)
+    return victim
+
+
+@helper
+def catch_up(s, e):
+    """All that has happened by now is known."""
+    s.env[e]["seen_s"] = s.env[e]["clock_s"]
+    let_go(s, e)
+
+
+@helper
+def let_go(s, e):
+    """Those who were seen to have finished give up their blocks and places."""
+    env = s.env[e]
+    if env["leaving_count"] > 0:
+        env["leaving_count"] = 0
+        for pool in range(s.pool.shape[1]):
+            s.pool[e, pool]["used"] -= s.pool[e, pool]["leaving"]
+            s.pool[e, pool]["leaving"] = 0
 
 
 @inner
@@ -272,7 +414,11 @@ def preempt(t, s, e, r):
 def finish(t, s, e, r):
     """A request has emitted its last token."""
     req, env = s.req, s.env[e]
+    pool = pool_of(t, s, e, r)
+    held = s.pool[e, pool]["used"] + cached_blocks(s.prefix, e, pool)
     release(t, s, e, r)
+    if env["ahead"]:
+        keep_until_seen(s, e, r, pool, held - s.pool[e, pool]["used"] - cached_blocks(s.prefix, e, pool))
     now_s = env["clock_s"]
     drop_surplus(s.lane_class, s, e, r)
     req[e, r]["status"] = Status.FINISHED
@@ -331,7 +477,7 @@ def make_room_to_grow(t, s, e, rule):
     for pool in range(t.coef[table]["pools_count"]):
         need = growth_blocks(t, s, e, pool)
         while s.pool[e, pool]["used"] + need > room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool):
-            preempt(t, s, e, choose_victim(t, s, e, pool, rule))
+            preempt_from(t, s, e, pool, rule)
             need = growth_blocks(t, s, e, pool)
         if need > 0:
             s.pool[e, pool]["used"] += need

@@ -19,6 +19,7 @@ from l3env.engine.kernels.memory import (
     pause,
     preempt,
     resume,
+    take_chunks,
 )
 from l3env.engine.kernels.prefix import ask_pools, blocks_of, change_eviction, offered_blocks, offered_tokens
 from l3env.engine.kernels.run import Stop, ready, skip_idle
@@ -174,6 +175,8 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved, multi_token
         if prefill_all:
             req[e, r]["chunk_tokens"] = req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]
         planned += req[e, r]["chunk_tokens"]
+    if env["by_chunk"]:
+        planned = take_chunks(t, s, e, Victim.NEWEST_ADMITTED, decode_wanted)
     decode = decode_wanted and decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
     env["stop"] = Stop.RUNNING
     if decode or planned > 0:

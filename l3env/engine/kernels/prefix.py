@@ -69,6 +69,20 @@ def offered_blocks(prefix, e, pool):
 
 
 @inner
+def shares(prefix):
+    """Is there a prefix cache?"""
+    return len(prefix) != 0
+
+
+@inner
+def cached_blocks(prefix, e, pool):
+    """Blocks of a pool that nobody holds and that keep their KV."""
+    if len(prefix) == 0:
+        return 0
+    return prefix.pool[e, pool]["cached"]
+
+
+@inner
 def cache_of(prefix, pools, e):
     """What the functions below work on: an environment's pools, segments, slots, idle heaps and their lengths.
 

@@ -260,7 +260,7 @@ def release_children(s, e, r):
 
 @inner
 def next_arrival_s(s, e):
-    """Time of the next arrival, infinity where none is known."""
+    """When the next arrival can be seen, infinity where none is known."""
     req, env = s.req, s.env[e]
     root = env["next_root_idx"]
     when_s = np.inf
@@ -268,14 +268,20 @@ def next_arrival_s(s, e):
         when_s = req[e, root]["arrival_s"]
     if s.heap_len[e, ARRIVAL_HEAP] > 0:
         when_s = min(when_s, s.heap[e, ARRIVAL_HEAP, s.heap[e, ARRIVAL_HEAP, 0]["item"]]["key"])
-    return when_s
+    return when_s + env["frontend_s"]
+
+
+@inner
+def seen_s(env):
+    """Up to when who schedules knows what happened."""
+    return env["seen_s"] if env["ahead"] else env["clock_s"]
 
 
 @helper
 def absorb_arrivals(t, s, e):
-    """Everything that has arrived by now enters the system, in order of arrival."""
+    """Everything that is seen to have arrived enters the system, in order of arrival."""
     req, env = s.req, s.env[e]
-    now_s = env["clock_s"]
+    now_s = seen_s(env)
     while next_arrival_s(s, e) <= now_s:
         root = env["next_root_idx"]
         r = root

@@ -9,8 +9,16 @@ import numpy as np
 from l3env.choices import SubBatching
 from l3env.engine.kernels.heap import push
 from l3env.engine.kernels.iteration import execute
+from l3env.engine.kernels.memory import catch_up
 from l3env.engine.kernels.prefix import change_eviction
-from l3env.engine.kernels.queue import absorb_arrivals, advance_root, has_overdue, next_arrival_s, notice_hopeless
+from l3env.engine.kernels.queue import (
+    absorb_arrivals,
+    advance_root,
+    has_overdue,
+    next_arrival_s,
+    notice_hopeless,
+    seen_s,
+)
 from l3env.engine.kernels.schedule import schedule
 from l3env.engine.kernels.scorer import set_scores_and_length
 from l3env.engine.state import ARRIVAL_HEAP, NOWHERE
@@ -41,14 +49,15 @@ def ready(t, s, e):
     False at the end of all work.
     """
     env = s.env[e]
-    if next_arrival_s(s, e) <= env["clock_s"]:
+    if next_arrival_s(s, e) <= seen_s(env):
         absorb_arrivals(t, s, e)
     while env["running_count"] == 0 and env["waiting_count"] == 0:
         when_s = next_arrival_s(s, e)
         if when_s == np.inf:
             env["stop"] = Stop.DONE
             return False
-        env["clock_s"] = when_s
+        env["clock_s"] = max(when_s, env["clock_s"])
+        catch_up(s, e)
         absorb_arrivals(t, s, e)
     if has_overdue(s, e):
         notice_hopeless(s, e)
@@ -57,12 +66,16 @@ def ready(t, s, e):
 
 @inner
 def skip_idle(t, s, e):
-    """Nothing was runnable: waits for the next arrival. False where none will come."""
+    """Nothing was runnable: waits for what is not known yet, or for the next arrival. False where none will come."""
     env = s.env[e]
+    if env["ahead"] and env["seen_s"] < env["clock_s"]:
+        catch_up(s, e)
+        return True
     when_s = next_arrival_s(s, e)
     if when_s == np.inf:
         env["stop"] = Stop.STALLED
         return False
+    env["seen_s"] = when_s
     env["queue_s"] += (when_s - env["clock_s"]) * env["waiting_count"]
     env["present_s"] += (when_s - env["clock_s"]) * (env["waiting_count"] + env["running_count"])
     env["clock_s"] = when_s
@@ -78,7 +91,7 @@ def events(s, e):
 @inner
 def arrives(s, e):
     """Has a request arrived that is not let in yet? Whoever decides at events decides before it is scheduled."""
-    return next_arrival_s(s, e) <= s.env[e]["clock_s"]
+    return next_arrival_s(s, e) <= seen_s(s.env[e])
 
 
 @inner

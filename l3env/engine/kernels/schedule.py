@@ -10,7 +10,17 @@ import numpy as np
 from l3env.choices import Budget, Order, PimForm, Status
 from l3env.engine.kernels.drafts import set_drafting
 from l3env.engine.kernels.iteration import gather_decodes, queries_now
-from l3env.engine.kernels.memory import admit, decoding_count, lane_load, make_room_to_grow, move
+from l3env.engine.kernels.memory import (
+    admit,
+    decoding_count,
+    lane_load,
+    make_room_to_grow,
+    move,
+    preempt_from,
+    take_chunk,
+    take_chunks,
+    take_growth,
+)
 from l3env.engine.kernels.prefix import ask_pools, blocks_of, offered_blocks, offered_tokens
 from l3env.engine.kernels.queue import least_score, next_waiting, waiting_key
 from l3env.engine.state import NOWHERE, SUB_BATCHES
@@ -130,8 +140,12 @@ def admit_next(t, s, k, e, sub):
 @inner
 def most_admissions(s, k, e):
     """New requests allowed in this iteration; a machine with nothing running always starts one."""
-    most = k[e]["admit_max_count"]
-    return max(most, 1) if s.env[e]["running_count"] == 0 else most
+    env = s.env[e]
+    if env["running_count"] == 0:
+        return min(max(k[e]["admit_max_count"], 1), max(k[e]["running_max_count"] - env["leaving_count"], 1))
+    if env["waits_after_preemption"] and env["preemptions_count"] != env["preempted_before_count"]:
+        return 0
+    return min(k[e]["admit_max_count"], k[e]["running_max_count"] - env["running_count"] - env["leaving_count"])
 
 
 @helper
@@ -148,31 +162,53 @@ def balance_subs(t, s, e):
             return
 
 
+@inner
+def plan_chunk(s, k, e, r, planned, left):
+    """As much of a prompt as is left to plan, and may be at once; returns the tokens (planned, left) then."""
+    chunk = min(np.int64(s.req[e, r]["target_tokens"] - s.req[e, r]["prefilled_tokens"]), left)
+    if s.env[e]["running_count"] + s.env[e]["waiting_count"] > 1:
+        chunk = min(chunk, k[e]["chunk_max_tokens"])
+    s.req[e, r]["chunk_tokens"] = chunk
+    return planned + chunk, left - chunk
+
+
 @helper
-def plan_by_budget(t, s, k, e):
-    """Prefill tokens in order of admission up to the budget; returns the tokens planned."""
-    env, req = s.env[e], s.req
+def plan_begun(s, k, e):
+    """Prefill tokens of prompts under way, in order of admission up to the budget; returns (planned, left)."""
     left = k[e]["prefill_budget_tokens"]
     if left < 0:
         left = LARGE_TOKENS
     if k[e]["budget_counts_decodes"]:
         left = max(left - decoding_count(s, e, 0) - decoding_count(s, e, 1), 0)
     planned = 0
-    for i in range(env["prefill_count"]):
-        r = s.lists[e, i]["prefill"]
-        chunk = min(np.int64(req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]), left)
-        req[e, r]["chunk_tokens"] = chunk
-        planned += chunk
-        left -= chunk
+    for i in range(s.env[e]["prefill_count"]):
+        planned, left = plan_chunk(s, k, e, s.lists[e, i]["prefill"], planned, left)
+    return planned, left
+
+
+@helper
+def grow_by_chunk(t, s, k, e):
+    """Blocks for a decode step and for the chunks of prompts under way, both at once: who came last gives way."""
+    for pool in range(t.coef[s.env[e]["table_idx"]]["pools_count"]):
+        plan_begun(s, k, e)
+        while not take_growth(t, s, e, pool):
+            preempt_from(t, s, e, pool, k[e]["victim"])
+            plan_begun(s, k, e)
+
+
+@helper
+def plan_by_budget(t, s, k, e):
+    """Prefill tokens in order of admission up to the budget; returns the tokens planned."""
+    env = s.env[e]
+    planned, left = plan_begun(s, k, e)
     admitted, most = 0, most_admissions(s, k, e)
     while left > 0 and admitted < most:
         r = admit_next(t, s, k, e, lighter_sub(s, e))
         if r == NOWHERE:
             break
-        chunk = min(np.int64(req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]), left)
-        req[e, r]["chunk_tokens"] = chunk
-        planned += chunk
-        left -= chunk
+        planned, left = plan_chunk(s, k, e, r, planned, left)
+        if env["by_chunk"]:
+            take_chunk(t, s, e, r, k[e]["victim"], False)
         admitted += 1
     return planned
 
@@ -199,14 +235,6 @@ def is_held(s, k, e, r):
     return k[e]["order"] == Order.BY_SCORE and s.req[e, r]["score"] < least_score(s.scorer, e)
 
 
-@inner
-def plan_chunk(s, e, r, planned, left):
-    """As much of a prompt as is left to plan; returns the tokens (planned, left) then."""
-    chunk = min(np.int64(s.req[e, r]["target_tokens"] - s.req[e, r]["prefilled_tokens"]), left)
-    s.req[e, r]["chunk_tokens"] = chunk
-    return planned + chunk, left - chunk
-
-
 @helper
 def plan_in_order(t, s, k, e):
     """Prefill tokens up to the budget for prompts under way and for waiting requests, in the queue's order; returns the
@@ -231,11 +259,11 @@ def plan_in_order(t, s, k, e):
                 admissions = 0
                 continue
             admissions -= 1
-            planned, left = plan_chunk(s, e, w, planned, left)
+            planned, left = plan_chunk(s, k, e, w, planned, left)
             continue
         if r == NOWHERE or (is_held(s, k, e, r) and planned + decoding > 0):
             break
-        planned, left = plan_chunk(s, e, r, planned, left)
+        planned, left = plan_chunk(s, k, e, r, planned, left)
         r = next_prefill(s, e, listed, order)
     return planned
 
@@ -354,11 +382,16 @@ def plan_prefill(t, s, k, e, interleaved):
 def schedule(t, s, k, e):
     """Knobs -> plan. Returns (decode?, prefill tokens planned)."""
     env = s.env[e]
+    env["preempted_before_count"] = env["preemptions_count"]
     interleaved = k[e]["sub_batching"] and t.coef[env["table_idx"]]["has_pim"]
     prefill_first = k[e]["prefill_first"]
     set_drafting(s.lane_class, t, env, k[e]["multi_token"])
+    by_budget = not (interleaved and k[e]["prefill_budget_tokens"] <= Budget.ALIGN) and not k[e]["prefill_in_order"]
     if not prefill_first:
-        make_room_to_grow(t, s, e, k[e]["victim"])
+        if env["by_chunk"] and by_budget:
+            grow_by_chunk(t, s, k, e)
+        else:
+            make_room_to_grow(t, s, e, k[e]["victim"])
     planned = 0
     if env["prefill_count"] > 0 or can_admit(t, s, k, e):
         planned = plan_prefill(t, s, k, e, interleaved)
@@ -371,6 +404,8 @@ def schedule(t, s, k, e):
             decode = decoding_count(s, e, 0) + decoding_count(s, e, 1) > 0
             if not decode:  # all decoding ones were preempted: there may be room for what waits
                 planned = plan_prefill(t, s, k, e, interleaved)
+    if env["by_chunk"] and planned > 0:
+        planned = take_chunks(t, s, e, k[e]["victim"], decode)
     if interleaved and decode:
         balance_subs(t, s, e)
     return decode, planned

@@ -47,16 +47,24 @@ def activation_bytes(model: ModelSpec, tp: int, tokens: int) -> float:
     return tokens * (2 * model.hidden_size + max(qkv, inner)) * FP16_BYTES
 
 
+def _given_bytes(system: SystemSpec, model: ModelSpec, tp: int) -> float:
+    """What a GPU gives to weights, activations, KV: all but the runtime's share, or what the serving engine takes."""
+    memory = system.serving.memory
+    if memory is None:
+        return system.gpu.hbm_bytes - system.gpu.reserved_bytes
+    logits = memory.logit_bytes * system.serving.max_num_seqs * model.vocab_size / tp
+    return memory.utilisation_frac * (memory.usable_bytes or system.gpu.hbm_bytes) - memory.runtime_bytes - logits
+
+
 def free_hbm_bytes(system: SystemSpec, model: ModelSpec, tp: int) -> float:
     """HBM of one replica's ``tp`` GPUs that weights, activations and the runtime leave.
 
     Raises:
         SpecError: the model does not fit.
     """
-    per_gpu = system.gpu.hbm_bytes - system.gpu.reserved_bytes
-    left = tp * (per_gpu - activation_bytes(model, tp, system.max_batched_tokens)) - replica_weight_bytes(
-        system, model, tp
-    )
+    tokens = system.serving.max_num_batched_tokens or system.max_batched_tokens
+    per_gpu = _given_bytes(system, model, tp) - activation_bytes(model, tp, tokens)
+    left = tp * per_gpu - replica_weight_bytes(system, model, tp)
     if left < 0:
         raise SpecError(
             f"{model.name} does not fit on {tp} x {system.gpu.name}: weights and activations need "

@@ -16,6 +16,7 @@ import msgspec
 
 from l3env.errors import SpecError
 from l3env.machine.specs.devices import DramSpec, GpuSpec, LinkSpec, PimSpec
+from l3env.machine.specs.engine import EngineSpec, MemorySpec
 from l3env.machine.specs.system import ExpertParallelSpec, SystemSpec
 from l3env.machine.specs.transformer import LatentSpec, ModelSpec, MoeSpec
 
@@ -25,12 +26,14 @@ KINDS: dict[str, type] = {
     "dram": DramSpec,
     "pim": PimSpec,
     "model": ModelSpec,
+    "engine": EngineSpec,
     "system": SystemSpec,
-    "mla": LatentSpec,  # the last three are tables of a model or a system, without presets of their own
+    "memory": MemorySpec,  # the last four are tables of an engine, a model or a system, without presets of their own
+    "mla": LatentSpec,
     "moe": MoeSpec,
     "experts": ExpertParallelSpec,
 }
-WORDS = {"object": "a table of texts", "bool": "true or false", "str": "text"}
+WORDS = {"array": "a list of whole numbers", "object": "a table of texts", "bool": "true or false", "str": "text"}
 BOUND = re.compile(r"(?P<sign>[<>]=?) (?P<value>\S+)$")  # of msgspec's message
 
 

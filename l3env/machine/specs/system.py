@@ -9,6 +9,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from l3env.machine.specs.devices import GpuSpec, LinkSpec, PimSpec
+from l3env.machine.specs.engine import IDEAL, EngineSpec
 from l3env.machine.specs.fields import Count, Natural, NotNegative
 
 
@@ -65,6 +66,7 @@ class SystemSpec:
     experts: Annotated[ExpertParallelSpec | None, "without: every replica holds all, split like its other weights"] = (
         None
     )
+    engine: Annotated[EngineSpec | None, "the serving engine that drives it; by default an ideal one"] = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def contradictions(self) -> list[str]:
@@ -82,6 +84,11 @@ class SystemSpec:
         if self.experts and self.gpus_count % self.experts.ranks_count:
             problems.append(f"gpus_count = {self.gpus_count}: expected a multiple of {self.experts.ranks_count} ranks")
         return problems
+
+    @property
+    def serving(self) -> EngineSpec:
+        """The serving engine that drives it."""
+        return self.engine or IDEAL
 
     @property
     def host_gpus_count(self) -> int:
