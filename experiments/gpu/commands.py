@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, err, plain_table, print_json, progress_bar
+from l3env.cli.columns import show_table
+from l3env.cli.shared import Json, print_json, progress_bar, say
 from l3env.errors import L3EnvError
 
 validate = typer.Typer(help="Hold the model against measurements.", no_args_is_help=True)
@@ -34,7 +35,7 @@ def calibrate(
     with progress_bar("measuring") as progress:
         figures = calibration.calibrate(model, tp, out, base, lambda done, what: progress(done, 0, what))
     _print_errors(figures, as_json)
-    err.print(f"written: {out}; try: l3env validate gpu --gpu {out}", highlight=False, soft_wrap=True)
+    say(f"written: {out}; try: l3env validate gpu --gpu {out}")
 
 
 @validate.command("gpu")
@@ -66,14 +67,14 @@ def validate_gpu(
         from l3env.experiments.gpu.plot import scatter
 
         scatter(device, points, plot)
-        err.print(f"drawn: {plot}", highlight=False)
+        say(f"drawn: {plot}")
 
 
 def _print_errors(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(figures)
         return
-    table = plain_table("operation", "measurements", "median error", "p90", "worst")
-    for op, row in figures.items():
-        table.add_row(op, f"{row['n']:,}", *(f"{row[key]:.1%}" for key in ("median", "p90", "worst")))
-    err.print(table)
+    table = [
+        (op, f"{row['n']:,}", *(f"{row[key]:.1%}" for key in ("median", "p90", "worst"))) for op, row in figures.items()
+    ]
+    show_table(("operation", "measurements", "median error", "p90", "worst"), table)

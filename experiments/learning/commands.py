@@ -9,19 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
+from l3env.cli.columns import show_table
 from l3env.cli.shared import (
     Fresh,
     Json,
     announce_compilation,
-    err,
     names,
     numbers,
-    plain_table,
     print_json,
     progress_bar,
     repeated_command,
+    say,
     say_taken,
 )
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
 Names = Annotated[str, typer.Option(help="Names with commas between.")]
@@ -86,7 +87,7 @@ def tune(
         print_json(result)
         return
     _print_setting(result)
-    err.print(f"{result['tried_count']} settings tried" + (f"; written: {out}" if out else ""), highlight=False)
+    say(f"{result['tried_count']} settings tried" + (f"; written: {out}" if out else ""))
 
 
 def _tuned_before(path: Path, content: str) -> dict[str, Any] | None:
@@ -99,14 +100,12 @@ def _tuned_before(path: Path, content: str) -> dict[str, Any] | None:
 
 
 def _print_setting(result: dict[str, Any]) -> None:
-    table = plain_table("knob", "value")
-    for name, value in result["knobs"].items():
-        table.add_row(name, str(value))
-    err.print(table)
-    table = plain_table(*CELL, "utilization", "goodput")
-    for row in result["cells"]:
-        table.add_row(*(row[name] for name in CELL), f"{row['utilization']:g}", f"{row['goodput_frac']:.3f}")
-    err.print(table)
+    show_table(("knob", "value"), [(name, str(value)) for name, value in result["knobs"].items()])
+    table = [
+        (*(row[name] for name in CELL), f"{row['utilization']:g}", f"{row['goodput_frac']:.3f}")
+        for row in result["cells"]
+    ]
+    show_table((*CELL, "utilization", "goodput"), table)
 
 
 def evaluate(
@@ -162,7 +161,7 @@ def evaluate(
     if as_json:
         print_json(figures)
     else:
-        err.print(table(figures), highlight=False, soft_wrap=True)
+        stdout.print(table(figures), soft_wrap=True)
 
 
 def _places(network: str, system: str | None, model: str | None, trace: list[str] | None) -> list[tuple[str, ...]]:
@@ -190,4 +189,4 @@ def _write(rows: list[dict[str, Any]], scenario: Any, network: str, out: Path) -
 
     write_text(out / "results.csv", pd.DataFrame(rows).to_csv(index=False))
     pictures.policy_picture(scenario, network, out / "policy.png")
-    err.print(f"written: {out}/results.csv, policy.png", highlight=False)
+    say(f"written: {out}/results.csv, policy.png")

@@ -11,12 +11,13 @@ from l3env.cli.options import options_of
 from l3env.cli.shared import (
     Json,
     announce_compilation,
-    err,
     names,
     print_json,
     progress_bar,
     repeated_command,
+    say,
 )
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 from l3env.experiments.train.config import TrainConfig, hyperparams_of
 
@@ -56,13 +57,12 @@ def train(
 
     learning_curve([out], out / "learning_curve.png")
     top = max(rows, key=lambda row: row["goodput_frac"])
-    err.print(
+    stdout.print(
         f"best goodput on the validation window: {top['goodput_frac']:.3f} after {int(top['steps']):,} steps "
-        f"(untrained {rows[0]['goodput_frac']:.3f}); written: {best}; learning curve: {out}/learning_curve.png; "
-        f"curves: tensorboard --logdir {out}/tensorboard",
-        highlight=False,
+        f"(untrained {rows[0]['goodput_frac']:.3f})",
         soft_wrap=True,
     )
+    say(f"written: {best}; learning curve: {out}/learning_curve.png; curves: tensorboard --logdir {out}/tensorboard")
 
 
 def _training() -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from l3env.cli.columns import show_table
 from l3env.cli.shared import (
     Fresh,
     Jobs,
@@ -25,13 +26,13 @@ from l3env.cli.shared import (
     announce_compilation,
     asked_slo,
     end,
-    err,
     finite,
     names,
-    plain_table,
     print_json,
     progress_bar,
+    say,
 )
+from l3env.cli.shared import out as stdout
 from l3env.cli.study import plain_rows, start_backend
 from l3env.errors import L3EnvError
 
@@ -97,22 +98,19 @@ def _show_capacities(rows: list[dict[str, Any]], goal: str, *, priced: bool) -> 
     """The table, and below it what failed."""
     first = rows[0]
     stood_in = " (embedded profile)" if first["stands_in_for"] else ""
-    err.print(f"{first['model']} · {first['trace']}{stood_in} · {goal}", highlight=False)
+    stdout.print(f"{first['model']} · {first['trace']}{stood_in} · {goal}")
     heads = ("policy", "system", "load", "95 % interval", "requests/s", "95 % interval", "tok/s", "J/token")
-    table = plain_table(*heads, *(("tok/$", "tok/J") if priced else ()))
-    for row in rows:
-        if row["error"]:
-            continue
+    table = []
+    for row in (row for row in rows if not row["error"]):
         spans = [[row[f"capacity_{kind}{end}"] for end in ("", "_low", "_high")] for kind in ("load", "requests_per_s")]
         shown = [text for mid, low, high in spans for text in (f"{mid:.3g}", f"{low:.3g} to {high:.3g}")]
         extra = [f"{row[name]:,.3g}" for name in ("tokens_per_dollar", "tokens_per_joule")] if priced else []
         figures = f"{row['output_tokens_per_s']:,.0f}", f"{row['energy_j_per_token']:.3g}"
-        table.add_row(row["policy"], row["system"], *shown, *figures, *extra)
-    err.print(table)
+        table.append((row["policy"], row["system"], *shown, *figures, *extra))
+    show_table((*heads, *(("tok/$", "tok/J") if priced else ())), table, ("J/token", "tok/s"))
     for row in rows:
         if row["error"]:
-            text = f"{row['policy']} on {row['system']}: {row['error']}"
-            err.print(text, style="red", highlight=False, soft_wrap=True)
+            say(f"on {row['system']}: {row['error']}", f"{row['policy']} ", "red")
 
 
 def cost(
@@ -124,7 +122,7 @@ def cost(
     from l3env.runs.cost import EXAMPLE
 
     if run is None or prices is None:
-        err.print("Give a folder and prices: l3env cost runs/first --prices prices.toml. Prices look like this:\n")
+        say("Give a folder and prices: l3env cost runs/first --prices prices.toml. Prices look like this:\n")
         print(EXAMPLE, end="")
         return
     frame = _results(run)
@@ -138,12 +136,13 @@ def cost(
 
     by = ["system", "model", "trace", "load", "policy"]
     means = pd.DataFrame(rows).groupby(by, sort=False)[["output_tokens_per_s", *COST_COLUMNS]].mean().reset_index()
-    table = plain_table(*by, "tok/s", "$/h", "kW", "tok/$", "$/Mtok", "tok/J")
+    table = []
     for row in plain_rows(means):
         scaled = [row["output_tokens_per_s"], row["dollars_per_hour"], row["power_w"] / 1e3]
         scaled += [row[name] for name in COST_COLUMNS[2:]]
-        table.add_row(*(str(row[name]) for name in by[:3]), f"{row['load']:.3g}", row["policy"], *map(_short, scaled))
-    err.print(table)
+        names_shown = [str(row[name]) for name in by[:3]]
+        table.append((*names_shown, f"{row['load']:.3g}", row["policy"], *map(_short, scaled)))
+    show_table((*by, "tok/s", "$/h", "kW", "tok/$", "$/Mtok", "tok/J"), table, ("kW", "$/h", "tok/J", "tok/s"))
 
 
 def _short(value: float) -> str:

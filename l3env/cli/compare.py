@@ -24,14 +24,19 @@ from l3env.cli.shared import (
     end,
     err,
     exclusive,
+    fail,
     names,
+    note,
     numbers,
     print_json,
     progress_bar,
+    say,
     say_taken,
 )
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
+AUTHORS_ERRORS = ("PolicyError", "PlanError")
 DEMO_POLICIES = "fcfs,sarathi,l3,edf,sjf-prompt,srtf-predicted"
 
 
@@ -101,26 +106,38 @@ def run_and_report(grid: Any, out: Path | None, as_json: bool, *, fresh: bool = 
     """Runs a comparison with a progress bar; prints the table or JSON; writes the folder. A failed run: exit code 1."""
     from l3env import report
     from l3env.report import html
+    from l3env.report.names import policy_labels
     from l3env.runs.compare import read_comparison, run_grid
     from l3env.runs.workers import Workers
 
     with progress_bar("comparing") as progress:
         comparison = run_grid(grid, out=out, fresh=fresh, workers=Workers(count=jobs), progress=progress)
     say_taken(comparison.taken_count, len(comparison.results), out)
+    stop_at_mistake(comparison)
     if as_json:
         print_json(report.to_json(comparison))
     else:
-        report.terminal_table(comparison, err)
+        report.terminal_table(comparison, stdout, note)
+    labels = policy_labels(comparison.config.policies)
+    for row in comparison.failed.to_dict("records"):
+        say(f" {row['error']}", f"{labels[row['policy']]}, load {row['load']:.3g}, seed {row['seed']}:", "red")
     if out is not None:
         with err.status("drawing ..."):
             shown = read_comparison(out)
             report.write_results(shown, out)
             html.write_html(shown, f"Comparison {out.name}", out / "report.html")
-        err.print(
-            f"written: {out}/results.csv, report.html, config.json, requests/*.parquet and pictures (*.png)",
-            highlight=False,
-        )
+        say(f"written: {out}/results.csv, report.html, config.json, requests/*.parquet and pictures (*.png)")
     end(comparison.failed)
+
+
+def stop_at_mistake(comparison: Any) -> None:
+    """Where there is but one policy, and none of its runs was possible, the first mistake of its author is all there is
+    to say."""
+    results = comparison.results
+    if comparison.done.empty and results["policy"].nunique() == 1:
+        kind, _, text = results["error"].iloc[0].partition(": ")
+        if kind in AUTHORS_ERRORS:
+            fail(text)
 
 
 def demo(
@@ -131,10 +148,9 @@ def demo(
     announce_compilation()
     from l3env.runs.grid import Grid
 
-    err.print(
+    say(
         "Workload: profile:azure-conv-2023, 1,500 requests drawn from fitted statistics of the Azure conversation "
-        "trace (not the trace itself; `l3env traces list` shows the real ones and how to get them).",
-        highlight=False,
+        "trace (not the trace itself; `l3env traces list` shows the real ones and how to get them)."
     )
     grid = Grid(
         tuple(DEMO_POLICIES.split(",")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from l3env import __version__
-from l3env.cli.shared import err
+from l3env.cli.shared import fail, note, say
 from l3env.errors import L3EnvError
 
 GROUP = "l3env.commands"
@@ -67,11 +66,12 @@ def main() -> None:
     try:
         app()
     except L3EnvError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:  # a full disk, a folder that was taken away, ...
+        fail(f"{error.filename or 'file'}: {error.strerror or error}")
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
-            err.print("interrupted; what was finished is kept")
+            say("interrupted; what was finished is kept")
         raise
 
 
@@ -97,9 +97,9 @@ def _broken(point: importlib.metadata.EntryPoint, error: Exception) -> Any:
     def command() -> None:
         raise L3EnvError(f"command {point.name!r}: {text[0].lower()}{text[1:]}")
 
-    command.__doc__ = text
+    command.__doc__ = escape(text)  # help is read as markup
     return command
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
+    note(str(message))

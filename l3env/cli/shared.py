@@ -1,6 +1,7 @@
-"""What all commands share: the console, progress, tables, JSON.
+"""What all commands share: consoles, progress, JSON.
 
-Results for machines go to stdout (``--json``), tables and progress to stderr.
+Results go to stdout, as tables or with ``--json``; progress, notes and errors to stderr. Nothing printed is read as
+markup: names and messages are shown as they are.
 """
 
 from __future__ import annotations
@@ -13,19 +14,39 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from l3env.errors import L3EnvError
 
-PIPED_WIDTH = 140  # columns where stderr is no terminal
-err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
+PIPED_WIDTH = 140  # columns where there is no terminal
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+
+def _console(*, stderr: bool) -> Console:
+    here = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if here else PIPED_WIDTH, markup=False, highlight=False, emoji=False)
+
+
+out, err = _console(stderr=False), _console(stderr=True)
+_for_json: list[IO[str]] = []  # stdout, while everything but JSON goes to stderr
+
+
+def _print_elsewhere(context: typer.Context, as_json: bool) -> bool:
+    """With ``--json``, until the command ends, stdout is for ``print_json`` alone, whatever a policy prints."""
+    if as_json:
+        _for_json.append(sys.stdout)
+        context.call_on_close(_for_json.pop)
+        context.with_resource(contextlib.redirect_stdout(sys.stderr))
+    return as_json
+
+
+Json = Annotated[
+    bool, typer.Option("--json", callback=_print_elsewhere, help="Print JSON on stdout and nothing else there.")
+]
 Model = Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")]
 Trace = Annotated[str, typer.Option(help="A name (l3env traces list), a file, or a spec.")]
 Policies = Annotated[str, typer.Option(help="Names with commas between, or file.py:Class.")]
@@ -38,12 +59,11 @@ PrefixCache = Annotated[str, typer.Option(help="Share KV of equal prompt beginni
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; -1: one a core.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")]
 SHOWN_FAILURES = 5
-TEXT_COLUMNS = ("what", "module", "licence", "decides", "GPUs", "PIM", "here", "profile", "value", "model", "trace")
 
 
 def print_json(value: Any) -> None:
     """Strict JSON on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(json.dumps(value, indent=2, allow_nan=False), file=_for_json[-1] if _for_json else None)
 
 
 def announce_compilation(*, compile_now: bool = False) -> None:
@@ -66,13 +86,13 @@ def announce_compilation(*, compile_now: bool = False) -> None:
 def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """Gives a function (done, total, what) that moves a bar on stderr."""
     columns = (
-        TextColumn(title),
+        TextColumn(title.replace("{", "{{").replace("}", "}}"), markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.description}"),
+        TextColumn("{task.description}", style="dim", markup=False),
     )
     with Progress(*columns, console=err, transient=True) as progress:
         task = progress.add_task("", total=None)
@@ -129,15 +149,6 @@ def exclusive(context: typer.Context, option: str, *others: str) -> None:
         raise L3EnvError(f"{shown[0]} and {', '.join(shown[1:])} contradict each other; expected one of them")
 
 
-def plain_table(*columns: str) -> Table:
-    """A plain table: the first column and texts to the left, numbers to the right and never broken."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        text = column in TEXT_COLUMNS
-        table.add_column(column, justify="left" if i == 0 or text else "right", no_wrap=not text, overflow="fold")
-    return table
-
-
 def finite(value: Any) -> Any:
     """None for what JSON has no number for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -146,7 +157,23 @@ def finite(value: Any) -> Any:
 def say_taken(taken_count: int, count: int, folder: Path | None) -> None:
     """How many results were there already, if any."""
     if folder is not None and taken_count:
-        err.print(f"{taken_count:,} of {count:,} taken from {folder}", highlight=False, soft_wrap=True)
+        say(f"{taken_count:,} of {count:,} taken from {folder}")
+
+
+def say(text: str, label: str = "", style: str = "") -> None:
+    """A line on stderr: text as it is, not broken; its label in colour."""
+    err.print(Text.assemble((label, style), text), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A note on stderr."""
+    say(text, "note: ", "yellow")
+
+
+def fail(text: str) -> NoReturn:
+    """Ends with an error of the user's: exit code 2."""
+    say(text, "error: ", "bold red")
+    sys.exit(2)
 
 
 def end(failed: Any) -> None:

@@ -18,8 +18,10 @@ from l3env.cli.shared import (
     finite,
     print_json,
     progress_bar,
+    say,
     say_taken,
 )
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
 
@@ -49,16 +51,15 @@ def sweep(
     say_taken(found.taken_count, len(found.results), folder)
     if as_json:
         print_json({"config": grid.to_json(), "results": plain_rows(found.results)})
-    err.print(f"{len(found.done):,} runs done, {len(found.failed):,} failed", highlight=False)
+    else:
+        stdout.print(f"{len(found.done):,} runs done, {len(found.failed):,} failed")
     for row in found.failed.head(SHOWN_FAILURES).to_dict("records"):
-        err.print(f"  {row['key']}: {row['error']}", highlight=False, soft_wrap=True)
+        say(f" {row['error']}", f"{row['key']}:", "red")
     with err.status("drawing ..."):
         shown = read_comparison(folder)
         write_text(folder / "results.csv", shown.results.to_csv(index=False))
         write_html(shown, f"Study {folder.name}", folder / "report.html")
-    err.print(
-        f"written: {folder}/results.csv, report.html, config.json and the datasets", highlight=False, soft_wrap=True
-    )
+    say(f"written: {folder}/results.csv, report.html, config.json and the datasets")
     end(found.failed)
 
 
@@ -68,7 +69,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a comparison o
     from l3env.runs.compare import read_comparison
 
     path = write_html(read_comparison(folder), f"Study {folder.name}", folder / "report.html")
-    err.print(f"written: {path}", highlight=False, soft_wrap=True)
+    say(f"written: {path}")
 
 
 def start_backend(backend: str, address: str | None, jobs: int) -> Any:
