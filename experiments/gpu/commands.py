@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from l3env.cli.columns import show_table
-from l3env.cli.shared import Json, print_json, progress_bar, say
+from l3env.cli.shared import Json, file_out, print_json, progress_bar, say
 from l3env.errors import L3EnvError
 
 validate = typer.Typer(help="Hold the model against measurements.", no_args_is_help=True)
@@ -17,9 +17,9 @@ validate = typer.Typer(help="Hold the model against measurements.", no_args_is_h
 def calibrate(
     model: Annotated[str, typer.Option(help="A preset (l3env models): the shapes to measure.")] = "llama-3-8b",
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,
-    out: Annotated[Path, typer.Option(help="The preset to write; raw measurements go beside it.")] = Path(
-        "my-gpu.toml"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=file_out, help="The preset to write; raw measurements go beside it.")
+    ] = Path("my-gpu.toml"),
     base: Annotated[
         str | None, typer.Option(help="Preset with the GPU's data-sheet values; by default by its name.")
     ] = None,
@@ -44,7 +44,9 @@ def validate_gpu(
     profile: Annotated[
         Path | None, typer.Option(help="CSV op,model,tp,tokens,batch,kv_len,ms; by default the repository's own.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Where to draw measured against predicted (PNG).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=file_out, help="Where to draw measured against predicted (PNG).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measured GPU times against predicted ones: errors by operation, a scatter plot."""

@@ -14,6 +14,8 @@ from l3env.cli.shared import (
     Fresh,
     Json,
     announce_compilation,
+    file_out,
+    folder_out,
     names,
     numbers,
     print_json,
@@ -39,7 +41,9 @@ def tune(
     requests: Annotated[int | None, typer.Option(help="At most so many requests of each window.")] = None,
     random: Annotated[int, typer.Option(help="Random settings before the coordinate search.")] = 64,
     seed: int = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the setting, its cells and this command.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=file_out, help="JSON file for the setting, its cells and this command.")
+    ] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -82,6 +86,7 @@ def tune(
             "content": content,
         }
         if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
             write_text(out, json.dumps(result, indent=2) + "\n")
     if as_json:
         print_json(result)
@@ -122,7 +127,8 @@ def evaluate(
     window: Annotated[str, typer.Option(help="Part of each trace's span that is served.")] = "60%:100%",
     jobs: Annotated[int, typer.Option("--jobs", "-j", "--workers", help="Runs at a time; -1: one a core.")] = -1,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results; what it holds unchanged is not run again.")
+        Path | None,
+        typer.Option(callback=folder_out, help="Folder for results; what it holds unchanged is not run again."),
     ] = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -135,7 +141,8 @@ def evaluate(
     from l3env.runs.store import Store
     from l3env.runs.workers import Workers
 
-    networks = evaluation.networks_of(run)
+    networks = evaluation.networks_of(",".join(names(run, "RUN")))
+    opponents = evaluation.baselines_of(",".join(names(baselines, "--baselines")))
     places = _places(networks[0], system, model, trace)
     scenarios = [
         Scenario(machine, served, requests, load, training_window, window)
@@ -149,7 +156,7 @@ def evaluate(
         figures, judged = evaluation.evaluate(
             scenarios,
             networks,
-            evaluation.baselines_of(baselines),
+            opponents,
             seeds_count=seeds,
             store=store,
             workers=Workers(count=jobs),

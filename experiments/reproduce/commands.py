@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from l3env.cli.columns import show_table
-from l3env.cli.shared import Json, announce_compilation, finite, print_json, progress_bar, say
+from l3env.cli.shared import Json, announce_compilation, file_out, finite, folder_out, print_json, progress_bar, say
 from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
@@ -17,7 +17,7 @@ def reproduce(
     figure: Annotated[
         str, typer.Argument(help="fig11 to fig16, energy, all of these, prover, or deepseek-v3.")
     ] = "all",
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/reproduce"),
+    out: Annotated[Path, typer.Option(callback=folder_out, help="Folder for the pictures.")] = Path("runs/reproduce"),
     quick: Annotated[bool, typer.Option(help="Fewer theorems (prover).")] = False,
     as_json: Json = False,
 ) -> None:
@@ -45,7 +45,7 @@ def roofline(
     system: Annotated[str, typer.Option(help="The system whose lines are drawn.")] = "l3-dgx-a100",
     model: Annotated[str, typer.Option(help="A preset.")] = "gpt-175b",
     trace: Annotated[str, typer.Option(help="Gives the mean context.")] = "openr1",
-    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("runs/roofline.png"),
+    out: Annotated[Path, typer.Option(callback=file_out, help="Picture to write.")] = Path("runs/roofline.png"),
     as_json: Json = False,
 ) -> None:
     """The disaggregated roofline: throughput over capacity and bandwidth, the A100 systems marked."""

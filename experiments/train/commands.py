@@ -11,6 +11,7 @@ from l3env.cli.options import options_of
 from l3env.cli.shared import (
     Json,
     announce_compilation,
+    folder_out,
     names,
     print_json,
     progress_bar,
@@ -24,7 +25,10 @@ from l3env.experiments.train.config import TrainConfig, hyperparams_of
 
 @options_of(TrainConfig)
 def train(
-    out: Annotated[Path, typer.Option(help="Run folder; a run that was interrupted goes on from its checkpoint.")],
+    out: Annotated[
+        Path,
+        typer.Option(callback=folder_out, help="Run folder; a run that was interrupted goes on from its checkpoint."),
+    ],
     envs: Annotated[int | None, typer.Option(help="Environments side by side, by default the algorithm's.")] = None,
     hyperparams: Annotated[Path | None, typer.Option(help="YAML with what differs from the algorithm's own.")] = None,
     episode_requests: Annotated[int, typer.Option(help="Requests of an episode.")] = 500,

@@ -27,6 +27,7 @@ from l3env.cli.shared import (
     asked_slo,
     end,
     finite,
+    folder_out,
     names,
     print_json,
     progress_bar,
@@ -59,7 +60,9 @@ def capacity(
     backend: Annotated[str, typer.Option(help="loky (local processes) or ray.")] = "loky",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
     jobs: Jobs = -1,
-    out: Annotated[Path | None, typer.Option(help="Folder that keeps what is found, for the next time.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=folder_out, help="Folder that keeps what is found, for the next time.")
+    ] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:

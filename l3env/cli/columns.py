@@ -9,8 +9,10 @@ from rich.table import Table
 
 from l3env.cli.shared import note, out
 
-TEXT_COLUMNS = ("what", "module", "licence", "decides", "GPUs", "PIM", "here", "profile", "value", "model", "trace")
-TEXT_CHARS = 24  # a column of texts is not made narrower, lest it become a tower
+TEXT_COLUMNS = ("what", "module", "licence", "GPUs", "PIM", "value", "values", "levels", "model", "trace")
+LEFT_COLUMNS = (*TEXT_COLUMNS, "decides", "here", "profile")
+LEAST, MOST = 24, 36  # columns that a text gets at least, if it needs them, and that one word of it may ask for
+FIRST = 12  # columns of names, where there is no room for more
 GAP = 2  # columns between two
 
 
@@ -20,36 +22,45 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], lesser: Sequ
     Where it is too wide, heads of several words are broken; then ``lesser`` columns are left out, the first one first,
     and a note says so; then names are broken, too.
     """
-    kept = list(range(len(heads)))
-    shown = list(heads)
-    if _width(shown, rows, kept) > out.width:
-        shown = [head.replace(" ", "\n") for head in heads]
+    shown = {head: head for head in heads}
+    cells = {head: [row[place] for row in rows] for place, head in enumerate(heads)}
+    kept = list(heads)
+
+    def missing() -> int:
+        needed = sum(_least(head, shown[head], cells[head]) for head in kept)
+        return needed + GAP * (len(kept) - 1) - out.width
+
+    if missing() > 0:
+        shown = {head: head.replace(" ", "\n") for head in heads}
     left_out = []
-    for name in lesser:
-        if _width(shown, rows, kept) <= out.width:
-            break
-        kept.remove(heads.index(name))
-        left_out.append(name)
-    fits = _width(shown, rows, kept) <= out.width
+    for head in lesser:
+        if missing() > 0:
+            kept.remove(head)
+            left_out.append(head)
+    widths = {head: _least(head, shown[head], cells[head]) for head in kept}
+    first, spare = heads[0], -missing()
+    widths[first] = max(widths[first] + min(spare, 0), FIRST)
+    for head in sorted(kept, key=lambda head: _widest(shown[head], cells[head])):
+        more = min(max(spare, 0), max(_widest(shown[head], cells[head]) - widths[head], 0)) if head != first else 0
+        widths[head], spare = widths[head] + more, spare - more
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for place in kept:
-        text = heads[place] in TEXT_COLUMNS
-        whole = not text and (fits or place > 0)
-        table.add_column(
-            shown[place], justify="left" if place == 0 or text else "right", no_wrap=whole, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(row[place] for place in kept))
+    for head in kept:
+        left = head == first or head in LEFT_COLUMNS
+        table.add_column(shown[head], justify="left" if left else "right", overflow="fold", width=widths[head])
+    for place in range(len(rows)):
+        table.add_row(*(cells[head][place] for head in kept))
     out.print(table)
     if left_out:
         note(f"{out.width} columns are too few for {', '.join(left_out)}; a wider terminal or --json shows all")
 
 
-def _width(heads: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[int]) -> int:
-    """Columns that are needed, those of texts as narrow as may be."""
-    total = GAP * (len(kept) - 1)
-    for place in kept:
-        lines = [line for cell in (heads[place], *(row[place] for row in rows)) for line in cell.split("\n")]
-        widest = max(map(cell_len, lines))
-        total += min(widest, TEXT_CHARS) if heads[place] in TEXT_COLUMNS else widest
-    return total
+def _widest(shown: str, cells: Sequence[str]) -> int:
+    return max(cell_len(line) for cell in (shown, *cells) for line in cell.split("\n"))
+
+
+def _least(head: str, shown: str, cells: Sequence[str]) -> int:
+    """Columns that one needs: a text wraps between words."""
+    if head not in TEXT_COLUMNS:
+        return _widest(shown, cells)
+    word = max(cell_len(word) for cell in (shown, *cells) for word in cell.split() or [""])
+    return max(min(word, MOST), min(_widest(shown, cells), LEAST))

@@ -25,6 +25,7 @@ from l3env.cli.shared import (
     err,
     exclusive,
     fail,
+    folder_out,
     names,
     note,
     numbers,
@@ -55,7 +56,8 @@ def compare(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seed 0 is the trace itself, the others are resampled.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results; what it holds unchanged is not run again.")
+        Path | None,
+        typer.Option(callback=folder_out, help="Folder for results; what it holds unchanged is not run again."),
     ] = None,
     fresh: Fresh = False,
     jobs: Jobs = 1,
@@ -87,12 +89,12 @@ def compare(
             raise L3EnvError(f"{config}: several systems, models or traces; expected one of each, or use l3env sweep")
     else:
         wanted = Grid(
-            names(policies, "--policies") if policies else policies_of(Role.HEURISTIC, Role.ORACLE, Role.FLOOR),
+            policies_of(Role.HEURISTIC, Role.ORACLE, Role.FLOOR) if policies is None else names(policies, "--policies"),
             (system,),
             (model,),
             (trace,),
-            () if utilization else tuple(numbers(load, "--load")),
-            tuple(numbers(utilization, "--utilization")) if utilization else (),
+            tuple(numbers(load, "--load")) if utilization is None else (),
+            () if utilization is None else tuple(numbers(utilization, "--utilization")),
             seeds,
             tp,
             slo=asked_slo(context),
@@ -141,7 +143,9 @@ def stop_at_mistake(comparison: Any) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(callback=folder_out, help="Folder for results and pictures.")] = Path(
+        "runs/demo"
+    ),
     as_json: Json = False,
 ) -> None:
     """The main job in a minute: six policies on an embedded trace profile, three loads, GPT-175B on GPUs + DIMM-PIM."""

@@ -1,4 +1,4 @@
-"""What is there: ``l3env systems``, ``models``, ``policies``, ``knobs``, ``schema``."""
+"""What is there: ``l3env systems``, ``models``, ``knobs``, ``schema``."""
 
 from __future__ import annotations
 
@@ -65,25 +65,6 @@ def models(as_json: Json = False) -> None:
     out.print("g: gated FFN (three matrices); TP: GPUs a replica spans by default")
 
 
-def policies(as_json: Json = False) -> None:
-    """Policies known by name."""
-    import inspect
-
-    from l3env.policy.registry import make_policy, policy_factories
-
-    rows = []
-    for name, factory in sorted(policy_factories().items()):
-        summary = (inspect.getdoc(factory) or "").split("\n")[0]
-        every = make_policy(name).decision_interval_s
-        decides = "once" if every == float("inf") else "every iteration" if every == 0 else f"every {every:g} s"
-        rows.append({"policy": name, "decides": decides, "what": summary, "module": factory.__module__})
-    if as_json:
-        print_json(rows)
-        return
-    show_table(("policy", "decides", "what", "module"), [tuple(row.values()) for row in rows], ("module",))
-    out.print("your own: --policies my_policy.py:MyClass; l3env policies check my_policy.py says what is wrong with it")
-
-
 def knobs(as_json: Json = False) -> None:
     """Settings of policies and actions: values, levels, what each does."""
     from l3env.knobs import knob_table
@@ -93,7 +74,7 @@ def knobs(as_json: Json = False) -> None:
         print_json(rows)
         return
     heads = ("knob", "default", "values", "levels", "what")
-    show_table(heads, [tuple(row[head] for head in heads) for row in rows], ("values",))
+    show_table(heads, [tuple(row[head] for head in heads) for row in rows], ("values", "levels", "default"))
     out.print("levels: what actions and searches choose among (`--action-knobs`; `l3env tune`)")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +19,8 @@ from l3env.errors import L3EnvError
 
 GROUP = "l3env.commands"
 INTERRUPTED = 130
+COUNTS = ("L3ENV_THREADS", "NUMBA_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+FOLDERS = ("L3ENV_CACHE_DIR", "L3ENV_TRACE_DIR", "XDG_CACHE_HOME")
 
 
 class Commands(Mapping[str, Any]):
@@ -64,6 +68,7 @@ def main() -> None:
     """Runs the command line."""
     warnings.showwarning = _show_warning
     try:
+        _check_variables()
         app()
     except L3EnvError as error:
         fail(str(error))
@@ -73,6 +78,18 @@ def main() -> None:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
             say("interrupted; what was finished is kept")
         raise
+
+
+def _check_variables() -> None:
+    """Raises L3EnvError for variables of the environment that cannot be read; libraries would end in a traceback."""
+    for name in COUNTS:
+        text = os.environ.get(name, "")
+        if text and (not text.isdecimal() or int(text) < 1):
+            raise L3EnvError(f"{name} = {text!r}; expected a whole number >= 1")
+    for name in FOLDERS:
+        text = os.environ.get(name, "")
+        if Path(text).is_file():
+            raise L3EnvError(f"{name} = {text!r}; expected a folder, not a file")
 
 
 def _command(point: importlib.metadata.EntryPoint) -> Any:

@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn
@@ -94,7 +95,7 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", style="dim", markup=False),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("", total=None)
 
         def move(done: int, total: int, what: str) -> None:
@@ -103,6 +104,39 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
             progress.update(task, completed=done, total=total, description=what)
 
         yield move
+
+
+def folder_out(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """An option's folder, if it can be written to; it is not made yet. Raises L3EnvError before anything runs."""
+    if path is not None:
+        _try_folder(path, f"{param.opts[0]} {path}")
+    return path
+
+
+def file_out(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """An option's file, if it can be written. Raises L3EnvError before anything runs."""
+    if path is not None:
+        said = f"{param.opts[0]} {path}"
+        if path.is_dir():
+            raise L3EnvError(f"{said}: is a folder; expected a file")
+        _try_folder(path.parent, said)
+    return path
+
+
+def _try_folder(path: Path, said: str) -> None:
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        first = next(each for each in (path, *path.parents) if each.exists())
+        why = f"{first} is a file" if first.is_file() else f"nothing can be made in {first} ({error.strerror})"
+        raise L3EnvError(f"{said}: {why}; expected a folder that can be written to") from None
+    finally:
+        for each in missing:
+            with contextlib.suppress(OSError):
+                each.rmdir()
 
 
 def numbers(text: str, option: str, count: int | None = None) -> list[float]:

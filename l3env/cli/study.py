@@ -16,6 +16,7 @@ from l3env.cli.shared import (
     end,
     err,
     finite,
+    folder_out,
     print_json,
     progress_bar,
     say,
@@ -27,7 +28,9 @@ from l3env.errors import L3EnvError
 
 def sweep(
     study: Annotated[Path, typer.Argument(help="The study: a YAML file, or the config.json of an earlier one.")],
-    out: Annotated[Path | None, typer.Option(help="Folder; resumes what is there. By default runs/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=folder_out, help="Folder; resumes what is there. By default runs/NAME.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="loky (local processes) or ray.")] = "loky",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; without it Ray starts here.")] = None,
     jobs: Jobs = -1,
@@ -68,8 +71,25 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a comparison o
     from l3env.report.html import write_html
     from l3env.runs.compare import read_comparison
 
+    if not (folder / "config.json").is_file():
+        raise L3EnvError(f"{folder}: {_no_page(folder)}; expected the folder of compare, demo or sweep")
     path = write_html(read_comparison(folder), f"Study {folder.name}", folder / "report.html")
     say(f"written: {path}")
+
+
+def _no_page(folder: Path) -> str:
+    """Why a folder gives no page, and where to look instead."""
+    if not folder.is_dir():
+        return "is a file" if folder.exists() else "no such folder"
+    if (folder / "config.yml").is_file():
+        return f"a training run: see learning_curve.png and evaluations.csv in it, or l3env evaluate {folder}"
+    if (folder / "policy.png").is_file():
+        return (
+            "results of l3env evaluate: see results.csv and policy.png in it, or give that command again for its table"
+        )
+    if any(folder.glob("cells/search.*.json")):
+        return "kept searches of l3env capacity: give that command again for its table"
+    return "no results here (no config.json)"
 
 
 def start_backend(backend: str, address: str | None, jobs: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from l3env.cli.shared import announce_compilation, numbers, say
+from l3env.cli.shared import announce_compilation, file_out, numbers, say
 from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
@@ -22,7 +22,7 @@ def timeline(
     load: Annotated[str, typer.Option(help="Times the trace's own arrival rate.")] = "1.0",
     utilization: Annotated[str | None, typer.Option(help="Instead: times what the machine serves.")] = None,
     replica: Annotated[int, typer.Option(help="Which replica of the system is drawn.")] = 0,
-    out: Annotated[Path, typer.Option(help="The trace to write.")] = Path("runs/timeline.json"),
+    out: Annotated[Path, typer.Option(callback=file_out, help="The trace to write.")] = Path("runs/timeline.json"),
 ) -> None:
     """One run as a Chrome / Perfetto trace: devices, sub-batches, bubbles, requests. Opens in ui.perfetto.dev."""
     announce_compilation()

@@ -219,6 +219,8 @@ def _beside(file: Path | None) -> AbstractContextManager[None]:
 def _factory(reference: Reference) -> Factory:
     """What makes the policies of a reference."""
     base = reference.base
+    if not base:
+        raise reference.wrong("expected a name, file.py:Class, package.module:Class, or the folder of a training run")
     if base in _registered:
         return _registered[base]
     for point in entry_points(group=ENTRY_POINT_GROUP):
