@@ -13,9 +13,9 @@ from l3env.cli.columns import show_table
 from l3env.cli.shared import (
     Fresh,
     Json,
+    Results,
     announce_compilation,
     file_out,
-    folder_out,
     names,
     numbers,
     print_json,
@@ -50,7 +50,6 @@ def tune(
     """Searches the best fixed knobs: of one cell, or one setting for many systems, models, traces and loads."""
     announce_compilation()
     from l3env.experiments.train.windows import in_window
-    from l3env.files import write_text
     from l3env.machine.pair import compile_pair
     from l3env.requests.registry import load_trace
     from l3env.runs.content import sha256, sources_sha256
@@ -86,8 +85,7 @@ def tune(
             "content": content,
         }
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_text(out, json.dumps(result, indent=2) + "\n")
+            _write_setting(out, result)
     if as_json:
         print_json(result)
         return
@@ -102,6 +100,13 @@ def _tuned_before(path: Path, content: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return known if isinstance(known, dict) and known.get("content") == content else None
+
+
+def _write_setting(path: Path, result: dict[str, Any]) -> None:
+    from l3env.files import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=2) + "\n")
 
 
 def _print_setting(result: dict[str, Any]) -> None:
@@ -126,10 +131,7 @@ def evaluate(
     training_window: Annotated[str, typer.Option(help="What best-constant is searched on.")] = "0%:60%",
     window: Annotated[str, typer.Option(help="Part of each trace's span that is served.")] = "60%:100%",
     jobs: Annotated[int, typer.Option("--jobs", "-j", "--workers", help="Runs at a time; -1: one a core.")] = -1,
-    out: Annotated[
-        Path | None,
-        typer.Option(callback=folder_out, help="Folder for results; what it holds unchanged is not run again."),
-    ] = None,
+    out: Results = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:

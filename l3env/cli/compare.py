@@ -13,6 +13,7 @@ from l3env.cli.shared import (
     Json,
     Model,
     PrefixCache,
+    Results,
     SloForm,
     TbtLimit,
     TbtScale,
@@ -55,10 +56,7 @@ def compare(
         str | None, typer.Option(help="Instead of --load: times what the reference policy serves at saturation.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seed 0 is the trace itself, the others are resampled.")] = 1,
-    out: Annotated[
-        Path | None,
-        typer.Option(callback=folder_out, help="Folder for results; what it holds unchanged is not run again."),
-    ] = None,
+    out: Results = None,
     fresh: Fresh = False,
     jobs: Jobs = 1,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,

@@ -123,6 +123,12 @@ def file_out(param: typer.CallbackParam, path: Path | None) -> Path | None:
     return path
 
 
+Results = Annotated[
+    Path | None,
+    typer.Option(callback=folder_out, help="Folder for results; what it holds unchanged is not run again."),
+]
+
+
 def _try_folder(path: Path, said: str) -> None:
     missing = [each for each in (path, *path.parents) if not each.exists()]
     try:

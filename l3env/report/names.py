@@ -36,7 +36,7 @@ def unique(values: Iterable[str]) -> list[str]:
 
 
 def policy_labels(policies: Iterable[str]) -> dict[str, str]:
-    """What to call each policy: ``folder/file.py:Class`` is ``Class`` and ``folder/file.py`` is ``file.py``, as long as no
+    """What to call each policy: ``folder/file.py:Class`` is ``Class``, ``folder/file.py`` is ``file.py``, as long as no
     other policy is called so."""
     refs = unique(policies)
     short = {
