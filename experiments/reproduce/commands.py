@@ -49,6 +49,7 @@ def roofline(
     as_json: Json = False,
 ) -> None:
     """The disaggregated roofline: throughput over capacity and bandwidth, the A100 systems marked."""
+    announce_compilation()
     from l3env.experiments.reproduce import roofline as drawing
     from l3env.machine.pair import compile_pair
     from l3env.requests.registry import load_trace

@@ -27,7 +27,9 @@ from l3env.experiments.train.config import TrainConfig, hyperparams_of
 def train(
     out: Annotated[
         Path,
-        typer.Option(callback=folder_out, help="Run folder; a run that was interrupted goes on from its checkpoint."),
+        typer.Option(
+            callback=folder_out, help="Run folder; a run in it goes on from its checkpoint, to more --steps, too."
+        ),
     ],
     envs: Annotated[int | None, typer.Option(help="Environments side by side, by default the algorithm's.")] = None,
     hyperparams: Annotated[Path | None, typer.Option(help="YAML with what differs from the algorithm's own.")] = None,

@@ -69,7 +69,7 @@ def capacity(
     """The highest load at which a share of requests meets the SLO, with its 95 % interval over seeds."""
     if seeds < 1:
         raise L3EnvError(f"--seeds {seeds}; expected at least 1")
-    announce_compilation(compile_now=True)
+    announce_compilation(compile_now=True, prefix_cache=prefix_cache)
     from l3env.runs.capacity import capacities
     from l3env.runs.grid import Grid
     from l3env.runs.store import Store

@@ -75,7 +75,7 @@ def compare(
     """Compares scheduling policies on the same workloads."""
     exclusive(context, "load", "utilization")
     exclusive(context, "config", *(context.params.keys() - {"config", "out", "fresh", "jobs", "as_json"}))
-    announce_compilation(compile_now=jobs != 1)
+    announce_compilation(compile_now=jobs != 1, prefix_cache=prefix_cache)
     from l3env.policy.protocol import Role
     from l3env.policy.registry import policies_of
     from l3env.runs.grid import Grid

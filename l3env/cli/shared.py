@@ -67,20 +67,18 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False), file=_for_json[-1] if _for_json else None)
 
 
-def announce_compilation(*, compile_now: bool = False) -> None:
-    """Says so before the first use compiles the kernels, which takes half a minute.
+def announce_compilation(*, compile_now: bool = False, prefix_cache: str = "off") -> None:
+    """From here on, says so when kernels are compiled, whatever the reason: the first use, another version, a variant.
 
     ``compile_now`` does it here and now, so that several processes do not do it side by side.
     """
-    from l3env.jit import is_compiled
+    from l3env import jit
 
-    if is_compiled():
-        return
-    err.print("compiling the simulator for this machine: first use only, about half a minute ...")
-    if compile_now:
+    jit.tell_when_compiling(lambda: say("compiling kernels (once per version, about a minute) ..."))
+    if compile_now and (prefix_cache != "off" or not jit.is_compiled()):
         from l3env.runs.driver import warm_up
 
-        warm_up()
+        warm_up(prefix_cache)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,6 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Runs policies x systems x models x traces x loads x seeds; resumes; failed cells do not stop the others."""
-    announce_compilation(compile_now=True)
     from l3env.files import write_text
     from l3env.report.html import write_html
     from l3env.runs.compare import read_comparison, run_grid
@@ -48,6 +47,7 @@ def sweep(
     is_json = study.suffix == ".json"
     grid = Grid.from_json(read_config(study)) if is_json else Grid.from_yaml(study)
     folder = out or (study.parent if is_json else Path("runs") / study.stem)
+    announce_compilation(compile_now=True, prefix_cache=grid.prefix_cache)
     workers = start_backend(backend, address, jobs)
     with progress_bar("sweeping") as progress:
         found = run_grid(grid, out=folder, fresh=fresh, workers=workers, progress=progress)

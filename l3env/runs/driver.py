@@ -85,10 +85,11 @@ def _figures(policy: Policy, at_s: float) -> dict[str, float]:
     return found
 
 
-def warm_up() -> None:
+def warm_up(prefix_cache: str = "off") -> None:
     """Compiles what a run needs, by one."""
     tables = compile_pair("l3-dgx-a100", "llama-3-8b")
-    run_policy(tables, Workload.build("warm-up", [0.0], [16], [2]), FixedKnobs("warm-up", Knobs()))
+    one = Workload.build("warm-up", [0.0], [16], [2])
+    run_policy(tables, one, FixedKnobs("warm-up", Knobs()), prefix_cache=prefix_cache)
 
 
 def replica_shares(workload: Workload, replicas_count: int) -> list[NDArray[np.int64]]:
