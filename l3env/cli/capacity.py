@@ -38,6 +38,7 @@ from l3env.cli.study import plain_rows, start_backend
 from l3env.errors import L3EnvError
 
 PricesFile = Annotated[Path | None, typer.Option("--prices", help="TOML with your prices; l3env cost shows one.")]
+INTERVAL = "95\N{NO-BREAK SPACE}% interval"
 COST_COLUMNS = ("dollars_per_hour", "power_w", "tokens_per_dollar", "dollars_per_million_tokens", "tokens_per_joule")
 
 
@@ -69,7 +70,6 @@ def capacity(
     """The highest load at which a share of requests meets the SLO, with its 95 % interval over seeds."""
     if seeds < 1:
         raise L3EnvError(f"--seeds {seeds}; expected at least 1")
-    announce_compilation(compile_now=True, prefix_cache=prefix_cache)
     from l3env.runs.capacity import capacities
     from l3env.runs.grid import Grid
     from l3env.runs.store import Store
@@ -78,6 +78,7 @@ def capacity(
     grid = Grid(*lists, utilizations=(1.0,), seeds_count=seeds, slo=asked_slo(context), prefix_cache=prefix_cache)
     grid.check()
     costs = None if prices is None else _cost_function(prices, names(system, "--system"))
+    announce_compilation(compile_now=True, prefix_cache=prefix_cache)
     workers = start_backend(backend, address, jobs)
     store = None if out is None else Store(out)
     if store is not None:
@@ -102,7 +103,16 @@ def _show_capacities(rows: list[dict[str, Any]], goal: str, *, priced: bool) -> 
     first = rows[0]
     stood_in = " (embedded profile)" if first["stands_in_for"] else ""
     stdout.print(f"{first['model']} · {first['trace']}{stood_in} · {goal}")
-    heads = ("policy", "system", "load", "95 % interval", "requests/s", "95 % interval", "tok/s", "J/token")
+    heads = (
+        "policy",
+        "system",
+        "load",
+        INTERVAL,
+        "requests/s",
+        INTERVAL,
+        "tok/s",
+        "J/token",
+    )
     table = []
     for row in (row for row in rows if not row["error"]):
         spans = [[row[f"capacity_{kind}{end}"] for end in ("", "_low", "_high")] for kind in ("load", "requests_per_s")]

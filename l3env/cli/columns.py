@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -22,45 +23,50 @@ def show_table(heads: Sequence[str], rows: Sequence[Sequence[str]], lesser: Sequ
     Where it is too wide, heads of several words are broken; then ``lesser`` columns are left out, the first one first,
     and a note says so; then names are broken, too.
     """
-    shown = {head: head for head in heads}
-    cells = {head: [row[place] for row in rows] for place, head in enumerate(heads)}
-    kept = list(heads)
-
-    def missing() -> int:
-        needed = sum(_least(head, shown[head], cells[head]) for head in kept)
-        return needed + GAP * (len(kept) - 1) - out.width
-
-    if missing() > 0:
-        shown = {head: head.replace(" ", "\n") for head in heads}
+    columns = [Column(head, [row[place] for row in rows], place == 0) for place, head in enumerate(heads)]
+    if _missing(columns) > 0:
+        for column in columns:
+            column.shown = column.head.replace(" ", "\n")
     left_out = []
     for head in lesser:
-        if missing() > 0:
-            kept.remove(head)
+        if _missing(columns) > 0:
+            columns = [column for column in columns if column.head != head]
             left_out.append(head)
-    widths = {head: _least(head, shown[head], cells[head]) for head in kept}
-    first, spare = heads[0], -missing()
-    widths[first] = max(widths[first] + min(spare, 0), FIRST)
-    for head in sorted(kept, key=lambda head: _widest(shown[head], cells[head])):
-        more = min(max(spare, 0), max(_widest(shown[head], cells[head]) - widths[head], 0)) if head != first else 0
-        widths[head], spare = widths[head] + more, spare - more
+    spare = -_missing(columns)
+    widths = {id(column): column.least for column in columns}
+    widths[id(columns[0])] = max(columns[0].least + min(spare, 0), FIRST)
+    for column in sorted(columns[1:], key=lambda column: column.widest):
+        more = min(max(spare, 0), column.widest - column.least)
+        widths[id(column)], spare = column.least + more, spare - more
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for head in kept:
-        left = head == first or head in LEFT_COLUMNS
-        table.add_column(shown[head], justify="left" if left else "right", overflow="fold", width=widths[head])
+    for column in columns:
+        justify: Literal["left", "right"] = "left" if column.is_first or column.head in LEFT_COLUMNS else "right"
+        table.add_column(column.shown, justify=justify, overflow="fold", width=widths[id(column)])
     for place in range(len(rows)):
-        table.add_row(*(cells[head][place] for head in kept))
+        table.add_row(*(column.cells[place] for column in columns))
     out.print(table)
     if left_out:
         note(f"{out.width} columns are too few for {', '.join(left_out)}; a wider terminal or --json shows all")
 
 
-def _widest(shown: str, cells: Sequence[str]) -> int:
-    return max(cell_len(line) for cell in (shown, *cells) for line in cell.split("\n"))
+class Column:
+    """A column that is going to be shown, and how wide it may be."""
+
+    def __init__(self, head: str, cells: Sequence[str], is_first: bool) -> None:
+        self.head, self.shown, self.cells, self.is_first = head, head, cells, is_first
+
+    @property
+    def widest(self) -> int:
+        return max(cell_len(line) for cell in (self.shown, *self.cells) for line in cell.split("\n"))
+
+    @property
+    def least(self) -> int:
+        """Terminal columns that it needs: a text wraps between words."""
+        if self.head not in TEXT_COLUMNS or self.is_first:
+            return self.widest
+        word = max(cell_len(word) for cell in (self.shown, *self.cells) for word in cell.split() or [""])
+        return max(min(word, MOST), min(self.widest, LEAST))
 
 
-def _least(head: str, shown: str, cells: Sequence[str]) -> int:
-    """Columns that one needs: a text wraps between words."""
-    if head not in TEXT_COLUMNS:
-        return _widest(shown, cells)
-    word = max(cell_len(word) for cell in (shown, *cells) for word in cell.split() or [""])
-    return max(min(word, MOST), min(_widest(shown, cells), LEAST))
+def _missing(columns: Sequence[Column]) -> int:
+    return sum(column.least for column in columns) + GAP * (len(columns) - 1) - out.width
