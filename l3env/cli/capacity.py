@@ -32,6 +32,7 @@ from l3env.cli.shared import (
     print_json,
     progress_bar,
     say,
+    stop_at_mistake,
 )
 from l3env.cli.shared import out as stdout
 from l3env.cli.study import plain_rows, start_backend
@@ -89,6 +90,7 @@ def capacity(
         rows = capacities(cells, **asked, store=store, workers=workers, progress=progress)
     if costs is not None:
         rows = [row if row["error"] else row | costs(row) for row in rows]
+    stop_at_mistake(rows)
     failed = [row for row in rows if row["error"]]
     if as_json:
         print_json([{key: finite(value) for key, value in row.items() if key != "brackets"} for row in rows])

@@ -25,7 +25,6 @@ from l3env.cli.shared import (
     end,
     err,
     exclusive,
-    fail,
     folder_out,
     names,
     note,
@@ -34,11 +33,11 @@ from l3env.cli.shared import (
     progress_bar,
     say,
     say_taken,
+    stop_at_mistake,
 )
 from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
-AUTHORS_ERRORS = ("PolicyError", "PlanError")
 DEMO_POLICIES = "fcfs,sarathi,l3,edf,sjf-prompt,srtf-predicted"
 
 
@@ -113,7 +112,7 @@ def run_and_report(grid: Any, out: Path | None, as_json: bool, *, fresh: bool = 
     with progress_bar("comparing") as progress:
         comparison = run_grid(grid, out=out, fresh=fresh, workers=Workers(count=jobs), progress=progress)
     say_taken(comparison.taken_count, len(comparison.results), out)
-    stop_at_mistake(comparison)
+    stop_at_mistake(comparison.results.to_dict("records"))
     if as_json:
         print_json(report.to_json(comparison))
     else:
@@ -128,16 +127,6 @@ def run_and_report(grid: Any, out: Path | None, as_json: bool, *, fresh: bool = 
             html.write_html(shown, f"Comparison {out.name}", out / "report.html")
         say(f"written: {out}/results.csv, report.html, config.json, requests/*.parquet and pictures (*.png)")
     end(comparison.failed)
-
-
-def stop_at_mistake(comparison: Any) -> None:
-    """Where there is but one policy, and none of its runs was possible, the first mistake of its author is all there is
-    to say."""
-    results = comparison.results
-    if comparison.done.empty and results["policy"].nunique() == 1:
-        kind, _, text = results["error"].iloc[0].partition(": ")
-        if kind in AUTHORS_ERRORS:
-            fail(text)
 
 
 def demo(

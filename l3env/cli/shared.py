@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn
 
@@ -60,6 +60,7 @@ PrefixCache = Annotated[str, typer.Option(help="Share KV of equal prompt beginni
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; -1: one a core.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")]
 SHOWN_FAILURES = 5
+AUTHORS_ERRORS = ("PolicyError", "PlanError")
 
 
 def print_json(value: Any) -> None:
@@ -212,6 +213,16 @@ def fail(text: str) -> NoReturn:
     """Ends with an error of the user's: exit code 2."""
     say(text, "error: ", "bold red")
     sys.exit(2)
+
+
+def stop_at_mistake(rows: Sequence[Mapping[Any, Any]]) -> None:
+    """Where there is but one policy, and none of its runs was possible, the first mistake of its author is all there is
+    to say."""
+    errors = [row.get("error") for row in rows]
+    if rows and len({row["policy"] for row in rows}) == 1 and all(isinstance(error, str) for error in errors):
+        kind, _, text = str(errors[0]).partition(": ")
+        if kind in AUTHORS_ERRORS:
+            fail(text)
 
 
 def end(failed: Any) -> None:

@@ -18,7 +18,7 @@ from l3env.errors import L3EnvError, PolicyError
 from l3env.knobs import Knobs
 from l3env.machine.pair import compile_pair
 from l3env.machine.tables import Tables
-from l3env.policy.mistakes import ask, blaming, no_progress, shown, wrong_answer
+from l3env.policy.mistakes import ask, blaming, failed, no_progress, shown, wrong_answer
 from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import FixedKnobs, Policy
 from l3env.policy.registry import beside, check_policy, policy_name
@@ -187,7 +187,7 @@ class Driver:
         if before_s >= self._held_until_s or (at_events and happened_count(engine, e) != self._happened_count):
             plan = self._decide()
         if plan is not None:
-            with blaming(self.policy, "decide", before_s):
+            try:
                 stop = engine.step_plan(
                     e,
                     plan.operations(),
@@ -196,6 +196,8 @@ class Driver:
                     interleaved=plan.interleave,
                     multi_token=plan.multi_token,
                 )
+            except Exception as error:
+                raise failed(self.policy, "decide", error, before_s) from error
             if self.watch is not None:
                 self.watch()
         elif self.policy.decision_interval_s == 0:

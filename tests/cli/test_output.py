@@ -287,6 +287,19 @@ def test_report_says_what_a_folder_is(tmp_path: Path, ended: Callable[..., Ended
         assert said in notes
 
 
+def test_a_capacity_of_one_policy_that_cannot_run(tmp_path: Path, ended: Callable[..., Ended]) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from l3env import BasePolicy\nclass Mine(BasePolicy):\n    def decide(self, view):\n        pass\n"
+    )
+    asked = ("capacity", *CELL, "--trace", TRACE, "--seeds", "1", "--tolerance", "0.5", "-j", "1", "--policies")
+    code, told, notes = ended(*asked, str(path))
+    assert (code, told) == (2, "")
+    assert notes.splitlines()[-3:][0] == "error: policy 'Mine': decide gives a wrong answer"
+    code, told, notes = ended(*asked, f"{path},fcfs")
+    assert (code, "fcfs" in told, "Mine" in notes) == (1, True, True)
+
+
 def test_a_sweep_with_failures_ends_with_1(tmp_path: Path, ended: Callable[..., Ended]) -> None:
     (tmp_path / "mine.py").write_text(
         "from l3env import BasePolicy\nclass Mine(BasePolicy):\n    def decide(self, view):\n        pass\n"
