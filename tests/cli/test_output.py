@@ -151,6 +151,13 @@ def test_brackets_in_the_error_of_a_run(tmp_path: Path, ended: Callable[..., End
     assert "got ValueError: [train] and [/x]" in notes
 
 
+def test_a_name_that_could_be_a_formula_is_drawn(tmp_path: Path, ended: Callable[..., Ended]) -> None:
+    (tmp_path / "a$^$b$_$.py").write_text(run_policies(tmp_path).read_text())
+    asked = ("--trace", TRACE, "--policies", f"{tmp_path}/a$^$b$_$.py,fcfs", "--load", "1,2", "--out", f"{tmp_path}/o")
+    assert ended("compare", *CELL, *asked)[0] == 0
+    assert {"goodput.png", "latency_cdf.png", "load_curve.png"} < {each.name for each in (tmp_path / "o").iterdir()}
+
+
 # --- errors of the user's
 
 
