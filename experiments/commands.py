@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, err, plain_table, print_json
+from l3env.cli.columns import show_table
+from l3env.cli.shared import Json, announce_compilation, print_json, say
 
 
 def bench(
@@ -18,22 +19,15 @@ def bench(
     announce_compilation()
     from l3env.experiments import bench as measure
 
-    figures = measure.run(
-        lambda text: err.print(f"measuring: {text}", highlight=False), quick=quick, training_speed=_training_speed()
-    )
+    figures = measure.run(lambda text: say(f"measuring: {text}"), quick=quick, training_speed=_training_speed())
     if as_json:
         print_json(figures)
         return
-    table = plain_table("figure", "median", "min", "max")
+    table = []
     for name in [key for key in figures if not key.endswith(("_min", "_max"))]:
-        table.add_row(
-            name,
-            *(
-                f"{figures[key]:,.3g}" if figures[key] < 1e4 else f"{figures[key]:,.0f}"
-                for key in (name, f"{name}_min", f"{name}_max")
-            ),
-        )
-    err.print(table)
+        each = [figures[key] for key in (name, f"{name}_min", f"{name}_max")]
+        table.append((name, *(f"{value:,.3g}" if value < 1e4 else f"{value:,.0f}" for value in each)))
+    show_table(("figure", "median", "min", "max"), table)
 
 
 def _training_speed() -> Callable[[str, int], tuple[float, float]] | None:
@@ -41,6 +35,6 @@ def _training_speed() -> Callable[[str, int], tuple[float, float]] | None:
     try:
         from l3env.experiments.train.speed import training_speed
     except ModuleNotFoundError as error:
-        err.print(f"training is not measured: {error.name} is not installed (pip install 'l3env[train]')")
+        say(f"training is not measured: {error.name} is not installed (pip install 'l3env[train]')")
         return None
     return training_speed

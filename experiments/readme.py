@@ -21,9 +21,8 @@ FIRST = "compare --system l3-dgx-a100 --model qwen-72b --trace azure-conv-2023 -
 def printed(command: str) -> str:
     """What ``l3env COMMAND`` shows on a terminal of the README's width."""
     args = [sys.executable, "-m", "l3env.cli", *command.split()]
-    done = subprocess.run(args, cwd=ROOT, env={**os.environ, "COLUMNS": WIDTH}, check=True, stderr=subprocess.PIPE)
-    lines = [line.rstrip() for line in done.stderr.decode().splitlines()]
-    return "\n".join(line for line in lines if line and not line.startswith(("compiling", "measuring", "written")))
+    done = subprocess.run(args, cwd=ROOT, env={**os.environ, "COLUMNS": WIDTH}, check=True, stdout=subprocess.PIPE)
+    return "\n".join(line.rstrip() for line in done.stdout.decode().splitlines() if line)
 
 
 def fill(text: str, name: str, content: str) -> str:

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import llvmlite
 import numba
+from numba.core import event
 from numba.core.errors import NumbaExperimentalFeatureWarning
 
 # lanes of the engine may go where lanes of a described batch go: their first fields are the same
@@ -31,6 +32,7 @@ F = TypeVar("F", bound=Callable[..., object])
 CALLED_FROM_KERNELS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 PACKAGE = Path(__file__).parent
 IMPORT = re.compile(r"^ *from (l3env[\w.]*) import (\([^)]*\)|.*)$", re.MULTILINE)
+COMPILING = "numba:compile"
 COMPILER = f"{numba.__version__} {llvmlite.__version__} {sys.version}"
 
 
@@ -103,6 +105,32 @@ def _compile(function: F, **options: bool) -> F:
         return numba.njit(error_model="numpy", _nrt=False, **options)(function)
     finally:
         numba.config.CACHE_DIR = before
+
+
+class _Teller(event.Listener):
+    """Calls a function when the first kernel is compiled; those that come from the cache are none."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def on_start(self, _: event.Event) -> None:
+        event.unregister(COMPILING, self)
+        _tellers.remove(self)
+        self._tell()
+
+    def on_end(self, _: event.Event) -> None:
+        """Nothing."""
+
+
+_tellers: list[_Teller] = []
+
+
+def tell_when_compiling(tell: Callable[[], None]) -> None:
+    """Calls ``tell``, in place of what was asked for before, once this process compiles something."""
+    while _tellers:
+        event.unregister(COMPILING, _tellers.pop())
+    _tellers.append(_Teller(tell))
+    event.register(COMPILING, _tellers[0])
 
 
 def is_compiled() -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 import typer
 
-from l3env.cli.shared import Json, err, plain_table, print_json, progress_bar
+from l3env.cli.columns import show_table
+from l3env.cli.shared import Json, out, print_json, progress_bar, say
 
 app = typer.Typer(help="Traces: what is there, what is in them, convert, fetch.", no_args_is_help=True)
 
@@ -21,12 +22,12 @@ def traces_list(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    table = plain_table("trace", "requests", "licence", "here", "profile", "what")
+    table = []
     for row in rows:
         here = "generated" if row["where"] == "generated" else "no" if row["where"] == "not here" else "yes"
         count = f"{row['requests']:,}" if row["requests"] else "-"
-        table.add_row(row["name"], count, row["licence"] or "-", here, "yes" if row["profile"] else "-", row["what"])
-    err.print(table)
+        table.append((row["name"], count, row["licence"] or "-", here, "yes" if row["profile"] else "-", row["what"]))
+    show_table(("trace", "requests", "licence", "here", "profile", "what"), table, ("licence", "profile"))
 
 
 @app.command("stats")
@@ -40,12 +41,10 @@ def traces_stats(trace: str, seed: int = 0, as_json: Json = False) -> None:
     if as_json:
         print_json({**figures, "source": {key: _json_safe(value) for key, value in workload.source.items()}})
         return
-    table = plain_table("statistic", "value")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else str(value))
-    err.print(table)
+    table = [(name, f"{each:,.4g}" if isinstance(each, float) else str(each)) for name, each in figures.items()]
+    show_table(("statistic", "value"), table)
     for key, value in workload.source.items():
-        err.print(f"[dim]{key}: {value}", highlight=False)
+        out.print(f"{key}: {value}", style="dim", soft_wrap=True)
 
 
 def _json_safe(value: Any) -> Any:
@@ -60,7 +59,7 @@ def traces_convert(trace: str, target: Path, seed: int = 0) -> None:
 
     workload = load_trace(trace, seed=seed)
     path = save(workload, target)
-    err.print(f"{len(workload):,} requests written to {path}", highlight=False)
+    say(f"{len(workload):,} requests written to {path}")
 
 
 @app.command("fetch")
@@ -70,4 +69,4 @@ def traces_fetch(name: str) -> None:
 
     with progress_bar(f"fetching {name}") as progress:
         path = fetch(name, lambda done, total: progress(done, total or 0, ""))
-    err.print(f"fetched: {path}", highlight=False)
+    say(f"fetched: {path}")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, err, plain_table, print_json, progress_bar
+from l3env.cli.columns import show_table
+from l3env.cli.shared import Json, file_out, print_json, progress_bar, say
 from l3env.errors import L3EnvError
 
 validate = typer.Typer(help="Hold the model against measurements.", no_args_is_help=True)
@@ -16,9 +17,9 @@ validate = typer.Typer(help="Hold the model against measurements.", no_args_is_h
 def calibrate(
     model: Annotated[str, typer.Option(help="A preset (l3env models): the shapes to measure.")] = "llama-3-8b",
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,
-    out: Annotated[Path, typer.Option(help="The preset to write; raw measurements go beside it.")] = Path(
-        "my-gpu.toml"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=file_out, help="The preset to write; raw measurements go beside it.")
+    ] = Path("my-gpu.toml"),
     base: Annotated[
         str | None, typer.Option(help="Preset with the GPU's data-sheet values; by default by its name.")
     ] = None,
@@ -34,7 +35,7 @@ def calibrate(
     with progress_bar("measuring") as progress:
         figures = calibration.calibrate(model, tp, out, base, lambda done, what: progress(done, 0, what))
     _print_errors(figures, as_json)
-    err.print(f"written: {out}; try: l3env validate gpu --gpu {out}", highlight=False, soft_wrap=True)
+    say(f"written: {out}; try: l3env validate gpu --gpu {out}")
 
 
 @validate.command("gpu")
@@ -43,7 +44,9 @@ def validate_gpu(
     profile: Annotated[
         Path | None, typer.Option(help="CSV op,model,tp,tokens,batch,kv_len,ms; by default the repository's own.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Where to draw measured against predicted (PNG).")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=file_out, help="Where to draw measured against predicted (PNG).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measured GPU times against predicted ones: errors by operation, a scatter plot."""
@@ -66,14 +69,14 @@ def validate_gpu(
         from l3env.experiments.gpu.plot import scatter
 
         scatter(device, points, plot)
-        err.print(f"drawn: {plot}", highlight=False)
+        say(f"drawn: {plot}")
 
 
 def _print_errors(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(figures)
         return
-    table = plain_table("operation", "measurements", "median error", "p90", "worst")
-    for op, row in figures.items():
-        table.add_row(op, f"{row['n']:,}", *(f"{row[key]:.1%}" for key in ("median", "p90", "worst")))
-    err.print(table)
+    table = [
+        (op, f"{row['n']:,}", *(f"{row[key]:.1%}" for key in ("median", "p90", "worst"))) for op, row in figures.items()
+    ]
+    show_table(("operation", "measurements", "median error", "p90", "worst"), table)

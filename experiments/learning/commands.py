@@ -9,19 +9,22 @@ from typing import Annotated, Any
 
 import typer
 
+from l3env.cli.columns import show_table
 from l3env.cli.shared import (
     Fresh,
     Json,
+    Results,
     announce_compilation,
-    err,
+    file_out,
     names,
     numbers,
-    plain_table,
     print_json,
     progress_bar,
     repeated_command,
+    say,
     say_taken,
 )
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
 Names = Annotated[str, typer.Option(help="Names with commas between.")]
@@ -38,14 +41,15 @@ def tune(
     requests: Annotated[int | None, typer.Option(help="At most so many requests of each window.")] = None,
     random: Annotated[int, typer.Option(help="Random settings before the coordinate search.")] = 64,
     seed: int = 0,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the setting, its cells and this command.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=file_out, help="JSON file for the setting, its cells and this command.")
+    ] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """Searches the best fixed knobs: of one cell, or one setting for many systems, models, traces and loads."""
     announce_compilation()
     from l3env.experiments.train.windows import in_window
-    from l3env.files import write_text
     from l3env.machine.pair import compile_pair
     from l3env.requests.registry import load_trace
     from l3env.runs.content import sha256, sources_sha256
@@ -81,12 +85,12 @@ def tune(
             "content": content,
         }
         if out is not None:
-            write_text(out, json.dumps(result, indent=2) + "\n")
+            _write_setting(out, result)
     if as_json:
         print_json(result)
         return
     _print_setting(result)
-    err.print(f"{result['tried_count']} settings tried" + (f"; written: {out}" if out else ""), highlight=False)
+    say(f"{result['tried_count']} settings tried" + (f"; written: {out}" if out else ""))
 
 
 def _tuned_before(path: Path, content: str) -> dict[str, Any] | None:
@@ -98,15 +102,20 @@ def _tuned_before(path: Path, content: str) -> dict[str, Any] | None:
     return known if isinstance(known, dict) and known.get("content") == content else None
 
 
+def _write_setting(path: Path, result: dict[str, Any]) -> None:
+    from l3env.files import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(result, indent=2) + "\n")
+
+
 def _print_setting(result: dict[str, Any]) -> None:
-    table = plain_table("knob", "value")
-    for name, value in result["knobs"].items():
-        table.add_row(name, str(value))
-    err.print(table)
-    table = plain_table(*CELL, "utilization", "goodput")
-    for row in result["cells"]:
-        table.add_row(*(row[name] for name in CELL), f"{row['utilization']:g}", f"{row['goodput_frac']:.3f}")
-    err.print(table)
+    show_table(("knob", "value"), [(name, str(value)) for name, value in result["knobs"].items()])
+    table = [
+        (*(row[name] for name in CELL), f"{row['utilization']:g}", f"{row['goodput_frac']:.3f}")
+        for row in result["cells"]
+    ]
+    show_table((*CELL, "utilization", "goodput"), table)
 
 
 def evaluate(
@@ -122,9 +131,7 @@ def evaluate(
     training_window: Annotated[str, typer.Option(help="What best-constant is searched on.")] = "0%:60%",
     window: Annotated[str, typer.Option(help="Part of each trace's span that is served.")] = "60%:100%",
     jobs: Annotated[int, typer.Option("--jobs", "-j", "--workers", help="Runs at a time; -1: one a core.")] = -1,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results; what it holds unchanged is not run again.")
-    ] = None,
+    out: Results = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -136,7 +143,8 @@ def evaluate(
     from l3env.runs.store import Store
     from l3env.runs.workers import Workers
 
-    networks = evaluation.networks_of(run)
+    networks = evaluation.networks_of(",".join(names(run, "RUN")))
+    opponents = evaluation.baselines_of(",".join(names(baselines, "--baselines")))
     places = _places(networks[0], system, model, trace)
     scenarios = [
         Scenario(machine, served, requests, load, training_window, window)
@@ -150,7 +158,7 @@ def evaluate(
         figures, judged = evaluation.evaluate(
             scenarios,
             networks,
-            evaluation.baselines_of(baselines),
+            opponents,
             seeds_count=seeds,
             store=store,
             workers=Workers(count=jobs),
@@ -162,7 +170,7 @@ def evaluate(
     if as_json:
         print_json(figures)
     else:
-        err.print(table(figures), highlight=False, soft_wrap=True)
+        stdout.print(table(figures), soft_wrap=True)
 
 
 def _places(network: str, system: str | None, model: str | None, trace: list[str] | None) -> list[tuple[str, ...]]:
@@ -190,4 +198,4 @@ def _write(rows: list[dict[str, Any]], scenario: Any, network: str, out: Path) -
 
     write_text(out / "results.csv", pd.DataFrame(rows).to_csv(index=False))
     pictures.policy_picture(scenario, network, out / "policy.png")
-    err.print(f"written: {out}/results.csv, policy.png", highlight=False)
+    say(f"written: {out}/results.csv, policy.png")

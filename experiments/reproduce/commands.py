@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, announce_compilation, err, finite, plain_table, print_json, progress_bar
+from l3env.cli.columns import show_table
+from l3env.cli.shared import Json, announce_compilation, file_out, finite, folder_out, print_json, progress_bar, say
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
 
@@ -15,7 +17,7 @@ def reproduce(
     figure: Annotated[
         str, typer.Argument(help="fig11 to fig16, energy, all of these, prover, or deepseek-v3.")
     ] = "all",
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/reproduce"),
+    out: Annotated[Path, typer.Option(callback=folder_out, help="Folder for the pictures.")] = Path("runs/reproduce"),
     quick: Annotated[bool, typer.Option(help="Fewer theorems (prover).")] = False,
     as_json: Json = False,
 ) -> None:
@@ -29,24 +31,25 @@ def reproduce(
     if as_json:
         print_json([{key: finite(value) for key, value in row.items()} for row in rows])
         return
-    err.print(f"Assumed: {run.assumed(figure)}.", highlight=False)
-    table = plain_table("figure", "what", "paper", "here", "ratio")
+    stdout.print(f"Assumed: {run.assumed(figure)}.")
+    table = []
     for row in rows:
         numbers = ["-" if row[key] is None else f"{row[key]:.3g}" for key in ("paper", "ours", "ratio")]
-        note = f"[dim]{row['note']}" if row["note"] else ""
-        table.add_row(row["figure"], f"{row['case']}: {row['quantity']}" + (f"\n{note}" if note else ""), *numbers)
-    err.print(table)
-    err.print(f"drawn: {out}/*.png", highlight=False)
+        what = f"{row['case']}: {row['quantity']}" + (f"\n{row['note']}" if row["note"] else "")
+        table.append((row["figure"], what, *numbers))
+    show_table(("figure", "what", "paper", "here", "ratio"), table)
+    say(f"drawn: {out}/*.png")
 
 
 def roofline(
     system: Annotated[str, typer.Option(help="The system whose lines are drawn.")] = "l3-dgx-a100",
     model: Annotated[str, typer.Option(help="A preset.")] = "gpt-175b",
     trace: Annotated[str, typer.Option(help="Gives the mean context.")] = "openr1",
-    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("runs/roofline.png"),
+    out: Annotated[Path, typer.Option(callback=file_out, help="Picture to write.")] = Path("runs/roofline.png"),
     as_json: Json = False,
 ) -> None:
     """The disaggregated roofline: throughput over capacity and bandwidth, the A100 systems marked."""
+    announce_compilation()
     from l3env.experiments.reproduce import roofline as drawing
     from l3env.machine.pair import compile_pair
     from l3env.requests.registry import load_trace
@@ -70,10 +73,10 @@ def roofline(
     if as_json:
         print_json({"model": model, "context_tokens": context, "systems": rows})
         return
-    table = plain_table("system", "KV GB", "TB/s", "batch", "tokens/s")
+    table = []
     for row in rows:
         batch = float(lines.batch(row["kv_bytes"]))
         kv_gb, rate = row["kv_bytes"] / 1e9, row["bytes_per_s"] / 1e12
-        table.add_row(row["system"], f"{kv_gb:,.0f}", f"{rate:.1f}", f"{batch:,.0f}", f"{row['tokens_per_s']:,.0f}")
-    err.print(table)
-    err.print(f"drawn: {path}", highlight=False)
+        table.append((row["system"], f"{kv_gb:,.0f}", f"{rate:.1f}", f"{batch:,.0f}", f"{row['tokens_per_s']:,.0f}"))
+    show_table(("system", "KV GB", "TB/s", "batch", "tokens/s"), table)
+    say(f"drawn: {path}")

@@ -11,19 +11,26 @@ from l3env.cli.options import options_of
 from l3env.cli.shared import (
     Json,
     announce_compilation,
-    err,
+    folder_out,
     names,
     print_json,
     progress_bar,
     repeated_command,
+    say,
 )
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 from l3env.experiments.train.config import TrainConfig, hyperparams_of
 
 
 @options_of(TrainConfig)
 def train(
-    out: Annotated[Path, typer.Option(help="Run folder; a run that was interrupted goes on from its checkpoint.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            callback=folder_out, help="Run folder; a run in it goes on from its checkpoint, to more --steps, too."
+        ),
+    ],
     envs: Annotated[int | None, typer.Option(help="Environments side by side, by default the algorithm's.")] = None,
     hyperparams: Annotated[Path | None, typer.Option(help="YAML with what differs from the algorithm's own.")] = None,
     episode_requests: Annotated[int, typer.Option(help="Requests of an episode.")] = 500,
@@ -56,13 +63,12 @@ def train(
 
     learning_curve([out], out / "learning_curve.png")
     top = max(rows, key=lambda row: row["goodput_frac"])
-    err.print(
+    stdout.print(
         f"best goodput on the validation window: {top['goodput_frac']:.3f} after {int(top['steps']):,} steps "
-        f"(untrained {rows[0]['goodput_frac']:.3f}); written: {best}; learning curve: {out}/learning_curve.png; "
-        f"curves: tensorboard --logdir {out}/tensorboard",
-        highlight=False,
+        f"(untrained {rows[0]['goodput_frac']:.3f})",
         soft_wrap=True,
     )
+    say(f"written: {best}; learning curve: {out}/learning_curve.png; curves: tensorboard --logdir {out}/tensorboard")
 
 
 def _training() -> Any:

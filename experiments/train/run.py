@@ -16,17 +16,19 @@ import cloudpickle
 import numpy as np
 import pandas as pd
 import torch as th
+import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
 from l3env.envs.sb3 import ServingVecEnv, make_vec_env
 from l3env.errors import L3EnvError
 from l3env.experiments.train import algorithms
-from l3env.experiments.train.config import TrainConfig
+from l3env.experiments.train.config import TrainConfig, read_yaml
 from l3env.experiments.train.export import export
 from l3env.files import whole, write_text
 from l3env.policy.levels import levels_of
 
+CHECKPOINT = "checkpoint.pkl"
 EVAL_SEED = 1_000_000  # of the validation episodes: common random numbers between evaluations and runs
 Progress = Callable[[int, int, str], None]
 
@@ -45,6 +47,9 @@ class Memory:
 def train(config: TrainConfig, out: Path, *, command: str = "", progress: Progress | None = None) -> Path:
     """Trains to ``config.total_steps``, from the last checkpoint in ``out`` where there is one.
 
+    So a run that was interrupted goes on, and one that ended goes on to more steps (a learning rate that falls to 0 is
+    then that of the longer run). A start that failed leaves nothing that would stop the next one.
+
     The folder gets ``config.yml``, ``checkpoint.pkl``, ``evaluations.csv``, TensorBoard events, ``best_model.zip``,
     ``best_model.npz`` (runs without torch) and ``last_model.zip``.
 
@@ -55,9 +60,10 @@ def train(config: TrainConfig, out: Path, *, command: str = "", progress: Progre
         L3EnvError: ``out`` holds another run, or the configuration is wrong.
     """
     algorithms.set_up_torch()
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(out, config)
+    _check_same(out, config)
     model, memory = _resume(out, config) or (_build(config), Memory())
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.yml", config.to_yaml())
     model.set_logger(configure(str(out / "tensorboard"), ["tensorboard"]))
     keeper = Keeper(config, out, memory, command, progress)
     left = config.total_steps - model.num_timesteps
@@ -75,11 +81,22 @@ def evaluations(out: Path) -> list[dict[str, float]]:
     return [{name: float(row[name]) for name in table.columns} for _, row in table.iterrows()]
 
 
-def _claim(out: Path, config: TrainConfig) -> None:
+def _check_same(out: Path, config: TrainConfig) -> None:
+    """Raises L3EnvError where there is a checkpoint of a run that differs in more than its number of steps."""
     path = out / "config.yml"
-    if path.exists() and path.read_text(encoding="utf-8") != config.to_yaml():
-        raise L3EnvError(f"{out} holds a run of another configuration; remove it or choose another --out")
-    write_text(path, config.to_yaml())
+    if not (path.exists() and (out / CHECKPOINT).exists()):
+        return
+    known, wanted = read_yaml(path), yaml.safe_load(config.to_yaml())
+    other = [
+        f"{name} was {known.get(name)!r} and is {value!r}"
+        for name, value in wanted.items()
+        if name != "total_steps" and value != known.get(name)
+    ]
+    if other:
+        raise L3EnvError(
+            f"{out} holds a run of another configuration: {'; '.join(other)}; expected the same, remove it or choose "
+            "another --out"
+        )
 
 
 def training_env(config: TrainConfig) -> ServingVecEnv:
@@ -114,7 +131,7 @@ def save_checkpoint(path: Path, model: Any, memory: Memory) -> None:
 
 
 def _resume(out: Path, config: TrainConfig) -> tuple[Any, Memory] | None:
-    path = out / "checkpoint.pkl"
+    path = out / CHECKPOINT
     if not path.exists():
         return None
     try:
@@ -218,7 +235,7 @@ class Keeper(BaseCallback):
     def _checkpoint(self) -> None:
         self.memory.saved_steps = self.num_timesteps
         self.memory.wall_s = time.perf_counter() - self._start_s
-        save_checkpoint(self.out / "checkpoint.pkl", self.model, self.memory)
+        save_checkpoint(self.out / CHECKPOINT, self.model, self.memory)
 
 
 def interval_of(config: TrainConfig) -> float:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from l3env.cli.columns import show_table
 from l3env.cli.shared import (
     Fresh,
     Jobs,
@@ -25,17 +26,20 @@ from l3env.cli.shared import (
     announce_compilation,
     asked_slo,
     end,
-    err,
     finite,
+    folder_out,
     names,
-    plain_table,
     print_json,
     progress_bar,
+    say,
+    stop_at_mistake,
 )
+from l3env.cli.shared import out as stdout
 from l3env.cli.study import plain_rows, start_backend
 from l3env.errors import L3EnvError
 
 PricesFile = Annotated[Path | None, typer.Option("--prices", help="TOML with your prices; l3env cost shows one.")]
+INTERVAL = "95\N{NO-BREAK SPACE}% interval"
 COST_COLUMNS = ("dollars_per_hour", "power_w", "tokens_per_dollar", "dollars_per_million_tokens", "tokens_per_joule")
 
 
@@ -58,14 +62,15 @@ def capacity(
     backend: Annotated[str, typer.Option(help="loky (local processes) or ray.")] = "loky",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join.")] = None,
     jobs: Jobs = -1,
-    out: Annotated[Path | None, typer.Option(help="Folder that keeps what is found, for the next time.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=folder_out, help="Folder that keeps what is found, for the next time.")
+    ] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
     """The highest load at which a share of requests meets the SLO, with its 95 % interval over seeds."""
     if seeds < 1:
         raise L3EnvError(f"--seeds {seeds}; expected at least 1")
-    announce_compilation(compile_now=True)
     from l3env.runs.capacity import capacities
     from l3env.runs.grid import Grid
     from l3env.runs.store import Store
@@ -74,6 +79,7 @@ def capacity(
     grid = Grid(*lists, utilizations=(1.0,), seeds_count=seeds, slo=asked_slo(context), prefix_cache=prefix_cache)
     grid.check()
     costs = None if prices is None else _cost_function(prices, names(system, "--system"))
+    announce_compilation(compile_now=True, prefix_cache=prefix_cache)
     workers = start_backend(backend, address, jobs)
     store = None if out is None else Store(out)
     if store is not None:
@@ -84,6 +90,7 @@ def capacity(
         rows = capacities(cells, **asked, store=store, workers=workers, progress=progress)
     if costs is not None:
         rows = [row if row["error"] else row | costs(row) for row in rows]
+    stop_at_mistake(rows)
     failed = [row for row in rows if row["error"]]
     if as_json:
         print_json([{key: finite(value) for key, value in row.items() if key != "brackets"} for row in rows])
@@ -97,22 +104,28 @@ def _show_capacities(rows: list[dict[str, Any]], goal: str, *, priced: bool) -> 
     """The table, and below it what failed."""
     first = rows[0]
     stood_in = " (embedded profile)" if first["stands_in_for"] else ""
-    err.print(f"{first['model']} · {first['trace']}{stood_in} · {goal}", highlight=False)
-    heads = ("policy", "system", "load", "95 % interval", "requests/s", "95 % interval", "tok/s", "J/token")
-    table = plain_table(*heads, *(("tok/$", "tok/J") if priced else ()))
-    for row in rows:
-        if row["error"]:
-            continue
+    stdout.print(f"{first['model']} · {first['trace']}{stood_in} · {goal}")
+    heads = (
+        "policy",
+        "system",
+        "load",
+        INTERVAL,
+        "requests/s",
+        INTERVAL,
+        "tok/s",
+        "J/token",
+    )
+    table = []
+    for row in (row for row in rows if not row["error"]):
         spans = [[row[f"capacity_{kind}{end}"] for end in ("", "_low", "_high")] for kind in ("load", "requests_per_s")]
         shown = [text for mid, low, high in spans for text in (f"{mid:.3g}", f"{low:.3g} to {high:.3g}")]
         extra = [f"{row[name]:,.3g}" for name in ("tokens_per_dollar", "tokens_per_joule")] if priced else []
         figures = f"{row['output_tokens_per_s']:,.0f}", f"{row['energy_j_per_token']:.3g}"
-        table.add_row(row["policy"], row["system"], *shown, *figures, *extra)
-    err.print(table)
+        table.append((row["policy"], row["system"], *shown, *figures, *extra))
+    show_table((*heads, *(("tok/$", "tok/J") if priced else ())), table, ("J/token", "tok/s"))
     for row in rows:
         if row["error"]:
-            text = f"{row['policy']} on {row['system']}: {row['error']}"
-            err.print(text, style="red", highlight=False, soft_wrap=True)
+            say(f"on {row['system']}: {row['error']}", f"{row['policy']} ", "red")
 
 
 def cost(
@@ -124,7 +137,7 @@ def cost(
     from l3env.runs.cost import EXAMPLE
 
     if run is None or prices is None:
-        err.print("Give a folder and prices: l3env cost runs/first --prices prices.toml. Prices look like this:\n")
+        say("Give a folder and prices: l3env cost runs/first --prices prices.toml. Prices look like this:\n")
         print(EXAMPLE, end="")
         return
     frame = _results(run)
@@ -138,12 +151,13 @@ def cost(
 
     by = ["system", "model", "trace", "load", "policy"]
     means = pd.DataFrame(rows).groupby(by, sort=False)[["output_tokens_per_s", *COST_COLUMNS]].mean().reset_index()
-    table = plain_table(*by, "tok/s", "$/h", "kW", "tok/$", "$/Mtok", "tok/J")
+    table = []
     for row in plain_rows(means):
         scaled = [row["output_tokens_per_s"], row["dollars_per_hour"], row["power_w"] / 1e3]
         scaled += [row[name] for name in COST_COLUMNS[2:]]
-        table.add_row(*(str(row[name]) for name in by[:3]), f"{row['load']:.3g}", row["policy"], *map(_short, scaled))
-    err.print(table)
+        names_shown = [str(row[name]) for name in by[:3]]
+        table.append((*names_shown, f"{row['load']:.3g}", row["policy"], *map(_short, scaled)))
+    show_table((*by, "tok/s", "$/h", "kW", "tok/$", "$/Mtok", "tok/J"), table, ("kW", "$/h", "tok/J", "tok/s"))
 
 
 def _short(value: float) -> str:

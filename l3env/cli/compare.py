@@ -13,6 +13,7 @@ from l3env.cli.shared import (
     Json,
     Model,
     PrefixCache,
+    Results,
     SloForm,
     TbtLimit,
     TbtScale,
@@ -24,12 +25,17 @@ from l3env.cli.shared import (
     end,
     err,
     exclusive,
+    folder_out,
     names,
+    note,
     numbers,
     print_json,
     progress_bar,
+    say,
     say_taken,
+    stop_at_mistake,
 )
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
 DEMO_POLICIES = "fcfs,sarathi,l3,edf,sjf-prompt,srtf-predicted"
@@ -49,9 +55,7 @@ def compare(
         str | None, typer.Option(help="Instead of --load: times what the reference policy serves at saturation.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Seed 0 is the trace itself, the others are resampled.")] = 1,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results; what it holds unchanged is not run again.")
-    ] = None,
+    out: Results = None,
     fresh: Fresh = False,
     jobs: Jobs = 1,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,
@@ -70,7 +74,7 @@ def compare(
     """Compares scheduling policies on the same workloads."""
     exclusive(context, "load", "utilization")
     exclusive(context, "config", *(context.params.keys() - {"config", "out", "fresh", "jobs", "as_json"}))
-    announce_compilation(compile_now=jobs != 1)
+    announce_compilation(compile_now=jobs != 1, prefix_cache=prefix_cache)
     from l3env.policy.protocol import Role
     from l3env.policy.registry import policies_of
     from l3env.runs.grid import Grid
@@ -82,12 +86,12 @@ def compare(
             raise L3EnvError(f"{config}: several systems, models or traces; expected one of each, or use l3env sweep")
     else:
         wanted = Grid(
-            names(policies, "--policies") if policies else policies_of(Role.HEURISTIC, Role.ORACLE, Role.FLOOR),
+            policies_of(Role.HEURISTIC, Role.ORACLE, Role.FLOOR) if policies is None else names(policies, "--policies"),
             (system,),
             (model,),
             (trace,),
-            () if utilization else tuple(numbers(load, "--load")),
-            tuple(numbers(utilization, "--utilization")) if utilization else (),
+            tuple(numbers(load, "--load")) if utilization is None else (),
+            () if utilization is None else tuple(numbers(utilization, "--utilization")),
             seeds,
             tp,
             slo=asked_slo(context),
@@ -101,40 +105,43 @@ def run_and_report(grid: Any, out: Path | None, as_json: bool, *, fresh: bool = 
     """Runs a comparison with a progress bar; prints the table or JSON; writes the folder. A failed run: exit code 1."""
     from l3env import report
     from l3env.report import html
+    from l3env.report.names import policy_labels
     from l3env.runs.compare import read_comparison, run_grid
     from l3env.runs.workers import Workers
 
     with progress_bar("comparing") as progress:
         comparison = run_grid(grid, out=out, fresh=fresh, workers=Workers(count=jobs), progress=progress)
     say_taken(comparison.taken_count, len(comparison.results), out)
+    stop_at_mistake(comparison.results.to_dict("records"))
     if as_json:
         print_json(report.to_json(comparison))
     else:
-        report.terminal_table(comparison, err)
+        report.terminal_table(comparison, stdout, note)
+    labels = policy_labels(comparison.config.policies)
+    for row in comparison.failed.to_dict("records"):
+        say(f" {row['error']}", f"{labels[row['policy']]}, load {row['load']:.3g}, seed {row['seed']}:", "red")
     if out is not None:
         with err.status("drawing ..."):
             shown = read_comparison(out)
             report.write_results(shown, out)
             html.write_html(shown, f"Comparison {out.name}", out / "report.html")
-        err.print(
-            f"written: {out}/results.csv, report.html, config.json, requests/*.parquet and pictures (*.png)",
-            highlight=False,
-        )
+        say(f"written: {out}/results.csv, report.html, config.json, requests/*.parquet and pictures (*.png)")
     end(comparison.failed)
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for results and pictures.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(callback=folder_out, help="Folder for results and pictures.")] = Path(
+        "runs/demo"
+    ),
     as_json: Json = False,
 ) -> None:
     """The main job in a minute: six policies on an embedded trace profile, three loads, GPT-175B on GPUs + DIMM-PIM."""
     announce_compilation()
     from l3env.runs.grid import Grid
 
-    err.print(
+    say(
         "Workload: profile:azure-conv-2023, 1,500 requests drawn from fitted statistics of the Azure conversation "
-        "trace (not the trace itself; `l3env traces list` shows the real ones and how to get them).",
-        highlight=False,
+        "trace (not the trace itself; `l3env traces list` shows the real ones and how to get them)."
     )
     grid = Grid(
         tuple(DEMO_POLICIES.split(",")),

@@ -1,4 +1,4 @@
-"""What is there: ``l3env systems``, ``models``, ``policies``, ``knobs``, ``schema``."""
+"""What is there: ``l3env systems``, ``models``, ``knobs``, ``schema``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from l3env.cli.shared import Json, err, plain_table, print_json
+from l3env.cli.columns import show_table
+from l3env.cli.shared import Json, out, print_json
 
 
 def systems(as_json: Json = False) -> None:
@@ -17,11 +18,12 @@ def systems(as_json: Json = False) -> None:
     if as_json:
         print_json([_plain(spec) for spec in loaded])
         return
-    table = plain_table("system", "GPUs", "HBM GB", "HBM TB/s", "PFLOP/s", "PIM", "PIM GB", "PIM TB/s", "GPU-PIM GB/s")
+    heads = ("system", "GPUs", "HBM GB", "HBM TB/s", "PFLOP/s", "PIM", "PIM GB", "PIM TB/s", "GPU-PIM GB/s")
+    table = []
     for spec in loaded:
         n, pim = spec.gpus_count, spec.pim
         link = spec.pim_link.bytes_per_s * spec.pim_link.utilisation_frac * n / 1e9 if spec.pim_link else None
-        table.add_row(
+        row = (
             spec.name,
             f"{n} x {spec.gpu.name}",
             f"{n * spec.gpu.hbm_bytes / 1e9:,.0f}",
@@ -32,7 +34,8 @@ def systems(as_json: Json = False) -> None:
             f"{pim.internal_bytes_per_s / 1e12:.1f}" if pim else "-",
             f"{link:,.0f}" if link else "-",
         )
-    err.print(table)
+        table.append(row)
+    show_table(heads, table, ("GPU-PIM GB/s", "PFLOP/s", "PIM TB/s", "HBM TB/s"))
 
 
 def models(as_json: Json = False) -> None:
@@ -43,9 +46,10 @@ def models(as_json: Json = False) -> None:
     if as_json:
         print_json([_plain(spec) for spec in loaded])
         return
-    table = plain_table("model", "params", "layers", "hidden", "heads", "KV heads", "FFN", "KV B/token", "TP")
+    heads = ("model", "params", "layers", "hidden", "heads", "KV heads", "FFN", "KV B/token", "TP")
+    table = []
     for spec in loaded:
-        table.add_row(
+        row = (
             spec.name,
             f"{spec.parameters_count / 1e9:.1f} B",
             str(spec.layers_count),
@@ -56,30 +60,9 @@ def models(as_json: Json = False) -> None:
             f"{spec.kv_bytes_per_token:,.0f}",
             str(spec.tensor_parallel_count),
         )
-    err.print(table)
-    err.print("g: gated FFN (three matrices); TP: GPUs a replica spans by default", highlight=False)
-
-
-def policies(as_json: Json = False) -> None:
-    """Policies known by name."""
-    import inspect
-
-    from l3env.policy.registry import make_policy, policy_factories
-
-    rows = []
-    for name, factory in sorted(policy_factories().items()):
-        summary = (inspect.getdoc(factory) or "").split("\n")[0]
-        every = make_policy(name).decision_interval_s
-        decides = "once" if every == float("inf") else "every iteration" if every == 0 else f"every {every:g} s"
-        rows.append({"policy": name, "decides": decides, "what": summary, "module": factory.__module__})
-    if as_json:
-        print_json(rows)
-        return
-    table = plain_table("policy", "decides", "what", "module")
-    for row in rows:
-        table.add_row(*row.values())
-    err.print(table)
-    err.print("your own: --policies my_policy.py:MyClass")
+        table.append(row)
+    show_table(heads, table, ("heads", "hidden", "KV heads"))
+    out.print("g: gated FFN (three matrices); TP: GPUs a replica spans by default")
 
 
 def knobs(as_json: Json = False) -> None:
@@ -90,11 +73,9 @@ def knobs(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    table = plain_table("knob", "default", "values", "levels", "what")
-    for row in rows:
-        table.add_row(*(row[column] for column in ("knob", "default", "values", "levels", "what")))
-    err.print(table)
-    err.print("levels: what actions and searches choose among (`--action-knobs`; `l3env tune`)")
+    heads = ("knob", "default", "values", "levels", "what")
+    show_table(heads, [tuple(row[head] for head in heads) for row in rows], ("values", "levels", "default"))
+    out.print("levels: what actions and searches choose among (`--action-knobs`; `l3env tune`)")
 
 
 def schema(kind: Annotated[str, typer.Argument(help="system, model, gpu, link, pim, dram, ...")]) -> None:

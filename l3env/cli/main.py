@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import sys
+import os
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,11 +14,13 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from l3env import __version__
-from l3env.cli.shared import err
+from l3env.cli.shared import fail, note, say
 from l3env.errors import L3EnvError
 
 GROUP = "l3env.commands"
 INTERRUPTED = 130
+COUNTS = ("L3ENV_THREADS", "NUMBA_NUM_THREADS", "LOKY_MAX_CPU_COUNT")
+FOLDERS = ("L3ENV_CACHE_DIR", "L3ENV_TRACE_DIR", "XDG_CACHE_HOME")
 
 
 class Commands(Mapping[str, Any]):
@@ -65,14 +68,28 @@ def main() -> None:
     """Runs the command line."""
     warnings.showwarning = _show_warning
     try:
+        _check_variables()
         app()
     except L3EnvError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:  # a full disk, a folder that was taken away, ...
+        fail(f"{error.filename or 'file'}: {error.strerror or error}")
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer has caught the KeyboardInterrupt
-            err.print("interrupted; what was finished is kept")
+            say("interrupted; what was finished is kept")
         raise
+
+
+def _check_variables() -> None:
+    """Raises L3EnvError for variables of the environment that cannot be read; libraries would end in a traceback."""
+    for name in COUNTS:
+        text = os.environ.get(name, "")
+        if text and (not text.isdecimal() or int(text) < 1):
+            raise L3EnvError(f"{name} = {text!r}; expected a whole number >= 1")
+    for name in FOLDERS:
+        text = os.environ.get(name, "")
+        if Path(text).is_file():
+            raise L3EnvError(f"{name} = {text!r}; expected a folder, not a file")
 
 
 def _command(point: importlib.metadata.EntryPoint) -> Any:
@@ -97,9 +114,9 @@ def _broken(point: importlib.metadata.EntryPoint, error: Exception) -> Any:
     def command() -> None:
         raise L3EnvError(f"command {point.name!r}: {text[0].lower()}{text[1:]}")
 
-    command.__doc__ = text
+    command.__doc__ = escape(text)  # help is read as markup
     return command
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    err.print(f"[yellow]note:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
+    note(str(message))

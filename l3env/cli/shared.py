@@ -1,6 +1,7 @@
-"""What all commands share: the console, progress, tables, JSON.
+"""What all commands share: consoles, progress, JSON.
 
-Results for machines go to stdout (``--json``), tables and progress to stderr.
+Results go to stdout, as tables or with ``--json``; progress, notes and errors to stderr. Nothing printed is read as
+markup: names and messages are shown as they are.
 """
 
 from __future__ import annotations
@@ -11,21 +12,42 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
 from l3env.errors import L3EnvError
 
-PIPED_WIDTH = 140  # columns where stderr is no terminal
-err = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
+PIPED_WIDTH = 140  # columns where there is no terminal
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else there.")]
+
+def _console(*, stderr: bool) -> Console:
+    here = (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, width=None if here else PIPED_WIDTH, markup=False, highlight=False, emoji=False)
+
+
+out, err = _console(stderr=False), _console(stderr=True)
+_for_json: list[IO[str]] = []  # stdout, while everything but JSON goes to stderr
+
+
+def _print_elsewhere(context: typer.Context, as_json: bool) -> bool:
+    """With ``--json``, until the command ends, stdout is for ``print_json`` alone, whatever a policy prints."""
+    if as_json:
+        _for_json.append(sys.stdout)
+        context.call_on_close(_for_json.pop)
+        context.with_resource(contextlib.redirect_stdout(sys.stderr))
+    return as_json
+
+
+Json = Annotated[
+    bool, typer.Option("--json", callback=_print_elsewhere, help="Print JSON on stdout and nothing else there.")
+]
 Model = Annotated[str, typer.Option(help="A preset (l3env models) or a TOML file.")]
 Trace = Annotated[str, typer.Option(help="A name (l3env traces list), a file, or a spec.")]
 Policies = Annotated[str, typer.Option(help="Names with commas between, or file.py:Class.")]
@@ -38,43 +60,41 @@ PrefixCache = Annotated[str, typer.Option(help="Share KV of equal prompt beginni
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; -1: one a core.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")]
 SHOWN_FAILURES = 5
-TEXT_COLUMNS = ("what", "module", "licence", "decides", "GPUs", "PIM", "here", "profile", "value", "model", "trace")
+AUTHORS_ERRORS = ("PolicyError", "PlanError")
 
 
 def print_json(value: Any) -> None:
     """Strict JSON on stdout."""
-    print(json.dumps(value, indent=2, allow_nan=False))
+    print(json.dumps(value, indent=2, allow_nan=False), file=_for_json[-1] if _for_json else None)
 
 
-def announce_compilation(*, compile_now: bool = False) -> None:
-    """Says so before the first use compiles the kernels, which takes half a minute.
+def announce_compilation(*, compile_now: bool = False, prefix_cache: str = "off") -> None:
+    """From here on, says so when kernels are compiled, whatever the reason: the first use, another version, a variant.
 
     ``compile_now`` does it here and now, so that several processes do not do it side by side.
     """
-    from l3env.jit import is_compiled
+    from l3env import jit
 
-    if is_compiled():
-        return
-    err.print("compiling the simulator for this machine: first use only, about half a minute ...")
-    if compile_now:
+    jit.tell_when_compiling(lambda: say("compiling kernels (once per version, about a minute) ..."))
+    if compile_now and (prefix_cache != "off" or not jit.is_compiled()):
         from l3env.runs.driver import warm_up
 
-        warm_up()
+        warm_up(prefix_cache)
 
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """Gives a function (done, total, what) that moves a bar on stderr."""
     columns = (
-        TextColumn(title),
+        TextColumn(title.replace("{", "{{").replace("}", "}}"), markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.description}"),
+        TextColumn("{task.description}", style="dim", markup=False),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("", total=None)
 
         def move(done: int, total: int, what: str) -> None:
@@ -83,6 +103,45 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
             progress.update(task, completed=done, total=total, description=what)
 
         yield move
+
+
+def folder_out(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """An option's folder, if it can be written to; it is not made yet. Raises L3EnvError before anything runs."""
+    if path is not None:
+        _try_folder(path, f"{param.opts[0]} {path}")
+    return path
+
+
+def file_out(param: typer.CallbackParam, path: Path | None) -> Path | None:
+    """An option's file, if it can be written. Raises L3EnvError before anything runs."""
+    if path is not None:
+        said = f"{param.opts[0]} {path}"
+        if path.is_dir():
+            raise L3EnvError(f"{said}: is a folder; expected a file")
+        _try_folder(path.parent, said)
+    return path
+
+
+Results = Annotated[
+    Path | None,
+    typer.Option(callback=folder_out, help="Folder for results; what it holds unchanged is not run again."),
+]
+
+
+def _try_folder(path: Path, said: str) -> None:
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        first = next(each for each in (path, *path.parents) if each.exists())
+        why = f"{first} is a file" if first.is_file() else f"nothing can be made in {first} ({error.strerror})"
+        raise L3EnvError(f"{said}: {why}; expected a folder that can be written to") from None
+    finally:
+        for each in missing:
+            with contextlib.suppress(OSError):
+                each.rmdir()
 
 
 def numbers(text: str, option: str, count: int | None = None) -> list[float]:
@@ -129,15 +188,6 @@ def exclusive(context: typer.Context, option: str, *others: str) -> None:
         raise L3EnvError(f"{shown[0]} and {', '.join(shown[1:])} contradict each other; expected one of them")
 
 
-def plain_table(*columns: str) -> Table:
-    """A plain table: the first column and texts to the left, numbers to the right and never broken."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, column in enumerate(columns):
-        text = column in TEXT_COLUMNS
-        table.add_column(column, justify="left" if i == 0 or text else "right", no_wrap=not text, overflow="fold")
-    return table
-
-
 def finite(value: Any) -> Any:
     """None for what JSON has no number for."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -146,7 +196,33 @@ def finite(value: Any) -> Any:
 def say_taken(taken_count: int, count: int, folder: Path | None) -> None:
     """How many results were there already, if any."""
     if folder is not None and taken_count:
-        err.print(f"{taken_count:,} of {count:,} taken from {folder}", highlight=False, soft_wrap=True)
+        say(f"{taken_count:,} of {count:,} taken from {folder}")
+
+
+def say(text: str, label: str = "", style: str = "") -> None:
+    """A line on stderr: text as it is, not broken; its label in colour."""
+    err.print(Text.assemble((label, style), text), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A note on stderr."""
+    say(text, "note: ", "yellow")
+
+
+def fail(text: str) -> NoReturn:
+    """Ends with an error of the user's: exit code 2."""
+    say(text, "error: ", "bold red")
+    sys.exit(2)
+
+
+def stop_at_mistake(rows: Sequence[Mapping[Any, Any]]) -> None:
+    """Where there is but one policy, and none of its runs was possible, the first mistake of its author is all there is
+    to say."""
+    errors = [row.get("error") for row in rows]
+    if rows and len({row["policy"] for row in rows}) == 1 and all(isinstance(error, str) for error in errors):
+        kind, _, text = str(errors[0]).partition(": ")
+        if kind in AUTHORS_ERRORS:
+            fail(text)
 
 
 def end(failed: Any) -> None:

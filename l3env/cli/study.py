@@ -16,16 +16,21 @@ from l3env.cli.shared import (
     end,
     err,
     finite,
+    folder_out,
     print_json,
     progress_bar,
+    say,
     say_taken,
 )
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
 
 def sweep(
     study: Annotated[Path, typer.Argument(help="The study: a YAML file, or the config.json of an earlier one.")],
-    out: Annotated[Path | None, typer.Option(help="Folder; resumes what is there. By default runs/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=folder_out, help="Folder; resumes what is there. By default runs/NAME.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="loky (local processes) or ray.")] = "loky",
     address: Annotated[str | None, typer.Option(help="Ray cluster to join; without it Ray starts here.")] = None,
     jobs: Jobs = -1,
@@ -33,7 +38,6 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Runs policies x systems x models x traces x loads x seeds; resumes; failed cells do not stop the others."""
-    announce_compilation(compile_now=True)
     from l3env.files import write_text
     from l3env.report.html import write_html
     from l3env.runs.compare import read_comparison, run_grid
@@ -43,22 +47,22 @@ def sweep(
     is_json = study.suffix == ".json"
     grid = Grid.from_json(read_config(study)) if is_json else Grid.from_yaml(study)
     folder = out or (study.parent if is_json else Path("runs") / study.stem)
+    announce_compilation(compile_now=True, prefix_cache=grid.prefix_cache)
     workers = start_backend(backend, address, jobs)
     with progress_bar("sweeping") as progress:
         found = run_grid(grid, out=folder, fresh=fresh, workers=workers, progress=progress)
     say_taken(found.taken_count, len(found.results), folder)
     if as_json:
         print_json({"config": grid.to_json(), "results": plain_rows(found.results)})
-    err.print(f"{len(found.done):,} runs done, {len(found.failed):,} failed", highlight=False)
+    else:
+        stdout.print(f"{len(found.done):,} runs done, {len(found.failed):,} failed")
     for row in found.failed.head(SHOWN_FAILURES).to_dict("records"):
-        err.print(f"  {row['key']}: {row['error']}", highlight=False, soft_wrap=True)
+        say(f" {row['error']}", f"{row['key']}:", "red")
     with err.status("drawing ..."):
         shown = read_comparison(folder)
         write_text(folder / "results.csv", shown.results.to_csv(index=False))
         write_html(shown, f"Study {folder.name}", folder / "report.html")
-    err.print(
-        f"written: {folder}/results.csv, report.html, config.json and the datasets", highlight=False, soft_wrap=True
-    )
+    say(f"written: {folder}/results.csv, report.html, config.json and the datasets")
     end(found.failed)
 
 
@@ -67,8 +71,25 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a comparison o
     from l3env.report.html import write_html
     from l3env.runs.compare import read_comparison
 
+    if not (folder / "config.json").is_file():
+        raise L3EnvError(f"{folder}: {_no_page(folder)}; expected the folder of compare, demo or sweep")
     path = write_html(read_comparison(folder), f"Study {folder.name}", folder / "report.html")
-    err.print(f"written: {path}", highlight=False, soft_wrap=True)
+    say(f"written: {path}")
+
+
+def _no_page(folder: Path) -> str:
+    """Why a folder gives no page, and where to look instead."""
+    if not folder.is_dir():
+        return "is a file" if folder.exists() else "no such folder"
+    if (folder / "config.yml").is_file():
+        return f"a training run: see learning_curve.png and evaluations.csv in it, or l3env evaluate {folder}"
+    if (folder / "policy.png").is_file():
+        return (
+            "results of l3env evaluate: see results.csv and policy.png in it, or give that command again for its table"
+        )
+    if any(folder.glob("cells/search.*.json")):
+        return "kept searches of l3env capacity: give that command again for its table"
+    return "no results here (no config.json)"
 
 
 def start_backend(backend: str, address: str | None, jobs: int) -> Any:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from l3env.cli.shared import announce_compilation, err, numbers
+from l3env.cli.shared import announce_compilation, file_out, numbers, say
+from l3env.cli.shared import out as stdout
 from l3env.errors import L3EnvError
 
 
@@ -21,7 +22,7 @@ def timeline(
     load: Annotated[str, typer.Option(help="Times the trace's own arrival rate.")] = "1.0",
     utilization: Annotated[str | None, typer.Option(help="Instead: times what the machine serves.")] = None,
     replica: Annotated[int, typer.Option(help="Which replica of the system is drawn.")] = 0,
-    out: Annotated[Path, typer.Option(help="The trace to write.")] = Path("runs/timeline.json"),
+    out: Annotated[Path, typer.Option(callback=file_out, help="The trace to write.")] = Path("runs/timeline.json"),
 ) -> None:
     """One run as a Chrome / Perfetto trace: devices, sub-batches, bubbles, requests. Opens in ui.perfetto.dev."""
     announce_compilation()
@@ -45,9 +46,8 @@ def timeline(
     about = {"system": system, "model": model, "trace": trace, "policy": policy, "load": level, "replica": replica}
     drawing.write(out, events, about)
     figures = outcome.metrics
-    err.print(
+    stdout.print(
         f"{figures['requests_count']:,.0f} requests, {figures['iterations_count']:,.0f} iterations, bubbles: "
-        f"GPU {figures['gpu_bubble_frac']:.1%}, PIM {figures['pim_bubble_frac']:.1%} of iteration time",
-        highlight=False,
+        f"GPU {figures['gpu_bubble_frac']:.1%}, PIM {figures['pim_bubble_frac']:.1%} of iteration time"
     )
-    err.print(f"written: {out} ({len(events):,} events); open it in ui.perfetto.dev", highlight=False, soft_wrap=True)
+    say(f"written: {out} ({len(events):,} events); open it in ui.perfetto.dev")

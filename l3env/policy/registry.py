@@ -1,8 +1,9 @@
 """Policies by reference: built in, registered, from an installed package, from a file, or what a training run wrote.
 
-What a reference begins with: a name; ``file.py:Class``; ``package.module:Class``; or something that a resolver of the
-entry-point group ``l3env.policy_resolvers`` knows, such as the folder of a training run. Its options are the arguments
-of the class: ``sarathi?prefill_budget_tokens=2048``. A class whose arguments are ``**knobs`` takes the fields of Knobs.
+What a reference begins with: a name; ``file.py:Class``, or ``file.py`` with one policy in it; ``package.module:Class``;
+or something that a resolver of the entry-point group ``l3env.policy_resolvers`` knows, such as the folder of a training
+run. Its options are the arguments of the class: ``sarathi?prefill_budget_tokens=2048``. A class whose arguments are
+``**knobs`` takes the fields of Knobs.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+import numpy as np
+
 from l3env.errors import L3EnvError, PolicyError
 from l3env.knobs import Knobs
-from l3env.policy.protocol import HOOKS, Policy, Role
+from l3env.policy.mistakes import HOUSE, class_line, file_of, last_line, not_made, place, raised, short, shown
+from l3env.policy.protocol import HOOKS, BasePolicy, Policy, Role
 from l3env.policy.sources import data_files, importable, source_files
 from l3env.reference import Reference, parameters, parse
 
@@ -42,6 +47,9 @@ class PolicyResolver(Protocol):
 
 
 _registered: dict[str, Factory] = {}
+_loaded: set[Path] = set()  # files of which policies were taken
+ASKED = {name: inspect.signature(hook) for name, hook in vars(Policy).items() if name in HOOKS and callable(hook)}
+"""How each hook is called."""
 
 
 def register_policy(name: str, factory: Factory) -> None:
@@ -90,14 +98,33 @@ def make_policy(ref: PolicyLike) -> Policy:
         return check_policy(made, policy_name(ref))
     reference = parse(ref, "policy", PolicyError)
     factory = _factory(reference)
-    arguments = reference.arguments(factory, _more(factory))
+    inner = _inner(factory)
     try:
-        policy = factory(**arguments)
-    except L3EnvError:
-        raise
-    except Exception as error:
-        raise reference.wrong(f"cannot be made: {type(error).__name__}: {error}") from error
+        with _beside(file_of(inner)):
+            policy = factory(**reference.arguments(factory, _more(factory)))
+    except (Exception, SystemExit) as error:
+        if isinstance(error, L3EnvError) and inner.__module__.partition(".")[0] == HOUSE.name:
+            raise
+        said = raised(error, "a policy").removeprefix(f"{reference.what} {ref!r}: ")
+        raise not_made(ref, "cannot be made", _constructor_line(inner, error), said) from error
     return check_policy(policy, ref)
+
+
+def _inner(factory: Any) -> Any:
+    """What ``functools.partial`` wraps."""
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return factory
+
+
+def _constructor_line(inner: Any, error: BaseException) -> str:
+    """The line that failed, else where the constructor begins."""
+    code = getattr(vars(inner).get("__init__") if inspect.isclass(inner) else inner, "__code__", None)
+    if found := last_line(error, file_of(inner)):
+        return found
+    return (
+        class_line(inner) if code is None else f"{short(Path(code.co_filename))}:{code.co_firstlineno}, {code.co_name}"
+    )
 
 
 def policy_name(ref: PolicyLike) -> str:
@@ -134,9 +161,7 @@ def policy_files(ref: PolicyLike) -> tuple[Path, ...]:
 def policy_module(ref: PolicyLike) -> Path | None:
     """The file of a policy's class; None for one that more than its sources and reference make up: an object, or a
     function of this process with values of its own. Raises PolicyError where it cannot be found."""
-    factory: Any = _factory(parse(ref, "policy", PolicyError)) if isinstance(ref, str) else ref
-    while isinstance(factory, functools.partial):
-        factory = factory.func
+    factory = _inner(_factory(parse(ref, "policy", PolicyError)) if isinstance(ref, str) else ref)
     written = inspect.isclass(factory) or (inspect.isfunction(factory) and factory.__closure__ is None)
     file = getattr(sys.modules.get(factory.__module__), "__file__", None) if written else None
     return None if file is None else Path(file)
@@ -145,18 +170,57 @@ def policy_module(ref: PolicyLike) -> Path | None:
 def check_policy(policy: Any, ref: str) -> Policy:
     """Raises PolicyError where an object does not keep the protocol, or wants the truth without saying so."""
     missing = [name for name in HOOKS if getattr(policy, name, None) is None]
+    if getattr(type(policy), "decide", None) is BasePolicy.decide and "decide" not in getattr(policy, "__dict__", {}):
+        missing = ["decide"]
     if missing:
-        raise PolicyError(f"{ref}: not a policy: lacks {', '.join(missing)} (derive from l3env.BasePolicy)")
-    if policy.wants_truth and not policy.name.startswith("oracle-"):
-        raise PolicyError(
-            f"{ref}: policy {policy.name!r} wants true output lengths; its name must start with 'oracle-'"
+        said = (
+            f"expected all that l3env.BasePolicy has; got none of {', '.join(missing)} (derive from l3env.BasePolicy)"
         )
+        raise not_made(ref, f"lacks {', '.join(missing)}", class_line(type(policy)), said)
+    for hook, asked in ASKED.items():
+        _check_signature(policy, hook, asked, ref)
+    every_s = policy.decision_interval_s
+    if not isinstance(every_s, int | float | np.number) or not every_s >= 0:
+        said = f"expected seconds, 0 or more; got {shown(every_s)}"
+        raise not_made(ref, "wrong decision_interval_s", class_line(type(policy)), said)
+    if not isinstance(policy.name, str):
+        said = f"expected a text; got {shown(policy.name)}"
+        raise not_made(ref, "wrong name", class_line(type(policy)), said)
+    if policy.wants_truth and not policy.name.startswith("oracle-"):
+        said = f"it wants true output lengths; its name must start with 'oracle-'; got {policy.name!r}"
+        raise not_made(ref, "wrong name", class_line(type(policy)), said)
     return cast(Policy, policy)
+
+
+def _check_signature(policy: Any, hook: str, asked: inspect.Signature, ref: str) -> None:
+    """Raises PolicyError for a hook that cannot be called as it is going to be."""
+    names = list(asked.parameters)[1:]
+    try:
+        signature = inspect.signature(getattr(policy, hook))
+        signature.bind(*names)
+    except ValueError:  # of a function that is not Python's
+        return
+    except TypeError:
+        found = getattr(policy, hook)
+        got = f"{hook}{inspect.signature(found)}" if callable(found) else shown(found)
+        said = f"expected {hook}({', '.join(names)}); got {got}"
+        raise not_made(ref, f"wrong arguments of {hook}", place(policy, hook), said) from None
+
+
+def beside(policy: Policy) -> AbstractContextManager[None]:
+    """What lies beside a policy's file can be imported by its hooks meanwhile."""
+    return _beside(file_of(type(policy)))
+
+
+def _beside(file: Path | None) -> AbstractContextManager[None]:
+    return nullcontext() if file is None or file not in _loaded else importable(file.parent, first=True)
 
 
 def _factory(reference: Reference) -> Factory:
     """What makes the policies of a reference."""
     base = reference.base
+    if not base:
+        raise reference.wrong("expected a name, file.py:Class, package.module:Class, or the folder of a training run")
     if base in _registered:
         return _registered[base]
     for point in entry_points(group=ENTRY_POINT_GROUP):
@@ -166,7 +230,9 @@ def _factory(reference: Reference) -> Factory:
         found = cast(PolicyResolver, point.load())(base)
         if found is not None:
             return found
-    place, colon, attribute = base.rpartition(":")
+    file, colon, attribute = base.rpartition(":")
+    if base.endswith(".py"):
+        return _only_policy(base, _module_of_file(base, Path(base)))
     if not colon:
         close = difflib.get_close_matches(base, policy_names(), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -174,12 +240,25 @@ def _factory(reference: Reference) -> Factory:
             f"unknown policy {base!r}{hint}; there are: {', '.join(policy_names())}; or file.py:Class, "
             "package.module:Class, the folder of a training run"
         )
-    module = _module_of_file(base, Path(place)) if place.endswith(".py") else _module(base, place)
+    module = _module_of_file(base, Path(file)) if file.endswith(".py") else _module(base, file)
     factory = getattr(module, attribute, None)
     if factory is None or not callable(factory):
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
-        raise PolicyError(f"{base}: {place} has no class {attribute!r}; it has {', '.join(classes) or 'none'}")
+        raise PolicyError(f"{base}: {file} has no class {attribute!r}; it has {', '.join(classes) or 'none'}")
     return cast(Factory, factory)
+
+
+def _only_policy(ref: str, module: ModuleType) -> Factory:
+    """The one class of a module that decides."""
+    classes = [
+        value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__
+    ]
+    found = [each for each in classes if hasattr(each, "decide")]
+    if len(found) != 1:
+        names = ", ".join(each.__name__ for each in found or classes) or "none"
+        problem = "has several policies" if found else "has no class with decide; of classes it has"
+        raise PolicyError(f"{ref}: {problem}: {names}; expected {ref}:Class")
+    return cast(Factory, found[0])
 
 
 def _more(factory: Factory) -> dict[str, Any]:
@@ -201,12 +280,20 @@ def _module_of_file(ref: str, path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    own = Path(spec.origin or path)
+    _loaded.add(own)
     try:
         with importable(folder, first=True):
             spec.loader.exec_module(module)
-    except Exception as error:
-        raise PolicyError(f"{ref}: {path} fails to import: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
+        raise _not_imported(ref, own, error) from error
     return module
+
+
+def _not_imported(ref: str, file: Path, error: BaseException) -> L3EnvError:
+    where = last_line(error, file) or short(file)
+    return not_made(ref, f"{short(file)} fails to import", where, raised(error, "a file that can be imported"))
 
 
 def _module(ref: str, name: str) -> ModuleType:
@@ -214,5 +301,7 @@ def _module(ref: str, name: str) -> ModuleType:
     try:
         with importable(Path.cwd(), first=False):
             return importlib.import_module(name)
-    except Exception as error:
-        raise PolicyError(f"{ref}: module {name!r} fails to import: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        where = last_line(error, Path.cwd() / f"{name}.py") or f"module {name}"
+        said = raised(error, "a module that can be imported")
+        raise not_made(ref, f"module {name!r} fails to import", where, said) from error

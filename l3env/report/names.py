@@ -36,9 +36,12 @@ def unique(values: Iterable[str]) -> list[str]:
 
 
 def policy_labels(policies: Iterable[str]) -> dict[str, str]:
-    """What to call each policy: ``file.py:Class`` is ``Class``, as long as no other policy is called so."""
+    """What to call each policy: ``folder/file.py:Class`` is ``Class``, ``folder/file.py`` is ``file.py``, as long as no
+    other policy is called so."""
     refs = unique(policies)
-    short = {ref: ref.rpartition(":")[2] if ".py:" in ref else ref for ref in refs}
+    short = {
+        ref: ref.rpartition(":")[2] if ".py:" in ref else PurePath(ref).name if ".py" in ref else ref for ref in refs
+    }
     longer = {ref: PurePath(ref.rpartition(":")[0]).stem + ":" + short[ref] if ".py:" in ref else ref for ref in refs}
     for clearer in (longer, {ref: ref for ref in refs}):
         taken = Counter(short.values())

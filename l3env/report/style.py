@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from l3env.files import whole
 from l3env.report.names import policy_labels, unique
@@ -23,6 +24,7 @@ COLOURS = (
 )
 LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 1, 2, 1, 2)))
 DPI = 150
+MATH = r"\mathdefault"  # in matplotlib's own labels
 STYLE: Any = {  # rcParams
     "font.size": 9,
     "axes.titlesize": 10,
@@ -67,7 +69,11 @@ def save(draw: Callable[[], Figure], path: Path) -> None:
     with mpl.rc_context(), whole(path) as file:
         mpl.rcdefaults()
         mpl.rcParams.update(STYLE)
-        draw().savefig(file, format="png", dpi=DPI)
+        figure = draw()
+        for text in figure.findobj(Text):
+            if text.get_text() and MATH not in text.get_text():  # names are shown as they are; ticks have no text yet
+                text.set_parse_math(False)
+        figure.savefig(file, format="png", dpi=DPI)
 
 
 def legend_below(figure: Figure, handles: list[Any], *, columns: int = 6) -> None:

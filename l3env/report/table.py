@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,11 +77,15 @@ COLUMNS = (
 )
 
 
-def terminal_table(comparison: Comparison, console: Console) -> None:
-    """Prints the comparison; columns that do not fit the console's width are left out, the least important first."""
+def terminal_table(comparison: Comparison, console: Console, note: Callable[[str], None] | None = None) -> None:
+    """Prints the comparison; columns that do not fit the console's width are left out, the least important first.
+
+    Args:
+        note: is told which.
+    """
     results = contract_order(comparison.results)
     half_widths = _goodput_half_widths(intervals(comparison.done, comparison.requests))
-    columns = [column for column in COLUMNS if not column.pim or has_pim(results)]
+    wanted = columns = [column for column in COLUMNS if not column.pim or has_pim(results)]
     table = _table(comparison, columns, half_widths)
     while max(column.rank for column in columns) > 0 and _width(console, table) > console.width:
         worst = max(column.rank for column in columns)
@@ -89,10 +94,13 @@ def terminal_table(comparison: Comparison, console: Console) -> None:
     console.print(Text(heading(comparison), style="bold"))
     console.print(Text(_facts(comparison), style="dim"))
     console.print(table)
-    labels = policy_labels(comparison.config.policies)
-    for row in comparison.failed.to_dict("records"):
-        text = f"{labels[row['policy']]}, load {row['load']:.3g}, seed {row['seed']}: {row['error']}"
-        console.print(Text(text, style="red"), soft_wrap=True)
+    if note is not None and len(columns) < len(wanted):
+        left_out = ", ".join(_one_line(column) for column in wanted if column not in columns)
+        note(f"{console.width} columns are too few for {left_out}; a wider terminal, --out or --json shows all")
+
+
+def _one_line(column: Column) -> str:
+    return column.title.replace("-\n", "").replace("\n", " ").replace(" {unit}", "")
 
 
 def _width(console: Console, table: Table) -> int:
@@ -103,14 +111,15 @@ def _facts(comparison: Comparison) -> str:
     """The line below the heading: how much was run, which SLO, what ± is."""
     results, slo = comparison.results, comparison.config.slo
     seeds = int(results["seed"].nunique())
-    requests = float(contract_order(comparison.done)["requests_count"].mean())
+    counts = contract_order(comparison.done)["requests_count"].dropna()
+    requests = f"{float(counts.mean()):,.0f}" if len(counts) else "no"
     limits = [
         f"{name} ≤ {limit:g} s" if limit is not None else f"{name} ≤ {scale:g}x uncontended"
         for name, limit, scale in (("TTFT", slo.ttft_s, slo.ttft_scale), ("TBT", slo.tbt_s, slo.tbt_scale))
     ]
     form = "" if slo.form == "mean-tbt" else f" ({slo.form})"
     return (
-        f"{requests:,.0f} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form}\n"
+        f"{requests} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form}\n"
         "rates over the steady window · ± half the bootstrap 95 % interval"
     )
 
@@ -127,7 +136,7 @@ def _table(comparison: Comparison, columns: list[Column], half_widths: dict[tupl
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     if len(loads) > 1:
         table.add_column("load", no_wrap=True)
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy", overflow="fold")
     units = [unit_of(results, column) for column in columns]
     for column, (_, name) in zip(columns, units, strict=True):
         table.add_column(column.title.format(unit=name), justify="right", no_wrap=True)

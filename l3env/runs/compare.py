@@ -171,5 +171,8 @@ def read_comparison(folder: str | Path) -> Comparison:
     config = store.config()
     if config is None:
         raise L3EnvError(f"{folder}: no results here (no config.json)")
-    grid = Grid.from_json(config)
+    try:
+        grid = Grid.from_json(config)
+    except L3EnvError as error:
+        raise L3EnvError(f"{folder}/config.json: {error}") from None
     return _of_store(store, grid, store.rows(cell.key for cell in grid.cells()), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -13,17 +14,19 @@ from l3env.engine.engine import Engine, Slo
 from l3env.engine.kernels.run import Stop, Until
 from l3env.engine.segments import eviction_rule, idle_segments, score_segments
 from l3env.engine.state import PrefixArrays
-from l3env.errors import PolicyError
+from l3env.errors import L3EnvError, PolicyError
 from l3env.knobs import Knobs
 from l3env.machine.pair import compile_pair
 from l3env.machine.tables import Tables
+from l3env.policy.mistakes import ask, blaming, failed, no_progress, shown, wrong_answer
 from l3env.policy.plan import Plan, Scored
 from l3env.policy.protocol import FixedKnobs, Policy
-from l3env.policy.registry import check_policy, policy_name
+from l3env.policy.registry import beside, check_policy, policy_name
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 from l3env.runs.metrics import Outcome, collect
 
+NUMBERS = (int, float, np.integer, np.floating)
 TRAINING_FRAC = 0.2  # predictors are fitted on the first fifth of a trace's requests
 STALL_ITERATIONS = 10_000  # plans in a row that let no time pass
 
@@ -37,6 +40,7 @@ def run_policy(
     training: Workload | None = None,
     record: bool = True,
     prefix_cache: str = "off",
+    decided_s: list[float] | None = None,
 ) -> Outcome:
     """Serves a workload on all replicas of a system under one policy.
 
@@ -46,10 +50,11 @@ def run_policy(
         record: keep time line and gaps between tokens.
         prefix_cache: ``off``, or the rule by which cached prompt segments are given up: ``lru``, ``lfu``, ``tree``, or
             ``score``, by what the policy's ``score_segments`` says.
+        decided_s: gets the wall time of every decision.
 
     Raises:
-        PolicyError: the policy leaves requests waiting for ever.
-        PlanError: it returned something illegal.
+        PolicyError: a hook of the policy fails or gives no answer, or leaves requests waiting for ever.
+        PlanError: it returned something illegal. Both name the policy, its author's line, and the simulated time.
     """
     shares = replica_shares(workload, tables.replicas_count)
     shares = [rows for rows in shares if rows.size]
@@ -57,21 +62,34 @@ def run_policy(
     rule = eviction_rule(prefix_cache)
     engine = Engine(tables, len(shares), max(rows.size for rows in shares), record=record, prefix_cache=rule)
     own: list[dict[str, float]] = []
-    for e, rows in enumerate(shares):
-        part = workload.select(rows)
-        policy.prepare(tables, training)
-        engine.reset(e, part, slo=slo, predicted_tokens=predictions(policy, part))
-        drive(engine, e, policy)
-        own.append(policy.figures())
+    with beside(policy):
+        for e, rows in enumerate(shares):
+            part = workload.select(rows)
+            ask(policy, "prepare", tables, training)
+            engine.reset(e, part, slo=slo, predicted_tokens=predictions(policy, part))
+            drive(engine, e, policy, decided_s=decided_s)
+            own.append(_figures(policy, float(engine.state.env["clock_s"][e])))
     outcome = collect(engine, range(len(shares)), shares, tables.replicas_count)
-    outcome.metrics.update({name: float(np.mean([each[name] for each in own])) for name in own[0]})
+    for name in dict.fromkeys(name for each in own for name in each):
+        if name in outcome.metrics:
+            got, at_s = f"{name!r}, which every run has", outcome.metrics["makespan_s"]
+            raise wrong_answer(policy, "figures", got, at_s, expected="figures of its own")
+        outcome.metrics[name] = float(np.mean([each[name] for each in own if name in each]))
     return outcome
 
 
-def warm_up() -> None:
+def _figures(policy: Policy, at_s: float) -> dict[str, float]:
+    found = ask(policy, "figures", at_s=at_s)
+    if not isinstance(found, dict) or not all(isinstance(each, NUMBERS) for each in found.values()):
+        raise wrong_answer(policy, "figures", shown(found), at_s)
+    return found
+
+
+def warm_up(prefix_cache: str = "off") -> None:
     """Compiles what a run needs, by one."""
     tables = compile_pair("l3-dgx-a100", "llama-3-8b")
-    run_policy(tables, Workload.build("warm-up", [0.0], [16], [2]), FixedKnobs("warm-up", Knobs()))
+    one = Workload.build("warm-up", [0.0], [16], [2])
+    run_policy(tables, one, FixedKnobs("warm-up", Knobs()), prefix_cache=prefix_cache)
 
 
 def replica_shares(workload: Workload, replicas_count: int) -> list[NDArray[np.int64]]:
@@ -95,21 +113,31 @@ def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
         if not policy.name.startswith("oracle-"):
             raise PolicyError(f"policy {policy.name!r} wants true output lengths; its name must start with 'oracle-'")
         return workload.output_tokens
-    predict = policy.predictor()
+    predict = ask(policy, "predictor")
     if predict is None:
         return None
-    predicted = np.asarray(predict(workload.prompt_tokens.copy()), dtype=float)
+    if not callable(predict):
+        raise wrong_answer(policy, "predictor", shown(predict))
+    with blaming(policy, "predictor"):
+        predicted = np.asarray(predict(workload.prompt_tokens.copy()), dtype=float)
     if predicted.shape != (len(workload),) or not np.isfinite(predicted).all():
-        raise PolicyError(f"policy {policy.name!r}: its predictor must return one finite number per request")
+        raise wrong_answer(policy, "predictor", f"for {len(workload)} prompts: {shown(predicted)}")
     return np.maximum(np.rint(predicted), 1).astype(np.int64)
 
 
-def drive(engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
+def drive(
+    engine: Engine,
+    e: int,
+    policy: Policy,
+    watch: Callable[[], None] | None = None,
+    decided_s: list[float] | None = None,
+) -> None:
     """Runs environment ``e`` to its end, asking the policy at its decision points.
 
     ``watch`` is called after every iteration (and every wait for an arrival); it changes nothing but the speed.
+    ``decided_s`` gets the wall time of every decision.
     """
-    driver = Driver(engine, e, policy, watch)
+    driver = Driver(engine, e, policy, watch, decided_s)
     stop = driver.wake()
     while stop != Stop.DONE:
         stop = driver.step()
@@ -120,11 +148,19 @@ def drive(engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | No
 class Driver:
     """One environment under one policy, moved on piece by piece: knobs hold from one decision point to the next."""
 
-    def __init__(self, engine: Engine, e: int, policy: Policy, watch: Callable[[], None] | None = None) -> None:
-        self.engine, self.e, self.policy, self.watch = engine, e, policy, watch
-        weights = policy.scorer()
+    def __init__(
+        self,
+        engine: Engine,
+        e: int,
+        policy: Policy,
+        watch: Callable[[], None] | None = None,
+        decided_s: list[float] | None = None,
+    ) -> None:
+        self.engine, self.e, self.policy, self.watch, self.decided_s = engine, e, policy, watch, decided_s
+        weights = ask(policy, "scorer")
         if weights is not None:
-            engine.score_with(e, weights)
+            with blaming(policy, "scorer"):
+                engine.score_with(e, np.asarray(weights, dtype=float))
         self._held_until_s = -math.inf  # the knobs that stand hold until then
         self._happened_count = 0  # when they were decided
         self._frozen = 0
@@ -151,14 +187,17 @@ class Driver:
         if before_s >= self._held_until_s or (at_events and happened_count(engine, e) != self._happened_count):
             plan = self._decide()
         if plan is not None:
-            stop = engine.step_plan(
-                e,
-                plan.operations(),
-                prefill_all=plan.prefill is None,
-                decode=plan.decode,
-                interleaved=plan.interleave,
-                multi_token=plan.multi_token,
-            )
+            try:
+                stop = engine.step_plan(
+                    e,
+                    plan.operations(),
+                    prefill_all=plan.prefill is None,
+                    decode=plan.decode,
+                    interleaved=plan.interleave,
+                    multi_token=plan.multi_token,
+                )
+            except Exception as error:
+                raise failed(self.policy, "decide", error, before_s) from error
             if self.watch is not None:
                 self.watch()
         elif self.policy.decision_interval_s == 0:
@@ -177,14 +216,21 @@ class Driver:
         """Asks the policy: a plan for the next iteration, or None where knobs and scores now stand."""
         engine, e = self.engine, self.e
         self._score_segments()
-        decision = self.policy.decide(View(engine, e))
+        now_s = float(engine.state.env["clock_s"][e])
+        began_s = time.perf_counter()
+        decision = ask(self.policy, "decide", View(engine, e), at_s=now_s)
+        if self.decided_s is not None:
+            self.decided_s.append(time.perf_counter() - began_s)
         if isinstance(decision, Plan):
             return decision
         if isinstance(decision, Scored):
-            engine.score_requests(e, *decision.checked())
+            with blaming(self.policy, "decide", now_s):
+                engine.score_requests(e, *decision.checked())
             decision = decision.knobs
+        if not isinstance(decision, Knobs):
+            raise wrong_answer(self.policy, "decide", shown(decision), now_s)
         decision.write(engine.knobs, e)
-        self._held_until_s = float(engine.state.env["clock_s"][e]) + self.policy.decision_interval_s
+        self._held_until_s = now_s + self.policy.decision_interval_s
         self._happened_count = happened_count(engine, e)
         return None
 
@@ -196,9 +242,12 @@ class Driver:
         rows = idle_segments(state, self.e)
         if not rows.size:
             return
-        scores = np.asarray(self.policy.score_segments(rows), dtype=float)
+        now_s = float(state.env["clock_s"][self.e])
+        found = ask(self.policy, "score_segments", rows, at_s=now_s)
+        with blaming(self.policy, "score_segments", now_s):
+            scores = np.asarray(found, dtype=float)
         if scores.shape != rows.shape or not np.isfinite(scores).all():
-            raise PolicyError(f"policy {self.policy.name!r}: score_segments must return one finite number per row")
+            raise wrong_answer(self.policy, "score_segments", f"for {rows.size} rows: {shown(found)}", now_s)
         score_segments(state, self.e, rows["segment"], scores)
 
 
@@ -214,12 +263,14 @@ def _until(limit_s: float, events: bool) -> Until:
     return Until.END if math.isinf(limit_s) else Until.TIME
 
 
-def stuck(engine: Engine, e: int, policy: Policy) -> PolicyError:
+def stuck(engine: Engine, e: int, policy: Policy) -> L3EnvError:
     """The error of a policy that leaves requests waiting for ever."""
     view = View(engine, e)
-    return PolicyError(
-        f"policy {policy.name!r} is stuck at {view.now_s:.3f} s: {view.waiting_count} requests wait, "
-        f"{view.running_count} hold memory, none makes progress, and none is still to arrive"
+    return no_progress(
+        policy,
+        view.now_s,
+        f"{view.waiting_count} requests that wait and {view.running_count} that hold memory, none of which makes "
+        "progress, while none is still to arrive",
     )
 
 

@@ -37,7 +37,8 @@ def attempt(job: Job) -> Done:
         figures, frames = job.work()
         done = Done(job.row, figures, frames=frames)
     except Exception as error:
-        text = "" if isinstance(error, L3EnvError) else traceback.format_exc()
+        bad_input = isinstance(error.__cause__ or error, L3EnvError)
+        text = "" if bad_input else traceback.format_exc()
         done = Done(job.row, error=f"{type(error).__name__}: {error}", traceback=text)
     return replace(done, wall_s=time.perf_counter() - start_s, host=platform.node())
 

@@ -21,6 +21,7 @@ from l3env.engine.engine import Engine, Slo
 from l3env.engine.kernels.run import Stop
 from l3env.engine.segments import eviction_rule
 from l3env.machine.tables import Tables
+from l3env.policy.mistakes import ask
 from l3env.policy.protocol import Policy
 from l3env.requests.workload import Workload
 from l3env.runs.driver import Driver, predictions, stuck
@@ -157,13 +158,13 @@ def run_reactive(
     for e, submissions in enumerate(first):
         policy = make()
         policy.slo = slo or Slo()
-        policy.prepare(tables, training)
+        ask(policy, "prepare", tables, training)
         replicas.append(_Replica(engine, e, policy, submissions, slo or Slo(), client.prefix_block_tokens))
     _serve(replicas, client, progress)
     counts = engine.state.env["requests_count"]
     edges = np.concatenate([[0], np.cumsum(counts)])
     outcome = collect(engine, range(len(first)), [np.arange(a, b) for a, b in pairwise(edges)])
-    own = [replica.policy.figures() for replica in replicas]
+    own = [ask(replica.policy, "figures", at_s=replica.clock_s) for replica in replicas]
     outcome.metrics.update({name: float(np.mean([each[name] for each in own])) for name in own[0]})
     outcome.metrics.update(client.figures())
     return outcome

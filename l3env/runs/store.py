@@ -76,7 +76,10 @@ class Store:
         for kind in (ROWS, REQUESTS, TIMELINES):
             if fresh:
                 shutil.rmtree(self.folder / kind, ignore_errors=True)
-            (self.folder / kind).mkdir(parents=True, exist_ok=True)
+            try:
+                (self.folder / kind).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise L3EnvError(f"{self.folder}: {error.strerror}; expected a folder that can be written to") from None
         remove_parts(self.folder)
 
     def find(self, job: Job) -> Done | None:

@@ -21,7 +21,9 @@ from l3env.choices import Status
 from l3env.engine.engine import Engine, Slo
 from l3env.files import write_text
 from l3env.machine.tables import Tables
+from l3env.policy.mistakes import ask
 from l3env.policy.protocol import Policy
+from l3env.policy.registry import beside
 from l3env.requests.workload import Workload
 from l3env.runs.driver import drive, predictions, replica_shares
 from l3env.runs.metrics import Outcome, collect
@@ -231,10 +233,11 @@ def record(
     rows: NDArray[np.int64] = replica_shares(workload, tables.replicas_count)[replica]
     part = workload.select(rows)
     engine = Engine(tables, 1, len(part), record=True)
-    policy.prepare(tables, training)
-    engine.reset(0, part, slo=slo, predicted_tokens=predictions(policy, part))
-    recorder = Recorder(engine, 0)
-    drive(engine, 0, policy, recorder)
+    with beside(policy):
+        ask(policy, "prepare", tables, training)
+        engine.reset(0, part, slo=slo, predicted_tokens=predictions(policy, part))
+        recorder = Recorder(engine, 0)
+        drive(engine, 0, policy, recorder)
     return recorder.events, collect(engine, [0], [rows])
 
 

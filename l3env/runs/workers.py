@@ -6,6 +6,7 @@ Results do not depend on which.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -97,10 +98,12 @@ class Caller(NamedTuple):
 
     def joined(self) -> None:
         """Makes a process of the caller's see files as it does, and end with it: a killed command would leave idle
-        workers behind. On other machines nothing of that holds."""
+        workers behind; what policies print goes to stderr, since stdout may be for JSON. On other machines nothing of
+        that holds."""
         if os.getppid() != self.pid:
             return
         _end_with_parent(self.pid)
+        sys.stdout = sys.stderr
         os.chdir(self.folder)
         for name in [name for name in os.environ if name.startswith(OWN_VARIABLES)]:
             del os.environ[name]

@@ -23,7 +23,7 @@ runner = CliRunner()
 
 @pytest.fixture
 def another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A distribution on the path, as pip would install it, with three commands: a function, a group, a missing one."""
+    """A distribution on the path, as pip would install it: a function, a group, two commands that cannot be loaded."""
     (tmp_path / "theirs.py").write_text(
         "import typer\n"
         "group = typer.Typer(help='Two of them.')\n"
@@ -31,11 +31,13 @@ def another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "@group.command()\ndef two(): print('two')\n"
         "def greet(name: str):\n    'Says hello.'\n    print('hello', name)\n"
     )
+    (tmp_path / "needy.py").write_text("raise ImportError('pip install theirs[train]')\n")
     about = tmp_path / "theirs-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
         "[l3env.commands]\ngreet = theirs:greet\ntheirs = theirs:group\nlost = theirs.nowhere:command\n"
+        "needy = needy:go\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -50,7 +52,9 @@ def test_a_package_adds_commands_by_declaring_them() -> None:
 
 @pytest.mark.usefixtures("another_package")
 def test_one_that_cannot_be_imported_spoils_neither_the_list_nor_the_others() -> None:
-    assert "Cannot be loaded" in runner.invoke(app, ["--help"]).output
+    shown = runner.invoke(app, ["--help"]).output
+    assert "Cannot be loaded" in shown
+    assert "theirs[train]" in "".join(shown.replace("│", "").split())
     found = runner.invoke(app, ["lost"])
     assert isinstance(found.exception, L3EnvError)
     assert "'lost'" in str(found.exception)

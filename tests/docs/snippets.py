@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from l3env.cli import app
-from l3env.cli.shared import err
+from l3env.cli.shared import err, out
 from l3env.errors import L3EnvError
 from l3env.traces.catalog import listing
 
@@ -103,17 +103,17 @@ class Runner:
         if not words:
             return ""
         assert words[0] == "l3env", f"{block.where}: {command!r}: only l3env commands are run; mark others as skipped"
-        out, before = io.StringIO(), err.size
-        err.width = WIDTH
+        told, before = io.StringIO(), err.size
+        err.width = out.width = WIDTH
         try:
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 app(words[1:], standalone_mode=False)
         except L3EnvError as error:
             raise AssertionError(f"{block.where}: {command}: {error}") from error
         finally:
-            err.size = before
-        return out.getvalue()
+            err.size = out.size = before
+        return told.getvalue()
 
 
 def compare(block: Block, text: str) -> None:

@@ -22,7 +22,7 @@ from l3env.experiments.train import algorithms
 from l3env.experiments.train.config import ALGORITHMS, TrainConfig, hyperparams_of
 from l3env.experiments.train.export import actor_layers, load_weights
 from l3env.experiments.train.grpo import GRPO, group_advantages, kl_estimate, process_advantages
-from l3env.experiments.train.run import evaluate, train
+from l3env.experiments.train.run import evaluate, evaluations, train
 from l3env.experiments.train.windows import in_window
 from l3env.machine.pair import compile_pair
 from l3env.policies.learned_ppo import Learned
@@ -119,8 +119,31 @@ def test_a_finished_run_is_not_run_again_and_another_is_refused(tmp_path: Path) 
     before = (tmp_path / "last_model.zip").stat().st_mtime_ns
     train(wanted, tmp_path)
     assert (tmp_path / "last_model.zip").stat().st_mtime_ns == before
-    with pytest.raises(L3EnvError, match="another configuration"):
+    with pytest.raises(L3EnvError, match="another configuration: seed was 0 and is 1; expected the same"):
         train(replace(wanted, seed=1), tmp_path)
+
+
+def test_more_steps_go_on_where_a_run_ended(tmp_path: Path) -> None:
+    """As if they had been asked for at once, where nothing depends on how long the run is."""
+    wanted = config("maskable-ppo", eval_steps=128)
+    wanted = replace(wanted, hyperparams=wanted.hyperparams | {"learning_rate": 3e-4})
+    train(replace(wanted, total_steps=256), tmp_path / "twice")
+    train(wanted, tmp_path / "twice")
+    train(wanted, tmp_path / "once")
+    assert [row["steps"] for row in evaluations(tmp_path / "twice")] == [0, 128, 256, 384, 512]
+    twice, once = weights(tmp_path / "twice", wanted.algo), weights(tmp_path / "once", wanted.algo)
+    assert all(th.equal(twice[name], once[name]) for name in once)
+
+
+def test_a_failed_start_stops_no_corrected_one(tmp_path: Path) -> None:
+    wanted = config("maskable-ppo", total_steps=64)
+    with pytest.raises(L3EnvError):
+        train(replace(wanted, traces=("nowhere.csv",)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yml").write_text(replace(wanted, seed=3).to_yaml())  # killed at once
+    train(wanted, tmp_path / "out")
+    assert evaluations(tmp_path / "out")[-1]["steps"] == 64
 
 
 def test_a_torn_checkpoint_is_named(tmp_path: Path) -> None:

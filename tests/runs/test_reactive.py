@@ -179,7 +179,7 @@ def test_what_cannot_be_added() -> None:
 
 def test_a_policy_that_admits_nothing_is_named() -> None:
     tables = l3env.compile_pair(*PAIR, tp=8)
-    with pytest.raises(PolicyError, match="'never' is stuck"):
+    with pytest.raises(PolicyError, match="'never': is stuck"):
         run_reactive(tables, Echo(3, 1, 1.0), Never)
 
 

@@ -175,7 +175,7 @@ def test_cli_errors_are_one_line(args: tuple[str, ...], message: str, run_cli: C
 def test_cli_lists_are_json(what: str, run_cli: Callable[..., Any]) -> None:
     rows = json.loads(run_cli(what, "--json").stdout)
     assert len(rows) >= 8
-    assert run_cli(what).stderr.count("\n") >= len(rows)
+    assert run_cli(what).stdout.count("\n") >= len(rows)
 
 
 def test_cli_traces(tmp_path: Path, run_cli: Callable[..., Any]) -> None:

