@@ -17,6 +17,10 @@ class TraceError(WorkloadError):
     """A trace file cannot be found or read."""
 
 
+class ProfileError(L3EnvError):
+    """A table of measurements cannot be read, or a row of it is invalid."""
+
+
 class PlanError(L3EnvError):
     """A policy returned a plan or knobs that are not legal."""
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from l3env.errors import ProfileError
 from l3env.experiments.gpu.coefficients import Linear, Small
 from l3env.experiments.gpu.validation import (
     NEEDS,
     Point,
-    ProfileError,
     load_model,
     statistics,
 )

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l3env.errors import L3EnvError, SpecError
+from l3env.errors import ProfileError, SpecError
 from l3env.machine import price, specs
 from l3env.machine.arrays import COEF_DTYPE
 from l3env.machine.costs import gpu as costs
@@ -35,10 +35,6 @@ COLUMNS = ("op", "model", "tp", "tokens", "batch", "kv_len", "ms")
 NEEDS = {"fc_layer": ("tokens",), "decode_attn": ("batch", "kv_len"), "prefill_attn": ("tokens", "kv_len")}
 OPS = tuple(NEEDS)
 DATA_DIR = Path(__file__).parents[1] / "data"
-
-
-class ProfileError(L3EnvError):
-    """A profile that cannot be read; names the file, row and field."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ COEF_DTYPE = np.dtype(
         ("decompressed_pool", np.int64),  # its pool, the last one; 0: none
         ("decompressed_share", np.float64),  # blocks of each other PIM pool that one of its blocks takes
         ("drafts_count", np.int64),  # tokens guessed a decode step (multi-token prediction); 0: none
-        ("step_host_s", np.float64),  # least time of a step that the serving engine's host keeps up with,
-        ("step_host_request_s", np.float64),  # and more for each request of it
+        ("step_host_s", np.float64),  # what the serving engine's host needs for a step,
+        ("step_host_request_s", np.float64),  # more for each request of it,
+        ("step_host_eager_s", np.float64),  # and for launching one of more tokens than are captured in a graph
+        ("captured_tokens", np.int64),
         ("sends", np.int64),  # is there an all-to-all that computing hides?
         ("dispatch_frac", np.float64),  # dispatch's share of it where it has phases of its own; 0: finely interleaved
         ("comm_sm_frac", np.float64),  # share of the multiprocessors that it takes while it runs

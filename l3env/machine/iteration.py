@@ -7,7 +7,7 @@ new KV over the link (arXiv 2504.17584, section 6):
     two sub-batches   T = max(T_GPU_0, T_PIM_0) + max(T_GPU_1, T_PIM_1)
     one batch         T = max(prefill and HBM attention, T_PIM) + FC and head
 
-and no less than the serving engine's host needs for a step.
+What a serving engine's host needs for a step beside comes in ``engine.kernels.iteration``.
 
 With two, the GPU's phase i attends to sub-batch i and batches the FC of its chunks with the decodes of the other one,
 whose KV of new chunks arrives on the PIM side meanwhile. A GPU's batch lies beside the all-to-all, where there is one.
@@ -29,7 +29,6 @@ from l3env.machine.price import (
     gpu_batch_s,
     hbm_attention_s,
     head_batch_s,
-    host_step_s,
     lane_attention_s,
     pim_side_s,
     prefill_launch_s,
@@ -231,10 +230,9 @@ def price(t, table, batch, mode):
     if mode != SubBatching.ON:
         one = phase(t, table, whole, whole, queries)
         one_s = gpu_batch_s(t, table, max(one.attention_s, one.pim_s) + one.back_s, one.tokens)
-    host_s = host_step_s(t, table, whole.prefill.chunks + whole.decode.requests)
     if one_s < two_s:
-        return Iteration(max(one_s, host_s), (one, no_phase()), 0, whole.decode.slowest_s)
-    return Iteration(max(two_s, host_s), phases, 1, first.decode.slowest_s + second.decode.slowest_s)
+        return Iteration(one_s, (one, no_phase()), 0, whole.decode.slowest_s)
+    return Iteration(two_s, phases, 1, first.decode.slowest_s + second.decode.slowest_s)
 
 
 @inner

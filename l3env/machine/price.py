@@ -102,9 +102,11 @@ def gpu_batch_s(t, table, work_s, tokens):
 
 
 @inner
-def host_step_s(t, table, requests):
-    """The least time of a step that the serving engine's host keeps up with; ideal engines: 0."""
-    return t.coef[table]["step_host_s"] + t.coef[table]["step_host_request_s"] * requests
+def host_step_s(t, table, requests, tokens):
+    """What the serving engine's host needs to prepare and launch a step; ideal engines: 0."""
+    coef = t.coef[table]
+    launches_s = coef["step_host_eager_s"] if tokens > coef["captured_tokens"] else 0.0
+    return coef["step_host_s"] + coef["step_host_request_s"] * requests + launches_s
 
 
 @inner

@@ -202,7 +202,9 @@ def compile_tables(
             lane_pool.append(len(pool_blocks))
             pool_blocks.append(int(min(pool_blocks[1:]) // (ratio / len(pim_bytes))))
     _fill_gpu(coef, system, model, degree)
-    coef["step_host_s"], coef["step_host_request_s"] = system.serving.step_host_s, system.serving.step_host_request_s
+    for name in ("step_host_s", "step_host_request_s", "step_host_eager_s"):
+        coef[name] = getattr(system.serving, name)
+    coef["captured_tokens"] = (system.serving.captured_tokens or (0,))[-1]
     coef["lanes_count"], coef["pools_count"] = len(lane_pool), len(pool_blocks)
     coef["block_tokens"], coef["served_tokens"] = block_tokens, model.served_tokens
     if max(pool_blocks) == 0:

@@ -11,14 +11,13 @@ from typer.testing import CliRunner
 
 from l3env import compile_pair
 from l3env.cli import app
-from l3env.errors import SpecError
+from l3env.errors import ProfileError, SpecError
 from l3env.experiments.gpu import coefficients as gpu_fit
 from l3env.experiments.gpu import raw as gpu_raw
 from l3env.experiments.gpu.preset import write_preset
 from l3env.experiments.gpu.validation import (
     DATA_DIR,
     Point,
-    ProfileError,
     kv_bytes,
     load_model,
     plain,

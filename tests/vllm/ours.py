@@ -42,6 +42,7 @@ def machine(ahead: bool) -> Tables:
         frontend_s=0.0,
         step_host_s=0.0,
         step_host_request_s=0.0,
+        step_host_eager_s=0.0,
         step_gpu_s=0.0,
         schedules_ahead=ahead,
         blocks_by_chunk=True,

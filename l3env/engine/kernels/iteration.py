@@ -15,7 +15,7 @@ from l3env.engine.kernels.record import write_log
 from l3env.jit import helper, inner
 from l3env.machine.forms import stored_lanes
 from l3env.machine.iteration import batch_of, decode_step, no_decode, no_prefill, price, pushed_tokens, with_chunk
-from l3env.machine.price import causal_pairs, lane_attention_s
+from l3env.machine.price import causal_pairs, host_step_s, lane_attention_s
 
 
 @helper
@@ -81,8 +81,7 @@ def account(t, s, e, batch, iteration, energy_j):
     moved_j = coef["transfer_request_j"] * decode.moved_requests
     energy_j += coef["decompressed_token_j"] * decode.decompressed_kv_tokens + moved_j
     energy_j += coef["transfer_token_j"] * prefill.pushed_tokens
-    duration_s = iteration.duration_s
-    env["seen_s"] = env["clock_s"]
+    duration_s = with_host(env, iteration.duration_s, host_step_s(t, env["table_idx"], *of_host(batch.whole, queries)))
     env["clock_s"] += duration_s
     env["iterations_count"] += 1
     env["busy_s"] += duration_s
@@ -105,6 +104,24 @@ def account(t, s, e, batch, iteration, energy_j):
     env["last_prefill_tokens"], env["last_decode_tokens"] = prefill.tokens, decode.requests
     note_phase(s.sub[e, 0], first)
     note_phase(s.sub[e, 1], second)
+
+
+@inner
+def of_host(whole, queries):
+    """(requests, tokens) of a batch."""
+    prefill, decode = whole
+    return prefill.chunks + decode.requests, prefill.tokens + queries * decode.requests
+
+
+@inner
+def with_host(env, gpu_s, host_s):
+    """How long a step takes that was scheduled at ``seen_s``; the next one is scheduled once this one is launched, and
+    the one before it has ended."""
+    if not env["ahead"]:
+        return host_s + gpu_s
+    launched_s = env["seen_s"] + host_s
+    env["seen_s"] = max(env["clock_s"], launched_s)
+    return max(gpu_s, launched_s - env["clock_s"])
 
 
 @inner

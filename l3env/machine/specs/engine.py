@@ -27,13 +27,15 @@ class MemorySpec:
 class EngineSpec:
     """A serving engine around the GPUs. ``ideal`` adds nothing.
 
-    A step takes the longer of what the GPUs compute and what the host needs to prepare it.
+    The host prepares and launches a step: while the one before it runs, where it schedules ahead, and else before it. A
+    step is then scheduled once the last but one has ended and the last one is launched.
     """
 
     name: str
     frontend_s: Annotated[Seconds, "from a request's arrival until it can be scheduled, and from a token to the client"]
-    step_host_s: Annotated[Seconds, "least time between steps that the host can keep up with"]
-    step_host_request_s: Annotated[Seconds, "and more of it for each request of the step"]
+    step_host_s: Annotated[Seconds, "host time of a step"]
+    step_host_request_s: Annotated[Seconds, "more of it for each request of the step"]
+    step_host_eager_s: Annotated[Seconds, "and for launching a step of more tokens than are captured"]
     step_gpu_s: Annotated[Seconds, "GPU time of a step beside the layers: inputs, sampling, gaps"]
     schedules_ahead: Annotated[bool, "a step is scheduled while the one before it runs"]
     blocks_by_chunk: Annotated[bool, "blocks of a prompt are taken chunk by chunk, once the whole would fit"]
@@ -63,6 +65,7 @@ IDEAL = EngineSpec(
     frontend_s=0.0,
     step_host_s=0.0,
     step_host_request_s=0.0,
+    step_host_eager_s=0.0,
     step_gpu_s=0.0,
     schedules_ahead=False,
     blocks_by_chunk=False,

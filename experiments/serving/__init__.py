@@ -1,0 +1,1 @@
+"""l3env against serving engines on real GPUs."""
