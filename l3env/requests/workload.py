@@ -35,6 +35,7 @@ class Workload:
         prefix_offsets: (N + 1,) int64, request i owns ``prefix_ids[prefix_offsets[i]:prefix_offsets[i + 1]]``.
         prefix_block_tokens: tokens per id; 0 where the trace has none.
         source: where the rows come from: url, licence, loader, what was skipped and why.
+        extra: further columns by name, (N,) each: whole numbers, floats, truths or texts. Nothing here reads them.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Workload:
     prefix_offsets: NDArray[np.int64]
     prefix_block_tokens: int = 0
     source: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -64,6 +66,7 @@ class Workload:
         prefix_offsets: ArrayLike | None = None,
         prefix_block_tokens: int = 0,
         source: Mapping[str, Any] | None = None,
+        extra: Mapping[str, ArrayLike] | None = None,
     ) -> Workload:
         """Copies the columns into arrays of the right type, checks them, raises WorkloadError naming row and field."""
         arrival = np.array(arrival_s, dtype=np.float64, ndmin=1)
@@ -88,6 +91,7 @@ class Workload:
             else np.array(prefix_offsets, dtype=np.int64),
             prefix_block_tokens=int(prefix_block_tokens),
             source=dict(source or {}),
+            extra={column: np.array(values, ndmin=1) for column, values in (extra or {}).items()},
         )
         workload.check()
         return workload
@@ -120,6 +124,12 @@ class Workload:
             if getattr(self, column).shape != (count,):
                 shape = getattr(self, column).shape
                 raise WorkloadError(f"{self.name}: field {column} has shape {shape}; expected ({count},)")
+        for column, values in self.extra.items():
+            if column in self.__dataclass_fields__ or values.shape != (count,) or values.dtype.kind not in "biufU":
+                raise WorkloadError(
+                    f"{self.name}: extra column {column!r} of shape {values.shape}, type {values.dtype}; "
+                    f"expected a name of its own, shape ({count},) and numbers, truths or texts"
+                )
         self._require(np.isfinite(self.arrival_s) & (self.arrival_s >= 0), "arrival_s", "a finite number >= 0")
         unsorted_mask = np.concatenate([[True], np.diff(self.arrival_s) >= 0])
         self._require(unsorted_mask, "arrival_s", "a time not before the row above (rows sorted by arrival)")
@@ -166,6 +176,7 @@ class Workload:
             prefix_offsets=np.concatenate([[0], np.cumsum(lengths)]),
             prefix_block_tokens=self.prefix_block_tokens,
             source=self.source,
+            extra={column: values[idx] for column, values in self.extra.items()},
         )
 
     def stretch(self, first: int, last: int) -> Workload:
@@ -186,6 +197,7 @@ class Workload:
             session_idx=self.session_idx[first:last],
             prefix_ids=self.prefix_ids[begin:end],
             prefix_offsets=self.prefix_offsets[first : last + 1] - begin,
+            extra={column: values[first:last] for column, values in self.extra.items()},
         )
 
     def window(self, start_s: float, end_s: float) -> Workload:
