@@ -23,7 +23,7 @@ from l3env.traces.times import Times
 
 BLOCK_TOKENS = 16
 NEEDED = ("chat_id", "timestamp", "input_length", "output_length")
-KNOWN = ("parent_chat_id", "type", "turn", "hash_ids")
+KNOWN = ("chat_id", "parent_chat_id", "type", "turn", "hash_ids")
 
 
 def matches(path: Path) -> bool:

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from l3env.errors import WorkloadError
 
 NO_PARENT = -1
+COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "parent_idx", "think_s", "session_idx", "prefix_ids")
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Workload:
                 shape = getattr(self, column).shape
                 raise WorkloadError(f"{self.name}: field {column} has shape {shape}; expected ({count},)")
         for column, values in self.extra.items():
-            if column in self.__dataclass_fields__ or values.shape != (count,) or values.dtype.kind not in "biufU":
+            if column in COLUMNS or values.shape != (count,) or values.dtype.kind not in "biufU":
                 raise WorkloadError(
                     f"{self.name}: extra column {column!r} of shape {values.shape}, type {values.dtype}; "
                     f"expected a name of its own, shape ({count},) and numbers, truths or texts"
