@@ -72,8 +72,7 @@ def _links(table: Table, times: Times) -> Links:
     if not table.has("parent_chat_id"):
         return Links(np.full(len(table), NO_PARENT, dtype=np.int64), np.zeros(len(table)))
     parent: Codes = rows_of_parents(table, "chat_id", "parent_chat_id")
-    since_s = times.since_first()
-    gap_s = np.where(parent >= 0, since_s - since_s[np.maximum(parent, 0)], 0.0)
+    gap_s = np.where(parent >= 0, times.minus(times.select(np.maximum(parent, 0))), 0.0)
     return Links(parent, np.maximum(gap_s, 0.0))
 
 

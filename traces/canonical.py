@@ -47,6 +47,7 @@ from l3env.traces.spec import parse_count
 from l3env.traces.times import UNIT_DIGITS
 
 VERSION = 1
+TYPE = re.compile(r"[<>|=]?[biufU]\d{1,6}")  # of an extra column
 SCHEMA = pa.schema(
     {
         "arrival_s": pa.float64(),
@@ -359,12 +360,14 @@ def _extra(file: str, about: Mapping[str, Any], columns: Mapping[str, Sequence[A
     """The extra columns that the header names, each of the type it had."""
     extra = {}
     for name, kind in about.get("extra", {}).items():
+        if not isinstance(kind, str) or not TYPE.fullmatch(kind):
+            raise TraceError(f"{file}: extra column {name!r}: type {kind!r}; expected one of numpy's, like '<i8'")
         try:
             values: Any = list(columns[name])
             if np.dtype(kind).kind == "b":
                 values = [value in (True, "True") for value in values]
             extra[name] = np.array(values).astype(kind)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
             raise TraceError(f"{file}: extra column {name!r} is not of type {kind!r}: {error!r}") from error
     return extra
 

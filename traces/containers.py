@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -185,7 +186,10 @@ def load_json(data: bytes, file: str) -> Any:
 
 
 def _parse_float(text: str) -> float | Decimal:
-    return float(text) if len(text) <= FLOAT_DIGITS else Decimal(text)
+    try:
+        return float(text) if len(text) <= FLOAT_DIGITS else Decimal(text)
+    except ArithmeticError:  # an exponent of more digits than Decimal takes
+        return float(text)
 
 
 # ------------------------------------------------------------------------------------------------------------- CSV
@@ -210,7 +214,7 @@ def parse_csv(data: bytes, file: str, names: Sequence[str] = (), lines_before: i
         header_lines = data[:blank].count(b"\n") + 1
         try:
             names, separator = _header(head.decode())
-        except (UnicodeDecodeError, csv.Error) as error:
+        except ValueError as error:
             raise TraceError(f"{file}: row {header_lines}: not a readable header ({error})") from error
         repeated = frozenset(name for name, count in Counter(names).items() if count > 1)
     if not body.strip():
@@ -226,55 +230,53 @@ def parse_csv(data: bytes, file: str, names: Sequence[str] = (), lines_before: i
 def _header(head: str) -> tuple[list[str], str]:
     """Names of the columns of a header line, and what separates them."""
     separator = max(SEPARATORS, key=lambda each: head.count(each))
-    names = next(csv.reader([head.strip("\r\n")], delimiter=separator), [])
+    try:
+        names = next(csv.reader([head.strip("\r\n")], delimiter=separator), [])
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
     return [name.strip() for name in names], separator
 
 
 def _parse_rows(body: bytes, file: str, names: list[str], separator: str, before: int) -> pa.Table:
     places = [str(place) for place in range(len(names))]
-    bad: list[int] = []
-
-    def on_bad_row(row: pa_csv.InvalidRow) -> str:
-        bad.append(row.actual_columns)
-        return "error"
-
     try:
         return pa_csv.read_csv(
             io.BytesIO(body),
             read_options=pa_csv.ReadOptions(
                 use_threads=False, column_names=places, block_size=min(max(len(body) + 1, 2**16), BLOCK_BYTES)
             ),
-            parse_options=pa_csv.ParseOptions(
-                delimiter=separator, newlines_in_values=b'"' in body, invalid_row_handler=on_bad_row
-            ),
+            parse_options=pa_csv.ParseOptions(delimiter=separator, newlines_in_values=b'"' in body),
             convert_options=pa_csv.ConvertOptions(
                 column_types=dict.fromkeys(places, pa.string()), strings_can_be_null=False
             ),
         )
     except (pa.ArrowException, ValueError) as error:
-        if bad:
-            line = _line_of(body, separator, before, lambda row: len(row) != len(names))
-            raise TraceError(
-                f"{file}: row {line}: got {bad[0]} fields; expected {len(names)} ({', '.join(names)})"
-            ) from error
+        for line, row in _records(body, separator, before):
+            if len(row) != len(names):
+                raise TraceError(
+                    f"{file}: row {line}: got {len(row)} fields; expected {len(names)} ({', '.join(names)})"
+                ) from error
         raise TraceError(f"{file}: not a readable CSV: {error}") from error
 
 
-def _line_of(body: bytes, separator: str, before: int, wanted: int | Callable[[list[str]], bool]) -> int:
-    """The line where a row begins: one by its number (from 0), or the first that is as wanted."""
+def _records(body: bytes, separator: str, before: int) -> Iterator[tuple[int, list[str]]]:
+    """The line where each row begins, and its fields; to say what is wrong."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(body.decode(errors="replace"), newline=""), delimiter=separator)
-    number, begin = 0, 1
+    begin = 1
     try:
         for row in reader:
             if row:
-                if number == wanted if isinstance(wanted, int) else wanted(row):
-                    return before + begin
-                number += 1
+                yield before + begin, row
             begin = reader.line_num + 1
     except csv.Error:
-        pass
-    return before + (wanted + 1 if isinstance(wanted, int) else begin)
+        return
+
+
+def _line_of(body: bytes, separator: str, before: int, number: int) -> int:
+    """The line where a row (from 0) begins."""
+    lines = (line for line, _ in _records(body, separator, before))
+    return next(itertools.islice(lines, number, None), before + number + 1)
 
 
 # -------------------------------------------------------------------------------------------------- Parquet, Arrow
@@ -299,10 +301,13 @@ def read_arrow(data: bytes, file: str) -> pa.Table:
             size = sum(about.row_group(each).total_byte_size for each in range(about.num_row_groups))
             if size > reading.MOST_BYTES:
                 raise reading.too_large(file)
-            return pq.read_table(pa.BufferReader(data))
-        if data.startswith(ARROW_STREAM):
-            return ipc.open_stream(buffer).read_all()
-        return feather.read_table(buffer)
+            table = pq.read_table(pa.BufferReader(data))
+        elif data.startswith(ARROW_STREAM):
+            table = ipc.open_stream(buffer).read_all()
+        else:
+            table = feather.read_table(buffer)
+        table.validate(full=True)  # offsets of a damaged file may point anywhere
+        return table
     except TraceError:
         raise
     except (*UNREADABLE, KeyError, TypeError, MemoryError) as error:

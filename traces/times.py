@@ -91,14 +91,10 @@ class Times:
 
     def moved(self, rows: NDArray[np.int64], sources: NDArray[np.int64], distance_s: NDArray[np.float64]) -> Times:
         """``rows`` set, one after the other, to the time of ``sources`` and ``distance_s`` more."""
-        values = self.values.copy()
+        exact = self._decimals()
         for row, source, distance in zip(rows.tolist(), sources.tolist(), distance_s.tolist(), strict=True):
-            base = values[source] if source >= 0 else 0
-            if values.dtype == np.int64:
-                values[row] = base + round(distance * 1e9)
-            else:
-                values[row] = base + (Decimal(repr(distance)) if values.dtype == object else distance)
-        return Times(values, self.dated)
+            exact[row] = (exact[source] if source >= 0 else Decimal(0)) + Decimal(repr(distance))
+        return Times(of_numbers(exact, "s").values, self.dated)
 
 
 def of_numbers(numbers: Iterable[Any], unit: str) -> Times:
