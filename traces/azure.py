@@ -18,8 +18,8 @@ IMAGES = "NumImages"
 
 
 def matches(path: Path) -> bool:
-    """True where the columns have one of the format's."""
-    return bool(look(path).names & set(COLUMNS))
+    """True where the columns have one of the format's counts of tokens."""
+    return bool(look(path).names & set(COLUMNS[1:]))
 
 
 def load(path: Path, *, keep: Sequence[str] = ()) -> Workload:

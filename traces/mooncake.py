@@ -36,7 +36,7 @@ def matches(path: Path) -> bool:
     if "chat_id" in found.names:
         return False
     if found.kind == "json":
-        return bool(found.names & set(FIELDS[1:3])) and "arrival_s" not in found.names
+        return bool(found.names & set(FIELDS[1:3])) and bool(found.names & {FIELDS[0], "delay"})
     return found.names >= set(FIELDS)
 
 

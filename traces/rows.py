@@ -61,35 +61,18 @@ def build(
 ) -> Workload:
     """The workload of (N,) columns in a file's order.
 
-    Args:
-        chosen: rows that the options ask for; others are left out without being counted.
-        skipped: counts, by reason, of rows that are no longer among these.
-        rows_out_of_order: where the loader has counted them itself.
-        source: what else is to be known.
-
-    Raises:
-        TraceError where no request is left; WorkloadError for what cannot be served.
+    ``chosen`` are the rows that the options ask for; others are left out without being counted. ``skipped`` counts, by
+    reason, rows that are no longer among these; ``rows_out_of_order`` is given where the loader has counted them itself.
+    Raises TraceError where no request is left, WorkloadError for what cannot be served.
     """
     everything = np.ones(len(times), dtype=bool) if chosen is None else chosen
     kept = everything & (prompt > 0) & (output > 0)
-    counts = {
-        ZERO_OUTPUT: int((everything & (output == 0)).sum()),
-        ZERO_PROMPT: int((everything & (output > 0) & (prompt == 0)).sum()),
-    }
-    counts = {reason: count + (skipped or {}).get(reason, 0) for reason, count in counts.items()}
-    counts |= {reason: count for reason, count in (skipped or {}).items() if reason not in counts}
-    rows = len(times) + sum((skipped or {}).values())
-    counts = {reason: count for reason, count in counts.items() if count}
-    if not kept.any():
-        why = ", ".join(f"{count} with {reason}" for reason, count in counts.items())
-        raise TraceError(f"{file}: no request left of {rows} rows ({why or 'none chosen'})")
+    rows, counts = _counted(file, everything, prompt, output, skipped or {})
     links = _without(links or Links(np.full(len(times), NO_PARENT), np.zeros(len(times))), everything, kept)
     left = times.select(kept)
     arrival_s = left.since_first()
     late = int((arrival_s < np.maximum.accumulate(arrival_s)).sum()) if rows_out_of_order is None else rows_out_of_order
-    depth = depths(links.parent)
-    raised_s = _after_parents(arrival_s, links.parent, depth)
-    order = np.lexsort((depth, _after_parents(np.arange(depth.size), links.parent, depth), raised_s))
+    raised_s, order = _in_order(arrival_s, links.parent)
     place = np.empty(order.size, dtype=np.int64)
     place[order] = np.arange(order.size)
     parent = links.parent[order]
@@ -115,6 +98,31 @@ def build(
         source={**about, **(source or {})},
         extra={column: values[kept][order] for column, values in (extra or {}).items()},
     )
+
+
+def _counted(
+    file: str, chosen: NDArray[np.bool_], prompt: Codes, output: Codes, before: Mapping[str, int]
+) -> tuple[int, dict[str, int]]:
+    """Rows of the file, and how many of them are skipped by reason; ``before`` the loader itself. Raises for all."""
+    counts = {
+        ZERO_OUTPUT: int((chosen & (output == 0)).sum()),
+        ZERO_PROMPT: int((chosen & (output > 0) & (prompt == 0)).sum()),
+    }
+    for reason, count in before.items():
+        counts[reason] = counts.get(reason, 0) + count
+    counts = {reason: count for reason, count in counts.items() if count}
+    rows = chosen.size + sum(before.values())
+    if not (chosen & (prompt > 0) & (output > 0)).any():
+        why = ", ".join(f"{count} with {reason}" for reason, count in counts.items())
+        raise TraceError(f"{file}: no request left of {rows} rows ({why or 'none chosen'})")
+    return rows, counts
+
+
+def _in_order(arrival_s: NDArray[np.float64], parent: Codes) -> tuple[NDArray[np.float64], Codes]:
+    """Arrivals, none before its parent's, and the rows sorted by them: as in the file where equal, parents first."""
+    depth = depths(parent)
+    raised_s = _after_parents(arrival_s, parent, depth)
+    return raised_s, np.lexsort((depth, _after_parents(np.arange(depth.size), parent, depth), raised_s))
 
 
 def _ordered_prefix(prefix: Prefix | None, rows: Codes) -> dict[str, Any]:

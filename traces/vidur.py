@@ -23,8 +23,8 @@ KNOWN = ("arrived_at", "num_total_tokens", "pd_ratio")
 
 
 def matches(path: Path) -> bool:
-    """True where the columns have one of the format's."""
-    return bool(look(path).names & {*COLUMNS, "arrived_at"})
+    """True where the columns have one of the format's counts of tokens."""
+    return bool(look(path).names & set(COLUMNS))
 
 
 def load(
