@@ -62,7 +62,7 @@ def build(
     """The workload of (N,) columns in a file's order.
 
     ``chosen`` are the rows that the options ask for; others are left out without being counted. ``skipped`` counts, by
-    reason, rows that are no longer among these; ``rows_out_of_order`` is given where the loader has counted them itself.
+    reason, rows that are no longer among these; ``rows_out_of_order`` is given where a loader has counted them itself.
     Raises TraceError where no request is left, WorkloadError for what cannot be served.
     """
     everything = np.ones(len(times), dtype=bool) if chosen is None else chosen
