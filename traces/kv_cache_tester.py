@@ -61,9 +61,7 @@ def matches(path: Path) -> bool:
     """True for sessions as JSON, or a folder or archive that holds such files."""
     if path.is_file() and not is_tar(path):
         found = look(path)
-        return (
-            found.kind == "json" and {"requests"} <= found.names and bool(found.names & {"hash_id_scope", "hash_ids"})
-        )
+        return found.kind == "json" and "requests" in found.names
     try:
         return any(_is_session(name) for name in member_names(path, limit=3))
     except TraceError:

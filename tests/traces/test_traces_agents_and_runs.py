@@ -105,6 +105,14 @@ def test_sessions_in_one_file(tmp_path: Path) -> None:
         kv_cache_tester.load(write(tmp_path, "x.jsonl", session, shared))
 
 
+def test_a_session_with_the_least_there_may_be(tmp_path: Path) -> None:
+    path = write(tmp_path, "s.json", {"requests": [{"in": 100, "out": 3}, {"t": 5, "in": 200, "out": 3}]})
+    assert found(path) == "kv-cache-tester"
+    workload = kv_cache_tester.load(path)
+    assert workload.think_s.tolist() == [0.0, 5.0]
+    assert workload.prefix_ids.size == 0
+
+
 def test_requests_of_a_session_out_of_order(tmp_path: Path) -> None:
     rows = [{"t": 9, "in": 3, "out": 1}, {"t": 2, "in": 1, "out": 1, "api_time": 1.0}, {"t": 4, "in": 2, "out": 1}]
     workload = kv_cache_tester.load(write(tmp_path, "s.json", {"hash_id_scope": "local", "requests": rows}))
