@@ -27,3 +27,11 @@ class PlanError(L3EnvError):
 
 class PolicyError(L3EnvError):
     """A policy is unknown, cannot be loaded, or leaves work undone for ever."""
+
+
+class TraceWarning(UserWarning):
+    """What a trace file says that its reader should know; the command line shows it as a note."""
+
+
+class UnusedWarning(TraceWarning):
+    """A trace file has columns or fields that nothing reads; all are named at once."""

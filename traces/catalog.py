@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tomllib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -22,17 +22,23 @@ from l3env.requests.registry import TraceFormat, formats, suggests
 from l3env.requests.workload import Workload
 from l3env.traces import (
     azure,
+    bailian,
     burstgpt,
     canonical,
     kv_cache_tester,
+    llmservingsim,
     mooncake,
     profile,
     servegen,
+    serving_runs,
     spec,
     splice,
     synthetic,
+    tracelab,
     vidur,
+    vllm_bench,
 )
+from l3env.traces.containers import look
 from l3env.traces.prover import log as prover_log
 from l3env.traces.reading import first_line, is_tar
 from l3env.traces.window import parse_window
@@ -44,7 +50,10 @@ class StandInWarning(UserWarning):
 
 MANIFEST = Path(__file__).parent / "manifest.toml"
 CHECKOUT = Path(__file__).resolve().parent.parent
-BUILT_IN = (canonical, azure, mooncake, burstgpt, vidur, kv_cache_tester, servegen, prover_log)
+BUILT_IN = (
+    *(canonical, azure, mooncake, burstgpt, vidur, kv_cache_tester, servegen, prover_log),
+    *(bailian, tracelab, llmservingsim, vllm_bench, serving_runs),
+)
 PROFILE_PREFIX = "profile:"
 
 
@@ -184,7 +193,8 @@ def _find(base: str, text: str) -> Maker | None:
     if not exists(base):
         return None
     path = Path(base).expanduser()
-    trace_format = find_format(path, parse(text, "trace", TraceError).options.get("format"))
+    options = parse(text, "trace", TraceError).options
+    trace_format = find_format(path, options.get("format"), options)
     maker = _of_file(path, trace_format, {}, {})
     return replace(maker, options={**maker.options, "format": str})
 
@@ -234,14 +244,24 @@ def _of_file(path: Path, trace_format: TraceFormat, fixed: Mapping[str, Any], ab
     return Maker(make, options, about)
 
 
-def find_format(path: Path, name: str | None = None) -> TraceFormat:
-    """The format called ``name``, or the one that matches the file. Raises TraceError where none or several do."""
+def find_format(path: Path, name: str | None = None, options: Collection[str] = ()) -> TraceFormat:
+    """The format called ``name``, or the one that matches the file; for other tables the canonical one.
+
+    ``options`` that name columns (``arrival=``) make any table canonical, unless the format that matches has them too.
+    Raises TraceError where none or several match.
+    """
     known = known_formats()
     if name is not None:
         if name not in known:
             raise TraceError(f"{path}: format {name!r}; expected one of {', '.join(sorted(known))}")
         return known[name]
     found = [trace_format for trace_format in known.values() if trace_format.matches(path)]
+    columns = set(options) & canonical.NAMES.keys()
+    seen_as = look(path)
+    if seen_as.is_own or (columns and seen_as.kind and not any(columns <= each.options.keys() for each in found)):
+        return known[canonical.FORMAT.name]
+    if not found and seen_as.kind:
+        return known[canonical.FORMAT.name]
     if len(found) == 1:
         return found[0]
     if found:

@@ -1,20 +1,27 @@
-"""Mooncake: one JSON object a line, with the ids of the prompt's 512-token blocks.
+"""Mooncake: one JSON object a line, with the ids of the prompt's blocks (512 tokens where the file has no other size).
+
+Fields: ``timestamp`` (ms), ``input_length``, ``output_length`` (tokens); perhaps ``hash_ids``; perhaps ``session_id``,
+with ``delay`` (ms after the answer to the request before it in the session) in place of a timestamp.
 
 Source: github.com/kvcache-ai/Mooncake (FAST25-release); Qin et al., FAST 2025. Licence Apache-2.0.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.errors import TraceError
-from l3env.requests.workload import Workload
-from l3env.traces.reading import MAX_TOKENS, FileFormat, fail, first_line, read_bytes
+from l3env.requests.workload import NO_PARENT, Workload
+from l3env.traces.columns import Codes, Table
+from l3env.traces.containers import look, read_table
+from l3env.traces.reading import FileFormat
+from l3env.traces.rows import Links, Prefix, block_size, build, kept_columns, parse_names
+from l3env.traces.spec import parse_count
+from l3env.traces.times import Times
 
 FIELDS = ("timestamp", "input_length", "output_length", "hash_ids")
 BLOCK_TOKENS = 512
@@ -24,77 +31,77 @@ COARSE_STEP_S = 0.5
 
 
 def matches(path: Path) -> bool:
-    """True where the first line begins as a JSON object with one of the format's fields besides ``timestamp``."""
-    start = first_line(path)
-    return start.startswith("{") and any(f'"{name}"' in start for name in FIELDS[1:3])
+    """True for JSON objects with lengths, and for other tables that have block ids too; not for chats (Bailian's)."""
+    found = look(path)
+    if "chat_id" in found.names:
+        return False
+    if found.kind == "json":
+        return bool(found.names & set(FIELDS[1:3])) and bool(found.names & {FIELDS[0], "delay"})
+    return found.names >= set(FIELDS)
 
 
-def load(path: Path, *, spread: bool = True) -> Workload:
-    """One request a line (plain or gzip); arrival in s; prefix ids kept, 512 tokens an id, comparable over the trace.
+def load(
+    path: Path, *, spread: bool = True, prefix_block_tokens: int | None = None, keep: Sequence[str] = ()
+) -> Workload:
+    """One request a line; arrival in s; prefix ids comparable over the trace.
 
     The conversation trace's clock moves in steps of about 3 s. ``spread`` places the requests of one step at sorted
     uniform times within it (fixed seed; at most one median step ahead), only where the clock is that coarse;
-    ``source["spread"]`` says what was done. Raises TraceError naming file, line and field.
+    ``source["spread"]`` says what was done. ``prefix_block_tokens`` is found from the numbers of ids where these tell.
+    Raises TraceError naming file, line and field.
     """
-    rows = _read(path)
-    times_s = np.array([row["timestamp"] for row in rows], dtype=np.float64) / 1e3
-    ids = [row["hash_ids"] for row in rows]
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    times_s, said = _spread(times_s) if spread else (times_s, "off")
-    return Workload.build(
+    table = read_table(path)
+    table.need(*FIELDS[1:3])
+    if not table.has("delay"):
+        table.need(FIELDS[0])
+    prompt, output = table.tokens("input_length"), table.tokens("output_length")
+    session = table.ids("session_id") if table.has("session_id") else None
+    times, links = _clock(table, session)
+    prefix = None
+    if table.has("hash_ids"):
+        ids, lengths = table.id_lists("hash_ids")
+        tokens = block_size(table, "hash_ids", prompt, lengths, BLOCK_TOKENS, prefix_block_tokens)
+        prefix = Prefix(ids, lengths, tokens)
+    workload = build(
         path.name.partition(".")[0],
-        times_s,
-        [row["input_length"] for row in rows],
-        [row["output_length"] for row in rows],
-        prefix_ids=np.array([block for row in ids for block in row], dtype=np.int64),
-        prefix_offsets=offsets,
-        prefix_block_tokens=BLOCK_TOKENS,
-        source={
-            "file": str(path),
-            "format": FORMAT.name,
-            "rows": len(rows),
-            "skipped": {},
-            "prefix_scope": "trace",
-            "spread": said,
-        },
+        str(path),
+        FORMAT.name,
+        times,
+        prompt,
+        output,
+        links=links,
+        session=session,
+        prefix=prefix,
+        extra=kept_columns(table, keep),
+        source={"prefix_scope": "trace", **table.about_unused()},
     )
+    is_open = not (workload.parent_idx >= 0).any()
+    arrival_s, said = _spread(workload.arrival_s) if spread and is_open else (workload.arrival_s, "off")
+    return replace(workload, arrival_s=arrival_s, source={**workload.source, "spread": said})
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    lines = read_bytes(path).rstrip().split(b"\n")
-    if lines == [b""]:
-        raise TraceError(f"{path}: empty; expected one JSON object a line")
-    rows: list[dict[str, Any]] = []
-    before = 0.0
-    for number, line in enumerate(lines, start=1):
-        row = _parse(path, number, line)
-        if row["timestamp"] < before:
-            fail(path, number, "timestamp", row["timestamp"], f"a time not before the row above ({before:g} ms)")
-        before = row["timestamp"]
-        rows.append(row)
-    return rows
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise TraceError(f"{path}: row {number}: not JSON ({error}); expected an object a line") from error
-    if not isinstance(row, dict) or row.keys() != set(FIELDS):
-        got = sorted(row) if isinstance(row, dict) else row
-        raise TraceError(f"{path}: row {number}: got fields {got!r}; expected {', '.join(FIELDS)}")
-    time_ms = row["timestamp"]
-    if type(time_ms) not in (int, float) or not 0 <= time_ms < float("inf"):
-        fail(path, number, "timestamp", time_ms, "milliseconds >= 0")
-    for name in ("input_length", "output_length"):
-        if type(row[name]) is not int or not 1 <= row[name] <= MAX_TOKENS:
-            fail(path, number, name, row[name], f"a whole number from 1 to {MAX_TOKENS}")
-    ids, blocks = row["hash_ids"], -(-row["input_length"] // BLOCK_TOKENS)
-    if not isinstance(ids, list) or not all(type(block) is int and 0 <= block < 2**62 for block in ids):
-        fail(path, number, "hash_ids", ids, "a list of whole numbers >= 0")
-    if len(ids) != blocks:
-        fail(path, number, "hash_ids", f"{len(ids)} ids", f"{blocks}, one per {BLOCK_TOKENS} tokens of input_length")
-    return row
+def _clock(table: Table, session: Codes | None) -> tuple[Times, Links | None]:
+    """Times, and where the file has delays what each request waits for; a delay sets the earliest time too."""
+    if not table.has("delay"):
+        return table.times("timestamp", "ms"), None
+    delayed = table.present("delay")
+    think_s = table.seconds("delay", "ms")
+    if table.has("timestamp"):
+        stamped = table.present("timestamp")
+        table.require(stamped | delayed, "timestamp", "milliseconds >= 0, or a delay")
+        times = table.times("timestamp", "ms", may_miss=True)
+    else:
+        stamped, times = np.zeros(len(table), dtype=bool), Times(np.zeros(len(table), dtype=np.int64))
+    parent = np.full(len(table), NO_PARENT, dtype=np.int64)
+    last: dict[int, int] = {}
+    for row in range(len(table)):
+        key = NO_PARENT if session is None else int(session[row])
+        if key != NO_PARENT:
+            if delayed[row]:
+                parent[row] = last.get(key, NO_PARENT)
+            last[key] = row
+    rows = np.flatnonzero(~stamped)
+    return times.moved(rows, parent[rows], think_s[rows]), Links(parent, np.where(parent >= 0, think_s, 0.0))
 
 
 def _spread(times_s: NDArray[np.float64]) -> tuple[NDArray[np.float64], str]:
@@ -120,5 +127,9 @@ def _yes_or_no(text: str) -> bool:
 
 
 FORMAT = FileFormat(
-    "mooncake-jsonl", "Mooncake JSON lines with prefix block ids", matches, load, {"spread": _yes_or_no}
+    "mooncake-jsonl",
+    "Mooncake JSON lines, perhaps with prefix block ids and sessions",
+    matches,
+    load,
+    {"spread": _yes_or_no, "prefix_block_tokens": parse_count, "keep": parse_names},
 )

@@ -1,28 +1,43 @@
-"""What the loaders share: opening files, strict CSV tables, and errors that name file, row and field."""
+"""What the loaders share: opening files, packed or not, and errors that name file, row and field."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn, cast
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-from numpy.typing import NDArray
 
 from l3env.errors import TraceError
 from l3env.requests.workload import Workload
 
 MAX_TOKENS = 2**31 - 1
-GZIP_MAGIC = b"\x1f\x8b"
+MOST_BYTES = 2**32  # of a file or archive, unpacked
+MOST_LINE_BYTES = 2**29
+CHUNK_BYTES = 2**24
+SEEN_BYTES = 2**16  # of a file, to tell its format
+PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+TAR_NAMES = (".tar", ".tgz", ".tbz2", ".txz", ".tzst", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError),
+    *(tarfile.TarError, pa.ArrowException),
+)
 
 
 @dataclass(frozen=True)
@@ -38,220 +53,167 @@ class FileFormat:
 
 def fail(file: object, row: object, column: str, got: object, expected: str) -> NoReturn:
     """Raises the one error of a bad row. ``row`` counts the file's lines from 1, the header included."""
-    raise TraceError(f"{file}: row {row}, field {column}: got {got!r}; expected {expected}")
+    shown = str(got) if isinstance(got, Decimal) else repr(got)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    raise TraceError(f"{file}: row {row}, field {column}: got {shown}; expected {expected}")
 
 
-def read_bytes(path: Path) -> bytes:
-    """The file's bytes, gunzipped where it is gzip. Raises TraceError where it cannot be read."""
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes as a stream, unpacked where its first bytes say gzip, bz2, xz, zstd or lz4.
+
+    Raises TraceError where it cannot be opened or, while it is read, unpacked.
+    """
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if data.startswith(GZIP_MAGIC) else data
+        with path.open("rb") as raw:
+            packing = next((name for magic, name in PACKED.items() if _peek(raw).startswith(magic)), None)
+            if packing is None:
+                yield raw
+            else:
+                with _unpacked(raw, packing) as stream:
+                    yield stream
     except FileNotFoundError:
         raise TraceError(f"{path}: no such file") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except TraceError:
+        raise
+    except UNREADABLE as error:
         raise TraceError(f"{path}: cannot be read: {error}") from error
 
 
-def first_bytes(path: Path, count: int = 4096) -> bytes:
-    """The first bytes (after gunzip) for recognising a format; empty for a folder or what cannot be read."""
+def _peek(raw: Any) -> bytes:
+    return bytes(raw.peek(8)[:8])
+
+
+def _unpacked(raw: BinaryIO, packing: str) -> BinaryIO:
+    if packing == "gzip":
+        return cast(BinaryIO, gzip.open(raw))
+    if packing == "bz2":
+        return cast(BinaryIO, bz2.open(raw))
+    if packing == "xz":
+        return cast(BinaryIO, lzma.open(raw))
+    return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), packing))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's bytes, unpacked. Raises TraceError where it cannot be read or is larger than ``MOST_BYTES``."""
+    with opened(path) as stream:
+        return _read_all(str(path), stream, is_text=True)
+
+
+def _read_all(file: str, stream: Any, is_text: bool, most: int | None = None) -> bytes:
+    """All bytes of a stream. Raises TraceError for more than ``most`` of them, and for text with an endless line."""
+    most = MOST_BYTES if most is None else most
+    data = bytearray()
+    line_start = 0
+    while chunk := stream.read(CHUNK_BYTES):
+        if not data:
+            is_text = is_text and not chunk.startswith((b"PAR1", b"ARROW1"))
+        end = chunk.rfind(b"\n")
+        line_start = len(data) + end + 1 if end >= 0 else line_start
+        data += chunk
+        if len(data) > most:
+            raise too_large(file)
+        if is_text and len(data) - line_start > MOST_LINE_BYTES:
+            raise TraceError(f"{file}: a line of more than {MOST_LINE_BYTES:,} bytes; expected shorter ones")
+    return bytes(data)
+
+
+def too_large(file: str) -> TraceError:
+    """The error for more bytes than a trace may have."""
+    return TraceError(f"{file}: more than {MOST_BYTES:,} bytes, unpacked; expected at most that many")
+
+
+def first_bytes(path: Path, count: int = SEEN_BYTES) -> bytes:
+    """The first bytes (unpacked) for recognising a format; empty for a folder or what cannot be read."""
     try:
-        with path.open("rb") as raw:
-            head = raw.read(count)
-        if head.startswith(GZIP_MAGIC):
-            with gzip.open(path, "rb") as packed:
-                return packed.read(count)
-        return head
-    except (OSError, EOFError, zlib.error):
+        with opened(path) as stream:
+            data = bytearray()
+            while len(data) < count and (chunk := stream.read(count - len(data))):
+                data += chunk
+            return bytes(data)
+    except TraceError:
         return b""
 
 
+def decoded(data: bytes) -> bytes:
+    """Text as UTF-8 without a byte-order mark, from UTF-8 or UTF-16 with one."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data[: len(data) // 2 * 2].decode("utf-16", errors="replace").encode()
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
 def first_line(path: Path) -> str:
-    """The first line, without its end and without a byte-order mark; empty where there is no text."""
-    head = first_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0]
+    """The first line that is not blank, without its end; empty where there is no text."""
+    head = decoded(first_bytes(path)).lstrip().split(b"\n", 1)[0]
     try:
         return head.decode().rstrip("\r")
     except UnicodeDecodeError:
         return ""
 
 
-def has_any_column(path: Path, columns: Sequence[str]) -> bool:
-    """True where the first line is a CSV header with at least one of ``columns``."""
-    names = {name.strip().strip('"') for name in first_line(path).split(",")}
-    return bool(names & set(columns))
-
-
 def is_tar(path: Path) -> bool:
     """True for a tar archive, compressed or not."""
-    return path.is_file() and path.name.endswith((".tar", ".tar.gz", ".tgz"))
+    return path.is_file() and path.name.endswith(TAR_NAMES)
 
 
 def member_names(path: Path, limit: int | None = None) -> list[str]:
     """Names of the files in a folder or a tar archive (the first ``limit`` of them); else the file's own name."""
-    try:
-        return [name for name, _ in _members(path, limit, read=False)]
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise TraceError(f"{path}: cannot be read: {error}") from error
+    return [name for name, _ in _members(path, limit, read=False)]
 
 
 def read_members(path: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     """Name and bytes of every file under a folder or in a tar archive whose name has ``pattern``, sorted by name."""
     wanted = re.compile(pattern)
-    try:
-        found = [(name, data) for name, data in _members(path, None, read=True, wanted=wanted)]
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise TraceError(f"{path}: cannot be read: {error}") from error
-    yield from sorted(found)
+    yield from sorted(_members(path, None, read=True, wanted=wanted))
 
 
 def _members(
     path: Path, limit: int | None, read: bool, wanted: re.Pattern[str] | None = None
 ) -> Iterator[tuple[str, bytes]]:
     """Walks a folder, an archive or one file; yields at most ``limit`` names, with their bytes where asked."""
-    count = 0
     if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file() and (wanted is None or wanted.search(file.name)):
-                yield str(file.relative_to(path)), read_bytes(file) if read else b""
-                count += 1
-                if count == limit:
-                    return
+        walk = _in_folder(path, read, wanted)
     elif is_tar(path):
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                if member.isfile() and (wanted is None or wanted.search(member.name.rsplit("/", 1)[-1])):
-                    handle = archive.extractfile(member) if read else None
-                    yield member.name, handle.read() if handle else b""
-                    count += 1
-                    if count == limit:
-                        return
+        walk = _in_archive(path, read, wanted)
     else:
-        yield path.name, read_bytes(path) if read else b""
+        walk = iter([(path.name, read_bytes(path) if read else b"")])
+    for number, member in enumerate(walk, start=1):
+        yield member
+        if number == limit:
+            return
 
 
-@dataclass(frozen=True)
-class Table:
-    """Text columns of one CSV; row ``i`` of a column is line ``first_row + i`` of the file."""
-
-    file: str
-    columns: Mapping[str, pa.ChunkedArray]
-    first_row: int
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def floats(self, column: str, low: float = 0.0) -> NDArray[np.float64]:
-        """(N,) finite numbers >= ``low``."""
-        expected = "a number" if low == -np.inf else f"a number >= {low:g}"
-        values = np.array(self._cast(column, pa.float64(), expected).to_numpy(), dtype=np.float64)
-        self.require(np.isfinite(values) & (values >= low), column, expected)
-        return values
-
-    def integers(self, column: str, low: int, high: int) -> NDArray[np.int64]:
-        """(N,) whole numbers from ``low`` to ``high``."""
-        expected = f"a whole number from {low} to {high}"
-        values = np.array(self._cast(column, pa.float64(), expected).to_numpy(), dtype=np.float64)
-        with np.errstate(invalid="ignore"):
-            self.require((values >= low) & (values <= high) & (values == np.floor(values)), column, expected)
-        return np.array(values, dtype=np.int64)
-
-    def tokens(self, column: str, low: int = 1) -> NDArray[np.int64]:
-        """(N,) token counts, at least ``low``."""
-        return self.integers(column, low, MAX_TOKENS)
-
-    def times_ns(self, column: str) -> NDArray[np.int64]:
-        """(N,) UTC wall-clock times in ns, up to nine fraction digits, with an optional UTC suffix."""
-        expected = "a time like 2023-11-16 18:15:46.6805900"
-        text = pc.replace_substring_regex(self.columns[column], r"(\+00:00|Z)$", "")
-        stamps = self._cast(column, pa.timestamp("ns"), expected, text)
-        return np.array(stamps.cast(pa.int64()).to_numpy(), dtype=np.int64)
-
-    def require_sorted(self, column: str, values: NDArray[Any]) -> None:
-        """Raises for the first value that is before the one above it."""
-        mask = np.concatenate([[True], values[1:] >= values[:-1]])
-        self.require(mask, column, "a time not before the row above")
-
-    def require(self, good_mask: NDArray[np.bool_], column: str, expected: str) -> None:
-        """Raises for the first row whose mask is False."""
-        if not good_mask.all():
-            row = int(np.argmin(good_mask))
-            self.fail(row, column, expected)
-
-    def fail(self, row: int, column: str, expected: str) -> NoReturn:
-        """Raises for row ``row`` (counted from 0 within the data)."""
-        fail(self.file, self.first_row + row, column, self.columns[column][row].as_py(), expected)
-
-    def _cast(
-        self, column: str, kind: pa.DataType, expected: str, text: pa.ChunkedArray | None = None
-    ) -> pa.ChunkedArray:
-        """The column as ``kind``; on failure halves the rows until it has the first bad one."""
-        values = self.columns[column] if text is None else text
-        try:
-            return pc.cast(values, kind)
-        except pa.ArrowInvalid:
-            low, high = 0, len(values)
-        while high - low > 1:
-            middle = (low + high) // 2
-            try:
-                pc.cast(values.slice(low, middle - low), kind)
-                low = middle
-            except pa.ArrowInvalid:
-                high = middle
-        self.fail(low, column, expected)
+def _in_folder(path: Path, read: bool, wanted: re.Pattern[str] | None) -> Iterator[tuple[str, bytes]]:
+    left = MOST_BYTES
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and (wanted is None or wanted.search(file.name)):
+            data = read_bytes(file) if read else b""
+            left -= len(data)
+            if left < 0:
+                raise too_large(str(path))
+            yield str(file.relative_to(path)), data
 
 
-def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> Table:
-    """Reads a CSV with a header. Raises TraceError for missing or unknown columns and rows of another length."""
-    return parse_table(read_bytes(path), str(path), required, optional)
+def _in_archive(path: Path, read: bool, wanted: re.Pattern[str] | None) -> Iterator[tuple[str, bytes]]:
+    left = MOST_BYTES
+    with opened(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            if member.isfile() and (wanted is None or wanted.search(member.name.rsplit("/", 1)[-1])):
+                handle = archive.extractfile(member) if read else None
+                data = _read_all(str(path), handle, is_text=False, most=left) if handle else b""
+                left -= len(data)
+                yield member.name, unpack(f"{path}!{member.name}", data)
 
 
-def parse_table(data: bytes, file: str, required: Sequence[str], optional: Sequence[str] = ()) -> Table:
-    """As ``read_table``, from bytes; ``file`` is what errors call them."""
-    data = data.removeprefix(b"\xef\xbb\xbf").rstrip()
-    header = data.split(b"\n", 1)[0].decode(errors="replace").strip()
-    names = [name.strip().strip('"') for name in header.split(",")] if header else []
-    missing = [name for name in required if name not in names]
-    unknown = [name for name in names if name not in (*required, *optional)]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    for what, columns in (("missing", missing), ("unknown", unknown), ("repeated", repeated)):
-        if columns:
-            extra = f" (and optionally {', '.join(optional)})" if optional else ""
-            raise TraceError(
-                f"{file}: row 1: {what} column {', '.join(map(repr, columns))}; expected {', '.join(required)}{extra}"
-            )
-    if b"\n" not in data:
-        raise TraceError(f"{file}: no rows below the header; expected at least one request")
-    return _parse(data, file, names, skip_rows=1)
-
-
-def parse_rows(data: bytes, file: str, columns: Sequence[str]) -> Table:
-    """As ``parse_table`` for a file without header, whose columns are ``columns`` in this order."""
-    if not data.strip():
-        raise TraceError(f"{file}: empty; expected rows of {', '.join(columns)}")
-    return _parse(data.rstrip(), file, columns, skip_rows=0)
-
-
-def _parse(data: bytes, file: str, names: Sequence[str], skip_rows: int) -> Table:
-    bad: list[tuple[int | None, int]] = []
-
-    def on_bad_row(row: pa_csv.InvalidRow) -> str:
-        bad.append((row.number, row.actual_columns))
-        return "error"
-
+def unpack(file: str, data: bytes) -> bytes:
+    """Bytes of a member of an archive, unpacked where they are packed themselves."""
+    packing = next((name for magic, name in PACKED.items() if data.startswith(magic)), None)
+    if packing is None:
+        return data
     try:
-        table = pa_csv.read_csv(
-            io.BytesIO(data),
-            read_options=pa_csv.ReadOptions(use_threads=False, column_names=list(names), skip_rows=skip_rows),
-            parse_options=pa_csv.ParseOptions(ignore_empty_lines=False, invalid_row_handler=on_bad_row),
-            convert_options=pa_csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        if bad:
-            row, columns = bad[0]
-            raise TraceError(
-                f"{file}: row {row}: got {columns} fields; expected {len(names)} ({', '.join(names)})"
-            ) from error
-        raise TraceError(f"{file}: not a readable CSV: {error}") from error
-    stripped = {name: pc.utf8_trim_whitespace(table.column(name)) for name in names}
-    return Table(file, stripped, first_row=1 + skip_rows)
+        with _unpacked(io.BytesIO(data), packing) as stream:
+            return _read_all(file, stream, is_text=True)
+    except TraceError:
+        raise
+    except UNREADABLE as error:
+        raise TraceError(f"{file}: cannot be read: {error}") from error

@@ -117,6 +117,7 @@ def take(workload: Workload, rows: NDArray[np.int64], arrival_s: NDArray[np.floa
         session_idx=workload.session_idx[rows],
         prefix_ids=workload.prefix_ids[places],
         prefix_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        extra={column: values[rows] for column, values in workload.extra.items()},
     )
 
 

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from l3env.errors import TraceError
 from l3env.requests.workload import Workload
-from l3env.traces.reading import MAX_TOKENS, FileFormat, member_names, parse_rows, read_members
+from l3env.traces.containers import parse_csv
+from l3env.traces.reading import MAX_TOKENS, FileFormat, member_names, read_members
 from l3env.traces.spec import parse_positive, parse_seed
 from l3env.traces.window import Window, parse_window
 
@@ -153,11 +154,11 @@ def _set_of(name: str, path: Path) -> str:
 
 
 def _client(number: int, file: str, data: bytes, dataset: bytes | None) -> Client:
-    table = parse_rows(data, file, TRACE_COLUMNS)
-    start_s = table.floats("window_start_s")
+    table = parse_csv(data, file, names=TRACE_COLUMNS)
+    start_s = table.numbers("window_start_s")
     table.require(start_s == np.arange(len(table)) * WINDOW_S, "window_start_s", "windows of 600 s from 0, in order")
-    rate_per_s = table.floats("rate_per_s")
-    shape = table.floats("shape")
+    rate_per_s = table.numbers("rate_per_s")
+    shape = table.numbers("shape")
     kind = table.columns["distribution"].to_pylist()
     table.require(np.array([name in DISTRIBUTIONS for name in kind]), "distribution", "Gamma, Weibull or nothing")
     idle_mask = np.array([name == "" for name in kind])
@@ -226,7 +227,7 @@ def distributions(client: Client, key: int) -> Mapping[str, Distribution]:
     file = client.file.replace("trace.csv", "dataset.json")
     try:
         fields = json.loads(client.dataset or b"{}")[str(key)]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TraceError(f"{file}: window {key}: cannot be read ({error!r}); expected JSON with that key") from error
     found = {}
     for name, text in fields.items():
@@ -244,7 +245,7 @@ def _parse_distribution(file: str, key: int, name: str, text: str) -> Distributi
         table = ast.literal_eval(text)
         values = np.array(list(table.keys()), dtype=np.int64)
         chances = np.array(list(table.values()), dtype=np.float64)
-    except (ValueError, SyntaxError, AttributeError, TypeError, OverflowError) as error:
+    except (ValueError, SyntaxError, AttributeError, TypeError, OverflowError, RecursionError, MemoryError) as error:
         raise TraceError(f"{where}: got {str(text)[:40]!r}; expected a Python dict of value: probability") from error
     if not values.size:
         return None

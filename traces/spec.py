@@ -101,7 +101,7 @@ def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:
     kind, rate = values.get("arrivals"), values.get("rate")
     drawn = workload.source.get("drawn_with_seed") is not None
     window = values.get("window")
-    workload = replace(workload, recorded_floor=values.get("recorded_floor", workload.recorded_floor))
+    floor = values.get("recorded_floor", workload.recorded_floor)
     if window is not None and kind in ("poisson", "gamma") and workload.span_s <= 0:
         if seed and not drawn:
             workload, drawn = resample(workload, seed), True
@@ -125,7 +125,7 @@ def apply(workload: Workload, values: Mapping[str, Any], seed: int) -> Workload:
         workload = ramp(workload, values["ramp"])
     elif "swing" in values:
         workload = swing(workload, values["swing"], values.get("period", DEFAULT_PERIOD_S))
-    return workload
+    return replace(workload, recorded_floor=floor)
 
 
 def at_rate(workload: Workload, rate_per_s: float) -> Workload:

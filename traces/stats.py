@@ -21,7 +21,8 @@ def describe(workload: Workload) -> dict[str, Any]:
     arrivals; ``idc_10s`` = variance over mean of the arrivals in the whole consecutive 10 s windows from the first
     arrival; prompt and output tokens as ``{prompt,output}_{mean,sd,p50,p90,p99,max}_tokens`` and ``_total_tokens``
     (population sd, linear percentiles); ``prefix_hit_frac``, against an unbounded cache, counting leading blocks
-    already seen; ``sessions_count`` and ``dependent_count`` (requests that wait for another).
+    already seen; ``sessions_count`` and ``dependent_count`` (requests that wait for another), and ``recorded_floor``: do
+    these arrive at their recorded times at the earliest, or at the other one's finish + think time, whenever it is?
     """
     summary: dict[str, Any] = {
         "name": workload.name,
@@ -35,6 +36,7 @@ def describe(workload: Workload) -> dict[str, Any]:
     sessions = workload.session_idx[workload.session_idx >= 0]
     summary["sessions_count"] = int(np.unique(sessions).size)
     summary["dependent_count"] = int((workload.parent_idx >= 0).sum())
+    summary["recorded_floor"] = workload.recorded_floor
     return summary
 
 
@@ -43,7 +45,7 @@ def _arrivals(workload: Workload) -> dict[str, float | None]:
         return {"rate_per_s": None, "gap_cv": None, "idc_10s": None}
     gaps_s = np.diff(workload.arrival_s)
     return {
-        "rate_per_s": workload.rate_per_s,
+        "rate_per_s": (len(workload) - 1) / workload.span_s,
         "gap_cv": float(gaps_s.std() / gaps_s.mean()),
         "idc_10s": idc(workload.arrival_s),
     }

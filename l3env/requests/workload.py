@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from l3env.errors import WorkloadError
 
 NO_PARENT = -1
+COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "parent_idx", "think_s", "session_idx", "prefix_ids")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Workload:
         prefix_block_tokens: tokens per id; 0 where the trace has none.
         recorded_floor: dependent requests arrive at their recorded ``arrival_s`` at the earliest.
         source: where the rows come from: url, licence, loader, what was skipped and why.
+        extra: further columns by name, (N,) each: whole numbers, floats, truths or texts. Nothing here reads them.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Workload:
     prefix_block_tokens: int = 0
     recorded_floor: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -68,6 +71,7 @@ class Workload:
         prefix_block_tokens: int = 0,
         recorded_floor: bool = False,
         source: Mapping[str, Any] | None = None,
+        extra: Mapping[str, ArrayLike] | None = None,
     ) -> Workload:
         """Copies the columns into arrays of the right type, checks them, raises WorkloadError naming row and field."""
         arrival = np.array(arrival_s, dtype=np.float64, ndmin=1)
@@ -93,6 +97,7 @@ class Workload:
             prefix_block_tokens=int(prefix_block_tokens),
             recorded_floor=recorded_floor,
             source=dict(source or {}),
+            extra={column: np.array(values, ndmin=1) for column, values in (extra or {}).items()},
         )
         workload.check()
         return workload
@@ -130,6 +135,12 @@ class Workload:
             if getattr(self, column).shape != (count,):
                 shape = getattr(self, column).shape
                 raise WorkloadError(f"{self.name}: field {column} has shape {shape}; expected ({count},)")
+        for column, values in self.extra.items():
+            if column in COLUMNS or values.shape != (count,) or values.dtype.kind not in "biufU":
+                raise WorkloadError(
+                    f"{self.name}: extra column {column!r} of shape {values.shape}, type {values.dtype}; "
+                    f"expected a name of its own, shape ({count},) and numbers, truths or texts"
+                )
         self._require(np.isfinite(self.arrival_s) & (self.arrival_s >= 0), "arrival_s", "a finite number >= 0")
         unsorted_mask = np.concatenate([[True], np.diff(self.arrival_s) >= 0])
         self._require(unsorted_mask, "arrival_s", "a time not before the row above (rows sorted by arrival)")
@@ -177,6 +188,7 @@ class Workload:
             prefix_block_tokens=self.prefix_block_tokens,
             recorded_floor=self.recorded_floor,
             source=self.source,
+            extra={column: values[idx] for column, values in self.extra.items()},
         )
 
     def stretch(self, first: int, last: int) -> Workload:
@@ -197,6 +209,7 @@ class Workload:
             session_idx=self.session_idx[first:last],
             prefix_ids=self.prefix_ids[begin:end],
             prefix_offsets=self.prefix_offsets[first : last + 1] - begin,
+            extra={column: values[first:last] for column, values in self.extra.items()},
         )
 
     def window(self, start_s: float, end_s: float) -> Workload:

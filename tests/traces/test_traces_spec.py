@@ -61,7 +61,7 @@ def test_bad_windows(text: str) -> None:
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
-        ("wndow=0:5", r"unknown key 'wndow' \(did you mean window\?\); expected one of arrivals"),
+        ("wndow=0:5", r"unknown key 'wndow' \(did you mean window\?\); expected one of arrival, arrivals"),
         ("n=0", "key 'n': got '0'; expected a whole number >= 1"),
         ("n=many", "key 'n': got 'many'"),
         ("load=0", "key 'load': got '0'; expected a finite number > 0"),

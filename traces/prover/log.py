@@ -12,7 +12,7 @@ what is asked does not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,20 @@ from numpy.typing import NDArray
 from l3env.errors import TraceError
 from l3env.files import write_text
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.reading import MAX_TOKENS, FileFormat, fail, first_line, read_bytes
+from l3env.traces.columns import Codes, Table
+from l3env.traces.containers import has_names, read_table
+from l3env.traces.reading import FileFormat, fail
+from l3env.traces.rows import ZERO_OUTPUT, ZERO_PROMPT, Links, Prefix, build, kept_columns, parse_names
+from l3env.traces.times import Times
 
 BLOCK_TOKENS = 16
 NEEDED = ("theorem", "job", "submitted_s", "generated_s", "prompt_tokens", "output_tokens")
-OPTIONAL = ("verified_s", "success", "depth", "process", "prefix_ids")
+KNOWN = ("verified_s", "success", "depth", "process", "prefix_ids")
 
 
 def matches(path: Path) -> bool:
-    """True where the first line begins as a JSON object with a theorem."""
-    start = first_line(path)
-    return start.startswith("{") and '"theorem"' in start and '"job"' in start
+    """True for a table with theorems and jobs."""
+    return has_names(path, "theorem", "job")
 
 
 def write(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
@@ -42,78 +45,77 @@ def write(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     return path
 
 
-def load(path: Path) -> Workload:
-    """One request a line (plain or gzip). Raises TraceError naming file, line and field."""
-    lines = read_bytes(path).rstrip().split(b"\n")
-    if lines == [b""]:
-        raise TraceError(f"{path}: empty; expected one JSON object a line")
-    rows = [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
-    order = sorted(range(len(rows)), key=lambda i: rows[i]["submitted_s"])
-    rows = [rows[i] for i in order]
-    last: dict[tuple[Any, Any], int] = {}
-    parent = np.full(len(rows), NO_PARENT, dtype=np.int64)
-    think_s = np.zeros(len(rows))
-    sessions: dict[Any, int] = {}
-    for i, row in enumerate(rows):
-        key = (row["theorem"], row["job"])
-        if key in last:
-            before = rows[last[key]]
-            pause_s = row["submitted_s"] - before["generated_s"]
-            if pause_s < 0:
-                expected = f"no earlier than the generation before it of the same job ended ({before['generated_s']:g})"
-                fail(path, order[i] + 1, "submitted_s", row["submitted_s"], expected)
-            parent[i], think_s[i] = last[key], pause_s
-        last[key] = i
-        sessions.setdefault(row["theorem"], len(sessions))
-    ids = [row.get("prefix_ids", []) for row in rows]
-    has_ids = any(ids)
-    return Workload.build(
+def load(path: Path, *, keep: Sequence[str] = ()) -> Workload:
+    """One request a line. Raises TraceError naming file, line and field."""
+    table = read_table(path)
+    table.need(*NEEDED)
+    prompt, output = table.tokens("prompt_tokens"), table.tokens("output_tokens")
+    skipped = {ZERO_OUTPUT: int((output == 0).sum()), ZERO_PROMPT: int(((output > 0) & (prompt == 0)).sum())}
+    sent_s = table.times("submitted_s").since_first()
+    late = int((sent_s < np.maximum.accumulate(sent_s)).sum())
+    order = np.argsort(sent_s, kind="stable")
+    table = table.take(order[((prompt > 0) & (output > 0))[order]])
+    if not len(table):
+        raise TraceError(f"{path}: no request left of {prompt.size} rows; expected some with prompt and output tokens")
+    submitted, generated = table.times("submitted_s"), table.times("generated_s")
+    table.require(generated.minus(submitted) >= 0, "generated_s", "seconds >= submitted_s")
+    theorems = _named(table, "theorem")
+    numbers = {theorem: number for number, theorem in enumerate(dict.fromkeys(theorems))}
+    links = _links(table, submitted, generated, list(zip(theorems, _named(table, "job"), strict=True)))
+    return build(
         path.name.partition(".")[0],
-        _earliest_s(rows, parent),
-        [row["prompt_tokens"] for row in rows],
-        [row["output_tokens"] for row in rows],
-        parent_idx=parent,
-        think_s=think_s,
-        session_idx=[sessions[row["theorem"]] for row in rows],
-        prefix_ids=[block for row in ids for block in row] if has_ids else None,
-        prefix_offsets=np.cumsum([0, *(len(row) for row in ids)]) if has_ids else None,
-        prefix_block_tokens=BLOCK_TOKENS if has_ids else 0,
-        source={"file": str(path), "format": FORMAT.name, "rows": len(rows), "skipped": {}, "prefix_scope": "trace"},
+        str(path),
+        FORMAT.name,
+        Times(_earliest_s(submitted.since_first(), links.parent)),
+        table.tokens("prompt_tokens"),
+        table.tokens("output_tokens"),
+        links=links,
+        session=np.array([numbers[theorem] for theorem in theorems], dtype=np.int64),
+        prefix=_prefix(table),
+        extra=kept_columns(table, keep),
+        skipped=skipped,
+        rows_out_of_order=late,
+        source={"prefix_scope": "trace", "clock_began_at": submitted.began_at(), **table.about_unused(KNOWN)},
     )
 
 
-def _earliest_s(rows: list[dict[str, Any]], parent: NDArray[np.int64]) -> NDArray[np.float64]:
+def _named(table: Table, column: str) -> list[Any]:
+    """The names in a column, of which none may miss."""
+    table.require(table.present(column), column, "a text or a whole number")
+    return table.keys(column)
+
+
+def _links(table: Table, submitted: Times, generated: Times, chains: list[Any]) -> Links:
+    """Each generation waits for the last one before it of the same theorem and job; rows are in order of submission."""
+    last: dict[Any, int] = {}
+    parent = np.full(len(table), NO_PARENT, dtype=np.int64)
+    for row, chain in enumerate(chains):
+        parent[row] = last.get(chain, NO_PARENT)
+        last[chain] = row
+    pause_s = np.where(parent >= 0, submitted.minus(generated.select(np.maximum(parent, 0))), 0.0)
+    expected = "no earlier than the generation before it of the same job ended"
+    table.require(pause_s >= 0, "submitted_s", expected)
+    return Links(parent, pause_s)
+
+
+def _earliest_s(sent_s: NDArray[np.float64], parent: Codes) -> NDArray[np.float64]:
     """Roots arrive as in the log; what depends on others arrives by its pause, so its bound is the roots' so far."""
-    times_s = [row["submitted_s"] - rows[0]["submitted_s"] for row in rows]
-    return np.maximum.accumulate(np.where(parent == NO_PARENT, times_s, 0.0))
+    earliest_s: NDArray[np.float64] = np.maximum.accumulate(np.where(parent == NO_PARENT, sent_s, 0.0))
+    return earliest_s
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise TraceError(f"{path}: row {number}: not JSON ({error}); expected an object a line") from error
-    keys = set(row) if isinstance(row, dict) else set()
-    if not keys.issuperset(NEEDED) or not keys.issubset((*NEEDED, *OPTIONAL)):
-        got = sorted(row) if isinstance(row, dict) else row
-        known = f"{', '.join(NEEDED)}, and of {', '.join(OPTIONAL)} what there is"
-        raise TraceError(f"{path}: row {number}: got fields {got!r}; expected {known}")
-    for name in ("theorem", "job"):
-        if type(row[name]) not in (int, str):
-            fail(path, number, name, row[name], "a text or a whole number")
-    for name, least in (("submitted_s", 0), ("generated_s", "submitted_s")):
-        bound = row[least] if isinstance(least, str) else least
-        if type(row[name]) not in (int, float) or not bound <= row[name] < float("inf"):
-            fail(path, number, name, row[name], f"seconds >= {least}")
-    for name in ("prompt_tokens", "output_tokens"):
-        if type(row[name]) is not int or not 1 <= row[name] <= MAX_TOKENS:
-            fail(path, number, name, row[name], f"a whole number from 1 to {MAX_TOKENS}")
-    ids = row.get("prefix_ids", [])
-    if not isinstance(ids, list) or not all(type(block) is int and 0 <= block < 2**63 for block in ids):
-        fail(path, number, "prefix_ids", ids, "a list of whole numbers >= 0")
-    if len(ids) > row["prompt_tokens"] // BLOCK_TOKENS:
-        fail(path, number, "prefix_ids", f"{len(ids)} ids", f"at most one for each {BLOCK_TOKENS} prompt tokens")
-    return row
+def _prefix(table: Table) -> Prefix | None:
+    if not table.has("prefix_ids"):
+        return None
+    ids, lengths = table.id_lists("prefix_ids")
+    many = lengths > table.tokens("prompt_tokens") // BLOCK_TOKENS
+    if many.any():
+        row = int(np.argmax(many))
+        expected = f"at most one for each {BLOCK_TOKENS} prompt tokens"
+        fail(table.file, table.line(row), "prefix_ids", f"{lengths[row]} ids", expected)
+    return Prefix(ids, lengths, BLOCK_TOKENS)
 
 
-FORMAT = FileFormat("prover-log", "Proof-search log, one JSON object a generation", matches, load, {})
+FORMAT = FileFormat(
+    "prover-log", "Proof-search log, one JSON object a generation", matches, load, {"keep": parse_names}
+)
