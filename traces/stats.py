@@ -22,7 +22,7 @@ def describe(workload: Workload) -> dict[str, Any]:
     arrival; prompt and output tokens as ``{prompt,output}_{mean,sd,p50,p90,p99,max}_tokens`` and ``_total_tokens``
     (population sd, linear percentiles); ``prefix_hit_frac``, against an unbounded cache, counting leading blocks
     already seen; ``sessions_count`` and ``dependent_count`` (requests that wait for another), and ``recorded_floor``: do
-    these arrive at their recorded times at the earliest, or at the other one's finish + think time, whenever it is?
+    they arrive at their recorded times at the earliest, or at the other one's finish + think time, whenever it is?
     """
     summary: dict[str, Any] = {
         "name": workload.name,
