@@ -21,7 +21,9 @@ from l3env.engine.kernels.run import Until
 from l3env.engine.segments import eviction_rule
 from l3env.envs.reward import Reward, get_reward
 from l3env.errors import L3EnvError
+from l3env.given import reference
 from l3env.machine.pair import compile_pair
+from l3env.machine.specs import ModelSpec, SystemSpec
 from l3env.machine.tables import Tables
 from l3env.policy.protocol import Policy
 from l3env.policy.registry import make_policy
@@ -34,19 +36,22 @@ DECISIONS = {"iteration": Until.ITERATIONS, "interval": Until.TIME, "event": Unt
 OPTIONS = ("workload", "start", "replica", "load", "utilization", "system", "model", "trace")
 
 Names = str | Sequence[str]
+Systems = str | SystemSpec | Sequence[str | SystemSpec]
+Models = str | ModelSpec | Sequence[str | ModelSpec]
+Traces = str | Workload | Sequence[str | Workload]
 Range = float | Sequence[float]
 
 
 class EpisodeOptions(TypedDict, total=False):
     """What every environment may be told of its episodes; the defaults are those of ``Episodes.build``."""
 
-    system: Names
-    """Preset name or TOML file; a list draws one for each episode."""
-    model: Names
+    system: Systems
+    """Preset name, TOML file or spec; a list draws one for each episode."""
+    model: Models
     """Likewise; every pair of a system and a model is compiled."""
-    trace: Names
-    """A trace spec or a list of them; a trace's requests are shared by the system's replicas in turn, this one gets its
-    part."""
+    trace: Traces
+    """A trace spec, a workload, or a list of them; a trace's requests are shared by the system's replicas in turn, this
+    one gets its part."""
     load: Range
     """Arrival rate as a multiple of the trace's own; a range [low, high] draws it for each episode."""
     utilization: Range | None
@@ -131,9 +136,9 @@ class Episodes:
     @classmethod
     def build(
         cls,
-        system: Names = "l3-dgx-a100",
-        model: Names = "gpt-175b",
-        trace: Names = "azure-conv-2023",
+        system: Systems = "l3-dgx-a100",
+        model: Models = "gpt-175b",
+        trace: Traces = "azure-conv-2023",
         *,
         load: Range = 1.0,
         utilization: Range | None = None,
@@ -305,9 +310,10 @@ def interval_of(what: str, given: float) -> float:
     return float(given)
 
 
-def names_of(what: str, given: Names) -> tuple[str, ...]:
-    """One name or several as a tuple. Raises L3EnvError where there is none, or one twice."""
-    names = (given,) if isinstance(given, str) else tuple(given)
+def names_of(what: str, given: Any) -> tuple[str, ...]:
+    """One name or several as a tuple, objects by names. Raises L3EnvError where there is none, or one twice."""
+    several = not isinstance(given, str | SystemSpec | ModelSpec | Workload)
+    names = tuple(map(reference, given if several else (given,)))
     if not names or len(set(names)) != len(names):
         raise L3EnvError(f"{what} = {given!r}; expected a name, or a list of different names")
     return names

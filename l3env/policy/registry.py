@@ -26,6 +26,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from l3env.errors import L3EnvError, PolicyError
+from l3env.given import given_object, label_of
 from l3env.knobs import Knobs
 from l3env.policy.mistakes import HOUSE, class_line, file_of, last_line, not_made, place, raised, short, shown
 from l3env.policy.protocol import HOOKS, BasePolicy, Policy, Role
@@ -93,6 +94,7 @@ def make_policy(ref: PolicyLike) -> Policy:
     Raises:
         PolicyError: unknown name, file, class or argument, or something that is no policy.
     """
+    ref = _itself(ref)
     if not isinstance(ref, str):
         made = ref() if inspect.isclass(ref) or not hasattr(ref, "decide") else ref
         return check_policy(made, policy_name(ref))
@@ -130,8 +132,14 @@ def _constructor_line(inner: Any, error: BaseException) -> str:
 def policy_name(ref: PolicyLike) -> str:
     """What results call it: the reference, or the name of the policy."""
     if isinstance(ref, str):
-        return ref
+        return label_of(ref)
     return str(getattr(ref, "name", None) or getattr(ref, "__name__", type(ref).__name__))
+
+
+def _itself(ref: PolicyLike) -> PolicyLike:
+    """The object that a name stands for, else the reference."""
+    found: PolicyLike | None = given_object(ref) if isinstance(ref, str) else None
+    return ref if found is None else found
 
 
 def policy_files(ref: PolicyLike) -> tuple[Path, ...]:
@@ -141,18 +149,19 @@ def policy_files(ref: PolicyLike) -> tuple[Path, ...]:
     Raises:
         PolicyError: it cannot be found.
     """
+    ref = _itself(ref)
     if isinstance(ref, str):
         reference = parse(ref, "policy", PolicyError)
         factory = _factory(reference)
-        given = reference.arguments(factory, _more(factory))
+        arguments = reference.arguments(factory, _more(factory))
     else:
-        factory, given = (ref if callable(ref) else type(ref)), {}
+        factory, arguments = (ref if callable(ref) else type(ref)), {}
     inner = factory
     while isinstance(inner, functools.partial):
-        given = inner.keywords | given
+        arguments = inner.keywords | arguments
         inner = inner.func
     defaults = {name: each.default for name, each in inspect.signature(factory).parameters.items()}
-    named = [value for value in {**defaults, **given}.values() if isinstance(value, Path)]
+    named = [value for value in {**defaults, **arguments}.values() if isinstance(value, Path)]
     sources = source_files(inner)
     named += [file for source in sources for file in data_files(source)]
     return tuple(dict.fromkeys([*sources, *(path for path in named if path.is_file())]))
@@ -161,7 +170,10 @@ def policy_files(ref: PolicyLike) -> tuple[Path, ...]:
 def policy_module(ref: PolicyLike) -> Path | None:
     """The file of a policy's class; None for one that more than its sources and reference make up: an object, or a
     function of this process with values of its own. Raises PolicyError where it cannot be found."""
+    ref = _itself(ref)
     factory = _inner(_factory(parse(ref, "policy", PolicyError)) if isinstance(ref, str) else ref)
+    if not callable(factory):
+        factory = type(factory)
     written = inspect.isclass(factory) or (inspect.isfunction(factory) and factory.__closure__ is None)
     file = getattr(sys.modules.get(factory.__module__), "__file__", None) if written else None
     return None if file is None else Path(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import PurePath
@@ -21,6 +22,7 @@ CONTRACT_COLUMNS: tuple[str, ...] = (
     *("gpu_busy_frac", "pim_busy_frac", "gpu_bubble_frac", "pim_bubble_frac", "batch_mean_count"),
     *("kv_hbm_peak_frac", "kv_pim_peak_frac", "energy_j_per_token", "wall_s"),
 )
+OF_OBJECT = re.compile(r"@[0-9a-f]{10}$")  # see ``l3env.given``
 NAME_CHARS = 60  # longer names of traces are cut in headings
 
 
@@ -40,7 +42,8 @@ def policy_labels(policies: Iterable[str]) -> dict[str, str]:
     other policy is called so."""
     refs = unique(policies)
     short = {
-        ref: ref.rpartition(":")[2] if ".py:" in ref else PurePath(ref).name if ".py" in ref else ref for ref in refs
+        ref: ref.rpartition(":")[2] if ".py:" in ref else PurePath(ref).name if ".py" in ref else OF_OBJECT.sub("", ref)
+        for ref in refs
     }
     longer = {ref: PurePath(ref.rpartition(":")[0]).stem + ":" + short[ref] if ".py:" in ref else ref for ref in refs}
     for clearer in (longer, {ref: ref for ref in refs}):
@@ -52,7 +55,7 @@ def policy_labels(policies: Iterable[str]) -> dict[str, str]:
 def short_name(spec: str) -> str:
     """A preset, trace or file as headings show it: folders left out, cut where very long."""
     path, mark, options = spec.partition("?")
-    name = PurePath(path).name.removesuffix(".toml") + mark + options
+    name = OF_OBJECT.sub("", PurePath(path).name.removesuffix(".toml") + mark + options)
     return name if len(name) <= NAME_CHARS else name[: NAME_CHARS - 1] + "…"
 
 

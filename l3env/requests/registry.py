@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from l3env.errors import TraceError
+from l3env.given import given_object
 from l3env.requests.workload import Workload
 
 FORMATS_GROUP = "l3env.trace_formats"
@@ -99,6 +100,11 @@ def load_trace(spec: str | Path, *, seed: int = 0) -> Workload:
     if not isinstance(seed, int) or seed < 0:
         raise TraceError(f"trace seed {seed!r}; expected an integer >= 0")
     text = str(spec)
+    found = given_object(text)
+    if isinstance(found, Workload):
+        if seed:
+            raise TraceError(f"workload {found.name}: seed {seed}; requests given as an object are not resampled")
+        return found
     known: list[str] = []
     for resolver in resolvers().values():
         workload = resolver(text, seed)

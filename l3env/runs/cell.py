@@ -15,6 +15,7 @@ import pandas as pd
 from l3env.engine.engine import Slo
 from l3env.engine.segments import eviction_rule
 from l3env.errors import L3EnvError
+from l3env.given import reference
 from l3env.machine.pair import compile_pair
 from l3env.machine.tables import DEFAULT_BLOCK_TOKENS, Tables
 from l3env.policy.protocol import Policy
@@ -85,6 +86,8 @@ class Cell:
     record: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("policy", "system", "model", "trace"):
+            object.__setattr__(self, name, reference(getattr(self, name)))
         if (self.load is None) == (self.utilization is None):
             raise L3EnvError(f"load = {self.load}, utilization = {self.utilization}; expected one of them")
         eviction_rule(self.prefix_cache)

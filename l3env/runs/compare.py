@@ -12,6 +12,10 @@ import pandas as pd
 
 from l3env.engine.engine import Slo
 from l3env.errors import L3EnvError
+from l3env.given import reference
+from l3env.machine.specs import ModelSpec, SystemSpec
+from l3env.policy.registry import PolicyLike
+from l3env.requests.workload import Workload
 from l3env.runs.grid import Grid
 from l3env.runs.jobs import Progress
 from l3env.runs.plan import run_cells
@@ -48,10 +52,10 @@ class Comparison:
 
 
 def compare(
-    policies: Sequence[str],
-    system: str,
-    model: str,
-    trace: str,
+    policies: Sequence[PolicyLike],
+    system: str | SystemSpec,
+    model: str | ModelSpec,
+    trace: str | Workload,
     *,
     load: float | Sequence[float] | None = None,
     utilization: float | Sequence[float] | None = None,
@@ -68,10 +72,10 @@ def compare(
     """Runs every policy on the same workloads.
 
     Args:
-        policies: names, or ``file.py:Class``.
-        system: a preset's name or a TOML file.
+        policies: names, ``file.py:Class``, policy classes or objects. Each run gets a fresh copy of an object.
+        system: a preset's name, a TOML file or a spec.
         model: likewise.
-        trace: a trace spec, see ``load_trace``.
+        trace: a trace spec, see ``load_trace``, or a workload.
         load: arrival rates as multiples of the trace's own, by default 1; or
         utilization: as multiples of what the reference policy serves at saturation on this system.
         seeds: seed 0 is the trace itself, further ones are resampled from it (generated traces are drawn anew).
@@ -90,10 +94,10 @@ def compare(
     loads = () if utilization is not None else tuple(np.atleast_1d(1.0 if load is None else load).tolist())
     utilizations = () if utilization is None else tuple(np.atleast_1d(utilization).tolist())
     grid = Grid(
-        tuple(policies),
-        (system,),
-        (model,),
-        (trace,),
+        tuple(map(reference, policies)),
+        (reference(system),),
+        (reference(model),),
+        (reference(trace),),
         loads,
         utilizations,
         seeds,

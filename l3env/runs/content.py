@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from l3env.given import given_object
 from l3env.jit import PACKAGE, sources
 from l3env.machine.specs import named
 from l3env.policy.registry import policy_files, policy_module
@@ -76,6 +77,8 @@ def sources_sha256(*files: Path) -> str:
 
 def policy_content(ref: str) -> dict[str, str]:
     """What a policy is made of; where that cannot be known, something that is never the same again."""
+    if given_object(ref) is not None:
+        return {"given": ref} | files_sha256(policy_files(ref))
     module = policy_module(ref)
     if module is None:
         return {"unknown": uuid.uuid4().hex}

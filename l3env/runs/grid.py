@@ -16,6 +16,7 @@ import yaml
 from l3env.engine.engine import Slo
 from l3env.engine.segments import eviction_rule
 from l3env.errors import L3EnvError
+from l3env.given import given_object, reference
 from l3env.machine.specs import named
 from l3env.machine.tables import DEFAULT_BLOCK_TOKENS
 from l3env.policy.registry import make_policy
@@ -32,9 +33,9 @@ class Grid:
     """Everything that repeats a comparison or a study.
 
     Attributes:
-        policies: names or ``file.py:Class``.
-        systems, models: preset names or TOML files; every model runs on every system.
-        traces: trace specs.
+        policies: references (names, ``file.py:Class``), policy classes or objects.
+        systems, models: references (names, TOML files) or specs; every model runs on every system.
+        traces: trace specs, or workloads.
         loads: arrival rates, times each trace's own; or
         utilizations: times what the reference policy serves at saturation on that machine.
         seeds_count: seed 0 is the trace itself, further ones are resampled from it.
@@ -55,6 +56,8 @@ class Grid:
     prefix_cache: str = "off"
 
     def __post_init__(self) -> None:
+        for name in TEXT_LISTS:
+            object.__setattr__(self, name, tuple(map(reference, getattr(self, name))))
         for name in (*TEXT_LISTS, *NUMBER_LISTS):
             values = getattr(self, name)
             if len(set(values)) != len(values):
@@ -134,6 +137,10 @@ class Grid:
             for ref in refs:
                 named(kind, ref)
         for trace in self.traces:
+            if self.seeds_count > 1 and given_object(trace) is not None:
+                raise L3EnvError(
+                    f"seeds = {self.seeds_count}: requests given as an object are not resampled; expected 1"
+                )
             workload = load_trace(trace)
             self._note_prefix_ids(workload)
             self._note_closed_loop(workload)

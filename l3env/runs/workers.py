@@ -18,6 +18,7 @@ from joblib import Parallel, cpu_count, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from l3env.errors import L3EnvError
+from l3env.given import everything, take
 from l3env.threads import at_most
 
 OWN_VARIABLES = "L3ENV_"  # of the environment
@@ -85,7 +86,8 @@ def _spread_out(
 ) -> Iterator[tuple[int, Result]]:
     with parallel_config(backend=workers.backend, n_jobs=workers.count):
         parallel = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
-        caller = Caller(os.getpid(), os.getcwd(), {k: v for k, v in os.environ.items() if k.startswith(OWN_VARIABLES)})
+        variables = {k: v for k, v in os.environ.items() if k.startswith(OWN_VARIABLES)}
+        caller = Caller(os.getpid(), os.getcwd(), variables, everything())
         yield from parallel(delayed(_call)(function, place, item, caller) for place, item in list(items.items()))
 
 
@@ -95,11 +97,13 @@ class Caller(NamedTuple):
     pid: int
     folder: str
     variables: dict[str, str]
+    given: dict[str, bytes]
 
     def joined(self) -> None:
         """Makes a process of the caller's see files as it does, and end with it: a killed command would leave idle
         workers behind; what policies print goes to stderr, since stdout may be for JSON. On other machines nothing of
         that holds."""
+        take(self.given)
         if os.getppid() != self.pid:
             return
         _end_with_parent(self.pid)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from l3env.errors import SpecError
+from l3env.given import given_object
 from l3env.machine.specs.check import KINDS, Checker, fields_of
 from l3env.machine.specs.huggingface import PREFIX as HUGGING_FACE
 from l3env.machine.specs.huggingface import config_path, read_config
@@ -57,6 +58,8 @@ def named(kind: str, ref: Any) -> Any:
     """
     if isinstance(ref, KINDS[kind]):
         return ref
+    if isinstance(ref, str) and isinstance(found := given_object(ref), KINDS[kind]):
+        return found
     if not isinstance(ref, str | Path):
         raise SpecError(f"{kind} = {ref!r}: expected a name, a TOML file or a {KINDS[kind].__name__}")
     return _build(kind, _Reader().read(kind, str(ref)), _where(kind, str(ref)))
