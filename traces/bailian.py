@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.columns import Codes, Table
 from l3env.traces.containers import has_names, read_table
+from l3env.traces.named_columns import Codes, Table
 from l3env.traces.reading import FileFormat
 from l3env.traces.resample import roots
 from l3env.traces.rows import Links, Prefix, block_size, build, kept_columns, parse_names, rows_of_parents

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from l3env.errors import TraceError
 from l3env.requests.workload import Workload
-from l3env.traces.columns import Table
 from l3env.traces.containers import look, read_table
+from l3env.traces.named_columns import Table
 from l3env.traces.reading import FileFormat
 from l3env.traces.rows import build, kept_columns, parse_names
 

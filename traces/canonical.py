@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from l3env.errors import TraceError
 from l3env.files import whole
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.columns import Table, shown
 from l3env.traces.containers import OWN_KEY, PARQUET, look, parse_csv, parse_table, read_arrow
+from l3env.traces.named_columns import Table, shown
 from l3env.traces.reading import FileFormat, decoded, read_bytes
 from l3env.traces.rows import (
     Links,

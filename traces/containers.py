@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from l3env.errors import TraceError
 from l3env.traces import reading
-from l3env.traces.columns import Table
+from l3env.traces.named_columns import Table
 from l3env.traces.reading import UNREADABLE, decoded, first_bytes, read_bytes
 
 SEPARATORS = (",", ";", "\t")

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from l3env.errors import TraceError, UnusedWarning
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.columns import EXACT_WHOLE, Codes, codes, shown
 from l3env.traces.containers import look, parse_json
+from l3env.traces.named_columns import EXACT_WHOLE, Codes, codes, shown
 from l3env.traces.reading import MAX_TOKENS, FileFormat, fail, is_tar, member_names, read_members
 from l3env.traces.rows import ZERO_OUTPUT, ZERO_PROMPT, Links, Prefix, build
 from l3env.traces.spec import parse_count, parse_positive, parse_seed

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.columns import Table
 from l3env.traces.containers import look, of_rows, parse_json, read_table
+from l3env.traces.named_columns import Table
 from l3env.traces.reading import FileFormat, fail, read_bytes
 from l3env.traces.rows import Links, Prefix, build, kept_columns, parse_names
 from l3env.traces.spec import parse_count

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.columns import Codes, Table
 from l3env.traces.containers import look, read_table
+from l3env.traces.named_columns import Codes, Table
 from l3env.traces.reading import FileFormat
 from l3env.traces.rows import Links, Prefix, block_size, build, kept_columns, parse_names
 from l3env.traces.spec import parse_count

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from l3env.errors import TraceError
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.columns import NONE, Codes, Table, shown
+from l3env.traces.named_columns import NONE, Codes, Table, shown
 from l3env.traces.resample import ragged_places
 from l3env.traces.times import UNIT_DIGITS, Times
 

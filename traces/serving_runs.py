@@ -17,8 +17,8 @@ import numpy as np
 
 from l3env.errors import TraceError, TraceWarning
 from l3env.requests.workload import Workload
-from l3env.traces.columns import Table, shown
 from l3env.traces.containers import look, read_table
+from l3env.traces.named_columns import Table, shown
 from l3env.traces.reading import FileFormat
 from l3env.traces.rows import Prefix, build, kept_columns, parse_names
 

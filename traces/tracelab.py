@@ -15,8 +15,8 @@ import numpy as np
 
 from l3env.errors import TraceError
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.columns import Codes, Table
 from l3env.traces.containers import has_names, iterate_json, of_rows
+from l3env.traces.named_columns import Codes, Table
 from l3env.traces.reading import FileFormat, fail, read_bytes
 from l3env.traces.rows import ZERO_OUTPUT, ZERO_PROMPT, Links, Prefix, build
 from l3env.traces.spec import parse_count

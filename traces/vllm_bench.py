@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from l3env.errors import TraceError
 from l3env.requests.workload import Workload
-from l3env.traces.columns import Table
 from l3env.traces.containers import look, of_rows, parse_json
+from l3env.traces.named_columns import Table
 from l3env.traces.reading import FileFormat, fail, read_bytes
 from l3env.traces.rows import build
 from l3env.traces.spec import parse_count, parse_positive

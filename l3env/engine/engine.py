@@ -178,15 +178,19 @@ class Engine:
         if wanted.form == "p99-gap":
             self._rank_limits(e, count)
         self.state.env["table_idx"][e] = table_idx
-        engine = self.pairs[table_idx].system.serving
-        self.state.env["frontend_s"][e] = engine.frontend_s
-        self.state.env["ahead"][e] = engine.schedules_ahead
-        self.state.env["by_chunk"][e] = engine.blocks_by_chunk
-        self.state.env["waits_after_preemption"][e] = engine.waits_after_preemption
+        self._set_rules(e, table_idx)
         self.state.env["requests_count"][e] = count
         if found is not None:
             self._add_prefixes(e, np.arange(count), workload, found)
         run.open_environment(self.tables, self.state, e)
+
+    def _set_rules(self, e: int, table_idx: int) -> None:
+        """Writes by which rules the serving engine of a pair schedules."""
+        env, serving = self.state.env, self.pairs[table_idx].system.serving
+        env["frontend_s"][e] = serving.frontend_s
+        env["ahead"][e] = serving.schedules_ahead
+        env["by_chunk"][e] = serving.blocks_by_chunk
+        env["waits_after_preemption"][e] = serving.waits_after_preemption
 
     def _segments(self, table_idx: int, workload: Workload) -> Segments | None:
         """Those of a workload that the prefix cache is for. Raises WorkloadError where it cannot be."""

@@ -96,6 +96,10 @@ def make_policy(ref: PolicyLike) -> Policy:
     """
     ref = _itself(ref)
     if not isinstance(ref, str):
+        if not callable(ref) and not hasattr(ref, "decide"):
+            raise PolicyError(
+                f"{policy_name(ref)!r} is a {type(ref).__name__}; expected a policy, its class or its reference"
+            )
         made = ref() if inspect.isclass(ref) or not hasattr(ref, "decide") else ref
         return check_policy(made, policy_name(ref))
     reference = parse(ref, "policy", PolicyError)

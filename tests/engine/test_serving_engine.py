@@ -13,7 +13,7 @@ from l3env import Knobs, Workload
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Until
 from l3env.machine.specs import EngineSpec
-from l3env.machine.specs.engine import IDEAL
+from l3env.machine.specs.serving_engine import IDEAL
 from l3env.machine.tables import Tables, compile_tables
 from l3env.policy.registry import make_policy
 from l3env.runs.driver import run_policy

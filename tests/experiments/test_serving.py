@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from l3env.errors import ProfileError
-from l3env.experiments.serving.measured import read_run
-from l3env.experiments.serving.validate import figures, simulate
+from l3env.experiments.gpu.serving_check import figures, simulate
+from l3env.experiments.gpu.serving_run import read_run
 
 RUNS = Path(os.environ.get("L3ENV_PROFILE_DIR", Path(__file__).parents[3] / "shared" / "profiles")) / "serving"
 SYSTEM = "gpu-dgx-h100?gpus_count=1"

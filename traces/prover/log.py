@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from l3env.errors import TraceError
 from l3env.files import write_text
 from l3env.requests.workload import NO_PARENT, Workload
-from l3env.traces.columns import Codes, Table
 from l3env.traces.containers import has_names, read_table
+from l3env.traces.named_columns import Codes, Table
 from l3env.traces.reading import FileFormat, fail
 from l3env.traces.rows import ZERO_OUTPUT, ZERO_PROMPT, Links, Prefix, build, kept_columns, parse_names
 from l3env.traces.times import Times

@@ -6,9 +6,9 @@ command line takes. Unknown, missing and absurd keys are named together in one S
 
 from l3env.machine.specs.check import KINDS
 from l3env.machine.specs.devices import DramSpec, GpuSpec, LinkSpec, PimSpec
-from l3env.machine.specs.engine import EngineSpec, MemorySpec
 from l3env.machine.specs.load import PRESET_DIR, files, from_mapping, load, named, names
 from l3env.machine.specs.schema import json_schema
+from l3env.machine.specs.serving_engine import EngineSpec, MemorySpec
 from l3env.machine.specs.system import ExpertParallelSpec, SystemSpec
 from l3env.machine.specs.transformer import AttentionForm, LatentSpec, ModelSpec, MoeSpec
 

@@ -16,7 +16,7 @@ import msgspec
 
 from l3env.errors import SpecError
 from l3env.machine.specs.devices import DramSpec, GpuSpec, LinkSpec, PimSpec
-from l3env.machine.specs.engine import EngineSpec, MemorySpec
+from l3env.machine.specs.serving_engine import EngineSpec, MemorySpec
 from l3env.machine.specs.system import ExpertParallelSpec, SystemSpec
 from l3env.machine.specs.transformer import LatentSpec, ModelSpec, MoeSpec
 

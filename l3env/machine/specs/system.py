@@ -9,8 +9,8 @@ from typing import Annotated
 from msgspec import Meta
 
 from l3env.machine.specs.devices import GpuSpec, LinkSpec, PimSpec
-from l3env.machine.specs.engine import IDEAL, EngineSpec
 from l3env.machine.specs.fields import Count, Natural, NotNegative
+from l3env.machine.specs.serving_engine import IDEAL, EngineSpec
 
 
 @dataclass(frozen=True, kw_only=True)

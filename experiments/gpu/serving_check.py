@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.errors import SpecError
-from l3env.experiments.serving.measured import Measured
+from l3env.experiments.gpu.serving_run import Measured
 from l3env.machine import specs
 from l3env.machine.tables import Tables, compile_tables
 from l3env.policies.vllm import Vllm

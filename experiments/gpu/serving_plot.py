@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from l3env.experiments.serving.measured import Measured
+from l3env.experiments.gpu.serving_run import Measured
 from l3env.report import style
 from l3env.runs.metrics import Outcome
 

@@ -1,1 +1,0 @@
-"""l3env against serving engines on real GPUs."""
