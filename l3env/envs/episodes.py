@@ -230,6 +230,19 @@ class Episodes:
             part = share.stretch(first, min(first + count, len(share)))
         return Episode(pair_idx, trace_idx, load, part.at_load(load) if load != 1.0 else part, slo)
 
+    def drawn(self, episode: Episode) -> dict[str, Any]:
+        """What an episode is of: system, model, trace, load, SLO, how many requests; for ``info`` at reset."""
+        system, model = self.names[episode.pair_idx]
+        slo = {"ttft_scale": episode.slo.ttft_scale, "tbt_scale": episode.slo.tbt_scale, "slo_form": episode.slo.form}
+        return {
+            "system": system,
+            "model": model,
+            "trace": self.traces[episode.trace_idx],
+            "load": episode.load,
+            **slo,
+            "requests_count": len(episode.workload),
+        }
+
     def _share(self, rng: np.random.Generator, trace_idx: int, replicas_count: int, wanted: Any) -> Workload:
         """The requests of the replica asked for, or of any that has some, as the offline runner deals them out."""
         key = trace_idx, replicas_count

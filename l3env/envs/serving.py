@@ -64,7 +64,10 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Starts an episode at a random place of the trace; for the options see ``Episodes.draw``."""
+        """Starts an episode at a random place of the trace; for the options see ``Episodes.draw``.
+
+        ``info["drawn"]`` says what it is of, see ``Episodes.drawn``.
+        """
         super().reset(seed=seed)
         self.episode = self.episodes.draw(self.np_random, options)
         if self.engine is None or self.engine.state.req.shape[1] < len(self.episode.workload):
@@ -75,7 +78,8 @@ class ServingEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         if self.renderer is not None:
             self.renderer.reset()
             self._show()
-        return self._observer.shown(self._observer.look()[0]), self._info(0.0)
+        drawn = {"drawn": self.episodes.drawn(self.episode)}
+        return self._observer.shown(self._observer.look()[0]), self._info(0.0) | drawn
 
     def _make_engine(self, requests_count: int) -> None:
         rule = eviction_rule(self.episodes.prefix_cache)

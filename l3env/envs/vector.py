@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Stop
 from l3env.engine.segments import eviction_rule
-from l3env.envs.episodes import EpisodeOptions, Episodes, known_only
+from l3env.envs.episodes import Episode, EpisodeOptions, Episodes, known_only
 from l3env.envs.observe.observer import Observer, action_space, observation_space
 from l3env.errors import L3EnvError, PlanError
 from l3env.policy.levels import levels_of
@@ -74,6 +74,7 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         self.engine = Engine(self.episodes.pairs, num_envs, self.episodes.requests_count, prefix_cache=rule)
         self._observer = self._make_observer(self.engine)
         self._rngs: list[np.random.Generator] = []
+        self._episodes: dict[int, Episode] = {}
         self._steps = np.zeros(num_envs, np.int64)
         self._ended = np.zeros(num_envs, bool)  # and not started anew
 
@@ -103,7 +104,15 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
             self._rngs = [fresh[e] if which[e] or not self._rngs else self._rngs[e] for e in range(self.num_envs)]
         for e in np.flatnonzero(which).tolist():
             self._open(e, each[e])
-        return self._observer.shown(self._observer.look()), self._infos(np.zeros(self.num_envs), self.action_masks())
+        infos = self._infos(np.zeros(self.num_envs), self.action_masks()) | self._drawn(which)
+        return self._observer.shown(self._observer.look()), infos
+
+    def _drawn(self, which: NDArray[np.bool_]) -> dict[str, Any]:
+        """What the episodes are of that have just begun."""
+        drawn = np.full(self.num_envs, None, dtype=object)
+        for e in np.flatnonzero(which).tolist():
+            drawn[e] = self.episodes.drawn(self._episodes[e])
+        return {"drawn": drawn, "_drawn": which.copy()}
 
     def _options_of(
         self, options: dict[str, Any] | Sequence[dict[str, Any] | None] | None
@@ -130,7 +139,8 @@ class ServingVectorEnv(VectorEnv[NDArray[np.float32], NDArray[np.int64], NDArray
         return seed
 
     def _open(self, e: int, options: dict[str, Any] | None = None) -> None:
-        self.episodes.open(self.engine, e, self.episodes.draw(self._rngs[e], options))
+        self._episodes[e] = self.episodes.draw(self._rngs[e], options)
+        self.episodes.open(self.engine, e, self._episodes[e])
         self._observer.forget(e)
         self._steps[e] = 0
         self._ended[e] = False

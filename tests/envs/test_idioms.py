@@ -167,6 +167,23 @@ def test_sb3_attributes_are_set_or_refused() -> None:
         env.set_attr("load", 1.0, indices=[0])
 
 
+def test_info_says_what_was_drawn() -> None:
+    mixed: dict[str, Any] = {**OPTIONS, "system": ["l3-dgx-a100", "gpu-dgx-a100"], "load": [0.5, 2.0]}
+    mixed |= {"model": "llama-3-8b", "ttft_scale": [2.0, 4.0]}
+    names = ["load", "model", "requests_count", "slo_form", "system", "tbt_scale", "trace", "ttft_scale"]
+    env = gymnasium.make("l3env/Serving-v0", **mixed).unwrapped
+    several = ServingVectorEnv(4, **mixed)
+    _, infos = several.reset(seed=5)
+    assert infos["_drawn"].all()
+    for e in range(4):
+        _, info = env.reset(seed=5 + e)
+        assert sorted(info["drawn"]) == names
+        assert info["drawn"] == infos["drawn"][e]
+        assert info["drawn"]["requests_count"] == len(env.episode.workload)  # type: ignore[attr-defined]
+    assert len({drawn["load"] for drawn in infos["drawn"]}) == 4
+    assert "drawn" not in env.step(env.action_space.sample())[-1]
+
+
 def test_fewer_requests_than_replicas(tmp_path: Path) -> None:
     """Episodes are drawn over the replicas that have requests; another one is refused with the reason."""
     path = tmp_path / "two.csv"
