@@ -6,7 +6,7 @@ of its own. Used by ``l3env calibrate`` and by ``experiments/gpu/fit.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
+from l3env.experiments.gpu import refit
 from l3env.experiments.gpu.validation import Point, kv_bytes, load_model, predict_ms
 from l3env.machine.costs import gpu as costs
 from l3env.machine.specs import GpuSpec, ModelSpec
@@ -24,29 +25,10 @@ DECODE_FIT_BYTES = 4 * 2**20  # smaller calls are launches: their times hold no 
 PREFILL_ROWS_MOST = 1500
 
 # parameter: (start, low, high)
-LINEAR = {
-    "compute_utilisation_frac": (0.8, 0.2, 1.0),
-    "memory_utilisation_frac": (0.85, 0.2, 1.0),
-    "linear_launch_s": (3e-6, 0.0, 3e-5),
-    "roofline_exponent": (3.0, 1.0, 20.0),
-    "tile_wave_frac": (0.3, 0.0, 1.0),
-    "tile_ramp_frac": (0.1, 0.0, 2.0),
-}
+LINEAR = refit.LINEAR.bounds
 ELEMENTWISE = {"elementwise_launch_s": (1e-5, 0.0, 1e-3), "elementwise_utilisation_frac": (0.5, 0.02, 1.0)}
-PREFILL = {
-    "prefill_launch_s": (7e-6, 0.0, 1e-4),
-    "prefill_utilisation_frac": (0.6, 0.05, 1.0),
-    "prefill_query_s": (1e-8, 0.0, 1e-6),
-    "prefill_history_launch_s": (3e-6, 0.0, 1e-4),
-    "prefill_tile_tokens": (64.0, 1.0, 256.0),
-    "prefill_chunk_ratio": (1.2, 1.0, 4.0),
-    "prefill_history_ratio": (1.2, 0.2, 4.0),
-}
-DECODE = {
-    "decode_launch_s": (7e-6, 0.0, 1e-4),
-    "decode_utilisation_frac": (0.8, 0.1, 1.0),
-    "decode_tail_frac": (0.3, 0.0, 1.0),
-}
+PREFILL = refit.PREFILL.bounds
+DECODE = {name: bounds for name, bounds in refit.DECODE.bounds.items() if not name.startswith(("cache", "attention"))}
 
 
 @dataclass(frozen=True)
@@ -80,7 +62,13 @@ def _least_squares(device: GpuSpec, bounds: Mapping[str, tuple[float, float, flo
         return log_error(replace(device, **dict(zip(names, x.tolist(), strict=True))))
 
     found = least_squares(
-        residual, start, bounds=(low, high), x_scale=start, loss="soft_l1", f_scale=SOFT_ERROR, max_nfev=200
+        residual,
+        np.clip(start, low, high),
+        bounds=(low, high),
+        x_scale=start,
+        loss="soft_l1",
+        f_scale=SOFT_ERROR,
+        max_nfev=200,
     ).x
     rounded: dict[str, Any] = {name: float(f"{value:.4g}") for name, value in zip(names, found, strict=True)}
     return replace(device, **rounded)
@@ -91,7 +79,7 @@ def fit_linear(device: GpuSpec, model: ModelSpec, data: Linear) -> GpuSpec:
     measured = np.log(data.seconds)
 
     def log_error(trial: GpuSpec) -> Array:
-        times: Any = costs.linear_s(model, trial, data.tokens, data.k, data.n)  # type: ignore[arg-type]
+        times: Any = costs.linear_s(model, trial, data.tokens, data.k, data.n)
         return np.log(times) - measured
 
     return _least_squares(device, LINEAR, log_error)
@@ -127,3 +115,9 @@ def _fit_points(
 ) -> GpuSpec:
     measured = np.log([point.ms for point in points])
     return _least_squares(device, bounds, lambda trial: np.log(predict_ms(trial, points, models)) - measured)
+
+
+def carry(device: GpuSpec, other: GpuSpec, names: Iterable[str]) -> GpuSpec:
+    """Parameters of another GPU."""
+    values: dict[str, Any] = {name: getattr(other, name) for name in names}
+    return replace(device, **values)

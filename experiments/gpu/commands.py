@@ -12,9 +12,12 @@ from l3env.cli.shared import Json, file_out, print_json, progress_bar, say
 from l3env.errors import L3EnvError
 
 validate = typer.Typer(help="Hold the model against measurements.", no_args_is_help=True)
+calibrate = typer.Typer(help="Measure the GPU at hand, or fit presets to tables of operators.")
 
 
-def calibrate(
+@calibrate.callback(invoke_without_command=True)
+def calibrate_here(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A preset (l3env models): the shapes to measure.")] = "llama-3-8b",
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel degree, by default the model's.")] = None,
     out: Annotated[
@@ -26,6 +29,8 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Measures one shard of a layer on the GPU at hand and writes a GPU preset; resumes. Needs a CUDA torch."""
+    if context.invoked_subcommand is not None:
+        return
     try:
         from l3env.experiments.gpu import calibrate as calibration
     except ModuleNotFoundError as error:
@@ -80,8 +85,36 @@ def validate_engine(
     show_table(("figure", "ours / measured"), rows)
 
 
+@calibrate.command("gpu")
+def calibrate_gpu(
+    folder: Annotated[Path, typer.Argument(help="Tables <gpu>_sxm_<backend>-<version>_<table>.csv.gz.")],
+    out: Annotated[Path, typer.Option(help="Where presets (gpu/, link/) and gpu_fit.json are written.")] = Path(
+        "presets"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Fits GPU and link presets to measured operator times; a third of the shapes is held out."""
+    from l3env.experiments.gpu import fit
+
+    with progress_bar("fitting") as progress:
+        report = fit.refit_folder(folder, out, lambda what: progress(0, 0, what))
+    if as_json:
+        print_json(report)
+        return
+    for kind in ("gpus", "links"):
+        for name, each in report[kind].items():
+            for part in ("fitted", "held_out"):
+                rows = {f"{name} {op}, {part}": row[part] for op, row in each["residuals"].items() if part in row}
+                _print_errors(rows, as_json=False)
+    say(f"written: {out}")
+
+
 @validate.command("gpu")
 def validate_gpu(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(help="Tables <gpu>_sxm_<backend>-<version>_<table>.csv.gz, each on its GPU's preset."),
+    ] = None,
     gpu: Annotated[str, typer.Option(help="A GPU preset's name, or gpu:file.toml.")] = "h200",
     profile: Annotated[
         Path | None, typer.Option(help="CSV op,model,tp,tokens,batch,kv_len,ms; by default the repository's own.")
@@ -92,6 +125,9 @@ def validate_gpu(
     as_json: Json = False,
 ) -> None:
     """Measured GPU times against predicted ones: errors by operation, a scatter plot."""
+    if folder is not None:
+        _validate_folder(folder, as_json)
+        return
     from l3env.experiments.gpu import raw, validation
     from l3env.machine import specs
 
@@ -112,6 +148,18 @@ def validate_gpu(
 
         scatter(device, points, plot)
         say(f"drawn: {plot}")
+
+
+def _validate_folder(folder: Path, as_json: bool) -> None:
+    from l3env.experiments.gpu.predict import validate_folder
+
+    with progress_bar("comparing") as progress:
+        figures = validate_folder(folder, lambda what: progress(0, 0, what))
+    if as_json:
+        print_json(figures)
+        return
+    for name, operations in figures.items():
+        _print_errors({f"{name} {op}": row for op, row in operations.items()}, as_json=False)
 
 
 def _print_errors(figures: dict[str, Any], as_json: bool) -> None:

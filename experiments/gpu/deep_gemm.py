@@ -58,10 +58,10 @@ def modelled_s(device: GpuSpec, product: Product) -> float:
     """The kernel alone, without its launch: the table's times are the kernels'."""
     rows, columns = np.array([float(product.rows)]), float(product.n * product.groups)
     total = product.groups * rows
-    compute = gpu.matmul_compute_s(device, rows, product.k, columns)
+    compute = gpu.matmul_compute_s(MODEL, device, rows, product.k, columns, grouped=product.groups > 1)
     weights = product.groups * product.k * product.n * MODEL.bytes_per_parameter
     time_s = gpu.product_s(MODEL, device, compute, weights, total * product.k, total * product.n)
-    return float(time_s[0]) - device.linear_launch_s
+    return float(time_s[0]) - device.linear_launch_s - device.block_launch_s
 
 
 def ratios(device: GpuSpec) -> Iterator[tuple[Product, float]]:

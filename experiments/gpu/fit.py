@@ -1,295 +1,258 @@
-"""Fits the GPU presets and the NVLink all-reduce: ``python -m l3env.experiments.gpu.fit``.
+"""Fits the GPU and NVLink presets to tables of operators: ``l3env calibrate gpu FOLDER``.
 
-Reads ``experiments/data/h200.csv.gz`` (measured by this project) and, for A100 and H100, the operator profiles of
-microsoft/vidur (MIT, commit 7d47513) in ``L3ENV_PROFILE_DIR`` or ``../shared/profiles``, which stay outside the
-repository. Writes ``l3env/presets/gpu/{a100-80,h100,h200}.toml`` and ``experiments/data/gpu_fit.json`` with residuals.
-
-Whole models are held out of every fit; the residuals on them are what the model may claim. vidur has one attention
-profile, so there batch sizes and chunk lengths are held out instead.
+The tables are those of NVIDIA's aiconfigurator (Apache-2.0), which stay outside the repository (``operators`` says what
+they look like). Of what they do not hold, the small operations between products, ``experiments/data/h200.csv.gz``
+(measured by this project) and the layers of microsoft/vidur (MIT, commit 7d47513) on an A100 are used: other harnesses.
+Writes presets, and with residuals ``gpu_fit.json``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import least_squares
 
-from l3env.experiments.gpu import coefficients as gpu_fit
-from l3env.experiments.gpu import raw
-from l3env.experiments.gpu.coefficients import Linear, Small
+from l3env.errors import ProfileError
+from l3env.experiments.gpu import coefficients, operators, raw, refit
+from l3env.experiments.gpu.operators import LINKS, PRESETS, Operation
+from l3env.experiments.gpu.predict import predict_s
 from l3env.experiments.gpu.preset import write_preset
-from l3env.experiments.gpu.validation import DATA_DIR, Point, kv_bytes, load_model, predict_ms, statistics
+from l3env.experiments.gpu.validation import DATA_DIR, load_model, statistics
 from l3env.machine import specs
-from l3env.machine.costs import gpu as costs
-from l3env.machine.specs import PRESET_DIR, GpuSpec, ModelSpec
+from l3env.machine.specs import PRESET_DIR, GpuSpec, LinkSpec
 
-LARGE_KV_BYTES = 8 * 2**20
-H200_FIT_MODELS = ("llama-3-8b", "llama-3-70b", "opt-66b")
-VIDUR = "operator times of microsoft/vidur (MIT, commit 7d47513, data/profiling)"
-MEASURED = "torch 2.11, CUDA 13.0, mean of two to three runs, experiments/data/h200.csv.gz"
-VIDUR_LINEAR = {"attn_pre_proj": "qkv", "attn_post_proj": "o", "mlp_up_proj": "up", "mlp_down_proj": "down"}
+SOURCE = "operator times of vLLM kernels, NVIDIA aiconfigurator (Apache-2.0, commit 095f58a)"
+FITTED = "fitted by l3env calibrate gpu to {}: {}; residuals in docs/gpu-validation.md"
+REPORT = "gpu_fit.json"
+SM_COUNT = {"a100": 108, "h100": 132, "h200": 132, "b200": 148}
+CACHE_BYTES = {"a100": 40e6, "h100": 50e6, "h200": 50e6, "b200": 63e6}  # a B200's 126 MB lie in two halves
+KERNELS: dict[str, dict[str, Any]] = {  # how each GPU's attention kernels work, from their sources
+    "a100": {"prefill_packs_heads": False, "prefill_splits_keys": False},
+    "h100": {"prefill_packs_heads": True, "prefill_splits_keys": True},
+    "h200": {"prefill_packs_heads": True, "prefill_splits_keys": True},
+    "b200": {"prefill_packs_heads": False, "prefill_splits_keys": False},
+}
+KERNEL_SOURCES = {
+    "a100": "FlashAttention-2 as vLLM 0.14 calls it (flash_attn_varlen_func): keys are split for decode steps of "
+    "grouped heads only",
+    "h100": "FlashAttention-3 as vLLM calls it: query heads of a KV head packed into a tile, keys split where "
+    "tiles are few",
+    "b200": "TRT-LLM's kernels of FlashInfer as vLLM calls them; whether long histories are split was not "
+    "measured: not, as assumed",
+}
+SUSTAINED = {  # not in the tables, whose calls are short
+    "a100": (
+        0.2,
+        "fitted to layers of Llama-2-70B that microsoft/vidur measured (MIT, commit 7d47513, data/profiling)",
+    ),
+    "h100": (
+        0.12,
+        "fitted to steps of vLLM 0.22.0 with Llama-3-8B on an H100: those with 2,000 prompt tokens and more",
+    ),
+    "h200": (0.16, "fitted to linear operations of experiments/data/h200.csv.gz, bursts of milliseconds"),
+    "b200": (0.16, "carried over from gpu/h200: assumed"),
+}
+DATA_SHEET = "vendor data sheet: streaming multiprocessors"
+CACHE = "vendor data sheet: L2 cache"
+TITLES = {
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "h100": "NVIDIA H100-SXM5-80GB",
+    "h200": "NVIDIA H200-SXM5-141GB",
+    "b200": "NVIDIA B200 (SXM)",
+}
+GROUPS = {
+    "gemm": (refit.LINEAR,),
+    "gemm, FP8": (refit.LINEAR_FP8,),
+    "generation_attention": (refit.DECODE, refit.DECODE_UNSPLIT),
+    "context_attention": (refit.PREFILL,),
+    "attention, FP8 KV": (refit.PREFILL_FP8, refit.DECODE_FP8),
+    "mla": (refit.LATENT,),
+    "moe": (refit.EXPERTS, refit.EXPERTS_FP8),
+}
+Progress = Callable[[str], None]
+
+
+def start(gpu: str) -> GpuSpec:
+    """The data sheet's values and what is known of the kernels."""
+    device: GpuSpec = specs.load(f"gpu/{PRESETS[gpu]}-ideal")
+    known = {"sm_count": SM_COUNT[gpu], "cache_bytes": CACHE_BYTES[gpu]} | KERNELS[gpu]
+    return replace(device, name=PRESETS[gpu], **known)
+
+
+def elementwise(gpu: str, device: GpuSpec) -> tuple[GpuSpec, str]:
+    """Small operations: an A100's from vidur where it is at hand, the others' from this project's H200."""
+    if gpu == "a100":
+        folder = Path(os.environ.get("L3ENV_PROFILE_DIR") or Path(__file__).resolve().parents[3] / "shared/profiles")
+        path = folder / "a100" / "llama-2-70b_layer_ops.csv.gz"
+        if path.is_file():
+            return coefficients.fit_elementwise(device, vidur_small(path)), VIDUR
+        old: GpuSpec = specs.load("gpu/a100-80")
+        return coefficients.carry(device, old, coefficients.ELEMENTWISE), VIDUR
+    h200 = coefficients.fit_elementwise(start("h200"), raw.small(raw.read_raw(DATA_DIR / "h200.csv.gz")))
+    carried = coefficients.carry(device, h200, coefficients.ELEMENTWISE)
+    return carried, MEASURED if gpu == "h200" else f"carried over from gpu/h200: {MEASURED}"
+
+
+VIDUR = "fitted to operator times of microsoft/vidur (MIT, commit 7d47513, data/profiling), Llama-2-70B"
+MEASURED = "fitted to an H200's, torch 2.11, CUDA 13.0, experiments/data/h200.csv.gz"
 VIDUR_SMALL = {"input_layernorm": 1, "post_attention_layernorm": 1, "add": 2, "attn_rope": 1, "mlp_act": 1}
-REPORT = "experiments/data/gpu_fit.json"
-SM_COUNT = {"a100-80": 108, "h100": 132, "h200": 132}
 
 
-def profile_dir() -> Path:
-    return Path(os.environ.get("L3ENV_PROFILE_DIR") or Path(__file__).resolve().parents[3] / "shared" / "profiles")
-
-
-def vidur_models() -> dict[str, ModelSpec]:
-    """The shapes that vidur measured; its Qwen-72B is the first one, with 64 KV heads."""
-    base = specs.load("model/llama-3-70b")
-    return {
-        "llama-2-70b": base,
-        "qwen-1-72b": replace(base, kv_heads_count=64, ffn_size=24_576),
-        "llama-2-7b": specs.load("model/llama-2-7b"),
-    }
-
-
-class VidurLayers:
-    """Linear and small operations of one model on one GPU, all tensor-parallel degrees."""
-
-    def __init__(self, gpu_dir: str, file: str, name: str) -> None:
-        table = pd.read_csv(profile_dir() / gpu_dir / f"{file}_layer_ops.csv.gz")
-        self.name, self.model = name, vidur_models()[name]
-        self.table = (
-            table.groupby(["num_tensor_parallel_workers", "num_tokens"]).median(numeric_only=True).reset_index()
-        )
-
-    def _ms(self, rows: pd.DataFrame, op: str) -> np.ndarray:
-        return rows[f"time_stats.{op}.median"].to_numpy(float)
-
-    def linear(self) -> list[Linear]:
-        out = []
-        for tp, rows in self.table.groupby("num_tensor_parallel_workers"):
-            tokens = rows["num_tokens"].to_numpy(float)
-            for op, (k, n) in zip(VIDUR_LINEAR, costs.linear_shapes(self.model, int(str(tp))), strict=True):
-                same = np.ones_like(tokens)
-                out.append(Linear(tokens, k * same, n * same, self._ms(rows, op) / 1e3))
-        return out
-
-    def small(self) -> list[Small]:
-        out = []
-        for tp, rows in self.table.groupby("num_tensor_parallel_workers"):
-            total = sum(times * self._ms(rows, op) for op, times in VIDUR_SMALL.items())
-            out.append(Small(self.model, int(str(tp)), rows["num_tokens"].to_numpy(float), np.asarray(total) / 1e3))
-        return out
-
-    def points(self) -> list[Point]:
-        out = []
-        for tp, rows in self.table.groupby("num_tensor_parallel_workers"):
-            total = sum(self._ms(rows, op) for op in VIDUR_LINEAR)
-            for tokens, ms in zip(rows["num_tokens"], np.asarray(total), strict=True):
-                out.append(Point("fc_layer", self.name, int(str(tp)), int(tokens), 1, 1, float(ms)))
-        return out
-
-
-def vidur_attention() -> list[Point]:
-    """A100, Llama-2-70B at tp 2, FlashAttention: decode and prefill."""
-    table = pd.read_csv(profile_dir() / "a100" / "attention_llama-2-70b_tp2.csv.gz")
-    keys = ["is_prefill", "batch_size", "prefill_chunk_size", "kv_cache_size"]
-    times = ["time_stats.attn_decode.median", "time_stats.attn_prefill.median"]
-    rows = table.groupby(keys)[times].median().reset_index()
-    out = []
-    for is_prefill, batch, chunk, kv, decode_ms, prefill_ms in rows.itertuples(index=False, name=None):
-        if is_prefill and prefill_ms > 0:
-            out.append(Point("prefill_attn", "llama-2-70b", 2, int(chunk), 1, int(chunk + kv), float(prefill_ms)))
-        elif not is_prefill and decode_ms > 0 and kv > 0:
-            out.append(Point("decode_attn", "llama-2-70b", 2, 1, int(batch), int(kv), float(decode_ms)))
+def vidur_small(path: Path) -> list[coefficients.Small]:
+    """Small operations of Llama-2-70B's layers."""
+    table = pd.read_csv(path)
+    groups = table.groupby(["num_tensor_parallel_workers", "num_tokens"]).median(numeric_only=True).reset_index()
+    model, out = load_model("llama-3-70b"), []
+    for tp, rows in groups.groupby("num_tensor_parallel_workers"):
+        ms = sum(times * rows[f"time_stats.{op}.median"].to_numpy(float) for op, times in VIDUR_SMALL.items())
+        out.append(coefficients.Small(model, int(str(tp)), rows["num_tokens"].to_numpy(float), np.asarray(ms) / 1e3))
     return out
 
 
-def joined(parts: list[Linear]) -> Linear:
-    return Linear(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("tokens", "k", "n", "seconds")))
+def fit_gpu(gpu: str, operations: list[Operation], progress: Progress) -> tuple[GpuSpec, dict[str, str]]:
+    """A GPU's spec and the sources of what was fitted."""
+    device = start(gpu)
+    device, small_source = elementwise(gpu, device)
+    cited = dict.fromkeys(coefficients.ELEMENTWISE, small_source) | {"sm_count": DATA_SHEET, "cache_bytes": CACHE}
+    cited |= dict.fromkeys(KERNELS[gpu], KERNEL_SOURCES.get(gpu, KERNEL_SOURCES["h100"]))
+    slowdown, cited["sustained_slowdown_frac"] = SUSTAINED[gpu]
+    device = replace(device, sustained_slowdown_frac=slowdown)
+    cited["prefill_tile_rows"] = f"the best of 64, 128 and 256 for context_attention: {SOURCE}"
+    for what, groups in GROUPS.items():
+        for group in groups:
+            if gpu not in group.gpus:
+                continue
+            progress(f"{gpu}: {what}")
+            before, device = device, refit.fit_group(device, group, operations)
+            if device is not before:
+                cited |= dict.fromkeys(group.bounds, FITTED.format(what, SOURCE))
+    return device, cited
 
 
-def errors(device: GpuSpec, points: list[Point], models: dict[str, ModelSpec] | None = None) -> dict[str, Any]:
-    """Error statistics by operation; decode attention apart from 8 MiB of KV on."""
-    out: dict[str, Any] = {}
-    known = models or {}
-    for op in ("fc_layer", "decode_attn", "prefill_attn"):
-        chosen = [p for p in points if p.op == op]
-        groups = {op: chosen}
-        if op == "decode_attn":
-            large = [kv_bytes(p, known.get(p.model) or load_model(p.model)) >= LARGE_KV_BYTES for p in chosen]
-            groups = {
-                "decode_attn from 8 MiB": [p for p, is_large in zip(chosen, large, strict=True) if is_large],
-                "decode_attn below 8 MiB": [p for p, is_large in zip(chosen, large, strict=True) if not is_large],
-            }
-        for name, some in groups.items():
-            if some:
-                out[name] = statistics(predict_ms(device, some, models), np.array([p.ms for p in some]))
+def residuals(device: GpuSpec | LinkSpec, operations: list[Operation]) -> dict[str, dict[str, Any]]:
+    """Errors of each operation, of the shapes that were fitted and of those held out."""
+    out = {}
+    for each in operations:
+        predicted, measured, held = predict_s(device, each), each.seconds, refit.held_out(each)
+        parts = {"fitted": ~held, "held_out": held}
+        out[each.name] = {
+            "version": each.version,
+            "suspect": each.suspect_count,
+            "unmodelled": each.unmodelled_count,
+            **{key: statistics(predicted[mask], measured[mask]) for key, mask in parts.items() if mask.any()},
+        }
     return out
 
 
-def small_errors(device: GpuSpec, parts: list[Small]) -> dict[str, Any]:
-    predicted = [costs.elementwise_layer_s(p.model, device, p.tp, p.tokens) for p in parts]
-    return statistics(np.concatenate(predicted), np.concatenate([p.seconds for p in parts]))
+def fit_links(gpu: str, operations: list[Operation]) -> dict[str, LinkSpec]:
+    """The link with the engine's all-reduce and with NCCL's, by preset name."""
+    name, out = LINKS[gpu], {}
+    for suffix, group in (("", refit.CUSTOM), ("-nccl", refit.NCCL)):
+        base: LinkSpec = replace(specs.load(f"link/{name}-ideal"), name=name + suffix)
+        link = refit.fit_group(base, group, operations)
+        if link is not base:
+            out[link.name] = link
+    return out
 
 
-def start(name: str) -> GpuSpec:
-    device: GpuSpec = specs.load(f"gpu/{name}-ideal")
-    return replace(device, name=name, sm_count=SM_COUNT[name])
+def read_folder(folder: Path) -> dict[str, list[Operation]]:
+    """Operations by GPU, those of the newest version of each table; older ones are validated, not fitted."""
+    latest: dict[tuple[str, str], operators.Found] = {}
+    for found in operators.files(folder):
+        key = found.gpu, found.table
+        if key not in latest or found.version > latest[key].version:
+            latest[key] = found
+    out: dict[str, list[Operation]] = {}
+    for found in latest.values():
+        out.setdefault(found.gpu, []).extend(operators.read(found))
+    return out
 
 
-def fit_h200() -> tuple[GpuSpec, dict[str, Any]]:
-    table = raw.read_raw(DATA_DIR / "h200.csv.gz")
-    fitted = table["model"].isin(H200_FIT_MODELS)
-    device = gpu_fit.fit_linear(start("h200"), load_model("llama-3-8b"), raw.linear(table[fitted]))
-    device = gpu_fit.fit_elementwise(device, raw.small(table[fitted]))
-    points = raw.points(table)
-    inside = [p for p in points if p.model in H200_FIT_MODELS]
-    outside = [p for p in points if p.model not in H200_FIT_MODELS]
-    device = gpu_fit.fit_prefill(device, [p for p in inside if p.op == "prefill_attn"])
-    device = gpu_fit.fit_decode(device, [p for p in inside if p.op == "decode_attn"])
-    stacks = raw.stacks(table)
-    report = {
-        "data": f"this project's measurements on NVIDIA H200s ({MEASURED})",
-        "fitted_on": list(H200_FIT_MODELS),
-        "held_out": sorted({p.model for p in outside}),
-        "residuals_fit": errors(device, inside),
-        "residuals_held_out": errors(device, outside),
-        "residuals_small_operations": small_errors(device, raw.small(table)),
-        "residuals_stack": statistics(raw.predict_stacks_ms(device, stacks), stacks["ms"].to_numpy(float)),
-    }
-    return device, report
+def fitted_text(group: refit.Group) -> str:
+    return FITTED.format(" and ".join(group.operations), SOURCE)
 
 
-def fit_vidur(
-    name: str, gpu_dir: str, fit_on: list[str], held: str, like: GpuSpec | None
-) -> tuple[GpuSpec, dict[str, Any]]:
-    """``like`` lends its attention parameters where none were measured."""
-    files = {"llama-2-70b": "llama-2-70b", "llama-2-7b": "llama-2-7b", "qwen-1-72b": "qwen-72b"}
-    layers = {key: VidurLayers(gpu_dir, files[key], key) for key in [*fit_on, held]}
-    models = vidur_models()
-    inside = [layers[key] for key in fit_on]
-    device = gpu_fit.fit_linear(
-        start(name), models["llama-2-70b"], joined([part for layer in inside for part in layer.linear()])
-    )
-    device = gpu_fit.fit_elementwise(device, [part for layer in inside for part in layer.small()])
-    fitted = [p for layer in inside for p in layer.points()]
-    outside = layers[held].points()
-    report: dict[str, Any] = {"data": VIDUR, "fitted_on": fit_on, "held_out": [held]}
-    if like is None:
-        attention = vidur_attention()
-        keep = [p for p in attention if (p.tokens // 32 if p.tokens > 1 else p.batch) % 2 == 0]
-        device = gpu_fit.fit_prefill(device, [p for p in keep if p.op == "prefill_attn"], models)
-        device = gpu_fit.fit_decode(device, [p for p in keep if p.op == "decode_attn"], models)
-        chosen = set(keep)
-        fitted += keep
-        outside += [p for p in attention if p not in chosen]
-        report["held_out"].append("attention: odd batch sizes, chunks of an odd multiple of 32 tokens")
-    else:
-        lent = [f for f in vars(like) if f.startswith(("prefill_", "decode_"))]
-        device = replace(device, **{f: getattr(like, f) for f in lent})
-    report |= {
-        "residuals_fit": errors(device, fitted, models),
-        "residuals_held_out": errors(device, outside, models),
-        "residuals_small_operations": small_errors(device, layers[held].small()),
-    }
-    return device, report
+def write(out: Path, gpu: str, device: GpuSpec, cited: dict[str, str], links: dict[str, LinkSpec]) -> None:
+    """The presets."""
+    (out / "gpu").mkdir(parents=True, exist_ok=True)
+    (out / "link").mkdir(parents=True, exist_ok=True)
+    ideal: GpuSpec = specs.load(f"gpu/{PRESETS[gpu]}-ideal")
+    title = f"{TITLES[gpu]}, fitted to measured operator times"
+    write_preset(out / "gpu" / f"{device.name}.toml", title, device, dict(ideal.sources) | cited)
+    for name, link in links.items():
+        base: LinkSpec = specs.load(f"link/{LINKS[gpu]}-ideal")
+        group = refit.NCCL if name.endswith("-nccl") else refit.CUSTOM
+        what = "NCCL's all-reduce" if name.endswith("-nccl") else "a serving engine's own all-reduce"
+        sources = dict(base.sources) | dict.fromkeys(group.bounds, f"{gpu.upper()}: {fitted_text(group)}")
+        write_preset(out / "link" / f"{name}.toml", f"NVLink of the {gpu.upper()}: {what}", link, sources)
 
 
-def fit_all_reduce(file: str, link_name: str) -> dict[str, Any]:
-    """Latency and share of the bandwidth of NCCL's all-reduce within one node.
+CARRIED = {"h800": ("h100", "the same die"), "gb200": ("b200", "the same die")}
+OWN_KERNELS = {  # what DeepSeek's kernels on H800s do in their own way
+    "h800": (
+        "expert_",
+        "fp8_expert_",
+        "fp8_utilisation",
+        "fp8_sm_",
+        "fp8_kv_",
+        "latent_",
+        "quantise_",
+        "block_",
+        "sustained_",
+        "prefill_latent_",
+    ),
+    "gb200": ("none",),
+}
 
-    Fitted to the fastest of each size's repeats: the fastest of small messages scatter between 10 and 60 us with the
-    processes' launches, which a graph or a custom all-reduce does without.
+
+def carry_preset(out: Path, name: str) -> None:
+    """A GPU that was not measured with the parameters of a relative; its data sheet and fields of its own stay."""
+    like, why = CARRIED[name]
+    own: GpuSpec = specs.load(f"gpu/{name}")
+    path = out / "gpu" / f"{like}.toml"
+    other: GpuSpec = specs.load(f"gpu:{path}")
+    sheet = specs.load(f"gpu/{like}-ideal").sources
+    kept = {key for key, text in own.sources.items() if not text.startswith("carried over from gpu/")}
+    names = [key for key in other.sources if key not in sheet and key not in kept]
+    names = [key for key in names if not key.startswith(OWN_KERNELS[name])]
+    names += ["compute_utilisation_frac", "memory_utilisation_frac"]
+    sources = {key: text for key, text in own.sources.items() if key in kept}
+    sources |= dict.fromkeys(names, f"carried over from gpu/{like}: {why}")
+    title = (PRESET_DIR / "gpu" / f"{name}.toml").read_text("utf-8").splitlines()[0].removeprefix("# ")
+    write_preset(out / "gpu" / f"{name}.toml", title, coefficients.carry(own, other, names), sources)
+
+
+def refit_folder(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """Fits all that a folder has tables of, writes presets to ``out`` and returns the report.
+
+    Raises:
+        ProfileError: no tables.
     """
-    link = specs.load(f"link/{link_name}")
-    table = pd.read_csv(profile_dir() / "network" / f"{file}_all_reduce.csv.gz")
-    table = table[(table["devices_per_node"] == table["num_workers"]) & (table["num_workers"] <= 8)]
-    fastest = table.groupby(["num_workers", "size"])["time_stats.all_reduce.min"].median().reset_index()
-    seconds = fastest["time_stats.all_reduce.min"].to_numpy(float) / 1e3
-    octave = np.floor(np.log2(fastest["size"])).astype(int)  # sizes lie evenly: every octave weighs the same
-    weight = 1 / np.sqrt(octave.groupby([octave, fastest["num_workers"]]).transform("size").to_numpy(float))
-
-    def predicted(x: np.ndarray) -> np.ndarray:
-        trial = replace(link, latency_s=x[0], utilisation_frac=x[1])
-        rows = zip(fastest["num_workers"], fastest["size"], strict=True)
-        return np.array([float(costs.all_reduce_s(trial, int(str(tp)), float(size))) for tp, size in rows])
-
-    found = least_squares(
-        lambda x: np.log(predicted(x) / seconds) * weight,
-        [2e-5, 0.7],
-        bounds=([0, 0.1], [1e-3, 1]),
-        x_scale=[1e-5, 0.1],
-        loss="soft_l1",
-        f_scale=gpu_fit.SOFT_ERROR,
-    ).x
-    times = predicted(found)
-    by_tp = {
-        f"tp {tp}": statistics(times[rows], seconds[rows])
-        for tp in (2, 4, 8)
-        if (rows := (fastest["num_workers"] == tp).to_numpy()).any()
-    }
-    return {
-        "data": VIDUR,
-        "latency_s": float(f"{found[0]:.3g}"),
-        "utilisation_frac": float(f"{found[1]:.3g}"),
-        "residuals": by_tp,
-    }
-
-
-def update_link(name: str, fit: dict[str, Any]) -> None:
-    """Writes the link's preset: the ideal one with what was fitted."""
-    lines = (PRESET_DIR / "link" / f"{name}-ideal.toml").read_text(encoding="utf-8").split("\n")
-    text = f'"fitted by experiments/gpu/fit.py to all-reduces within a node: {VIDUR}; residuals in {REPORT}"'
-    in_sources = False
-    for i, line in enumerate(lines):
-        key = line.partition(" = ")[0]
-        in_sources |= line == "[sources]"
-        if key in ("latency_s", "utilisation_frac"):
-            lines[i] = f"{key} = {text if in_sources else fit[key]}"
-        elif key == "name":
-            lines[i] = f'name = "{name}"'
-    lines[0] = lines[0].replace(", the AttAcc-style assumptions", "")
-    (PRESET_DIR / "link" / f"{name}.toml").write_text("\n".join(lines), encoding="utf-8")
-
-
-def sources_of(device: GpuSpec, ideal: GpuSpec, text: str, lent: str = "") -> dict[str, str]:
-    sources = dict(ideal.sources)
-    for field in (*gpu_fit.LINEAR, *gpu_fit.ELEMENTWISE, *gpu_fit.PREFILL, *gpu_fit.DECODE):
-        attention = field.startswith(("prefill_", "decode_"))
-        sources[field] = lent if lent and attention else text
-    sources["sm_count"] = "vendor data sheet: streaming multiprocessors"
-    return sources
-
-
-def main() -> None:
-    report: dict[str, Any] = {"errors": "|predicted / measured - 1|", "gpus": {}, "links": {}}
-    h200, report["gpus"]["h200"] = fit_h200()
-    a100, report["gpus"]["a100-80"] = fit_vidur("a100-80", "a100", ["llama-2-70b", "llama-2-7b"], "qwen-1-72b", None)
-    h100, report["gpus"]["h100"] = fit_vidur("h100", "h100", ["llama-2-70b"], "qwen-1-72b", h200)
-    by_fit = "fitted by experiments/gpu/fit.py to {}; residuals in " + REPORT
-    lent = "carried over from gpu/h200 (no H100 attention profile; the same multiprocessors), there "
-    lent += by_fit.format(MEASURED)
-    for device, text, attention in (
-        (h200, by_fit.format(f"this project's measurements on an H200: {MEASURED}"), ""),
-        (a100, by_fit.format(VIDUR), ""),
-        (h100, by_fit.format(VIDUR), lent),
-    ):
-        ideal = specs.load(f"gpu/{device.name}-ideal")
-        title = (PRESET_DIR / "gpu" / f"{device.name}-ideal.toml").read_text(encoding="utf-8").split("\n")[0]
-        title = title.removeprefix("# ").replace("plain data-sheet roofline", "fitted to measured operator times")
-        sources = sources_of(device, ideal, text, attention)
-        write_preset(PRESET_DIR / "gpu" / f"{device.name}.toml", title, device, sources)
-        fields = (*gpu_fit.LINEAR, *gpu_fit.ELEMENTWISE, *gpu_fit.PREFILL, *gpu_fit.DECODE)
-        report["gpus"][device.name]["parameters"] = {f: getattr(device, f) for f in fields}
-    report["links"]["nvlink3"] = fit_all_reduce("a100_dgx", "nvlink3")
-    report["links"]["nvlink4"] = fit_all_reduce("h100_dgx", "nvlink4")
-    for name, fit in report["links"].items():
-        update_link(name, fit)
-    (DATA_DIR / "gpu_fit.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    report: dict[str, Any] = {"errors": "|predicted / measured - 1|", "data": SOURCE, "gpus": {}, "links": {}}
+    done: set[str] = set()
+    for gpu, operations in sorted(read_folder(folder).items()):
+        device, cited = fit_gpu(gpu, operations, progress)
+        links = {name: link for name, link in fit_links(gpu, operations).items() if name not in done}
+        done |= set(links)
+        write(out, gpu, device, cited, links)
+        own = [each for each in operations if "reduce" not in each.name]
+        values = {f.name: getattr(device, f.name) for f in fields(device) if f.name in cited}
+        report["gpus"][device.name] = {"parameters": values, "residuals": residuals(device, own)}
+        for name, link in links.items():
+            group = refit.NCCL if name.endswith("-nccl") else refit.CUSTOM
+            mine = [each for each in operations if each.name in group.operations]
+            values = {key: getattr(link, key) for key in group.bounds}
+            report["links"][name] = {"parameters": values, "residuals": residuals(link, mine)}
+    if not report["gpus"]:
+        raise ProfileError(f"{folder}: nothing to fit")
+    for name, (like, _) in CARRIED.items():
+        if like in report["gpus"]:
+            carry_preset(out, name)
+    (out / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report

@@ -1,4 +1,4 @@
-"""Writes a GPU preset: the fields of a base preset, some of them measured, a source for every value."""
+"""Writes a preset of a GPU or link: the fields of a base preset, some of them measured, a source for every value."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from l3env.machine.specs import GpuSpec
+from l3env.machine.specs import GpuSpec, LinkSpec
 
 
-def preset_text(title: str, device: GpuSpec, sources: Mapping[str, str]) -> str:
+def preset_text(title: str, device: GpuSpec | LinkSpec, sources: Mapping[str, str]) -> str:
     """TOML of ``device``: all fields but the neutral ones, each with its source."""
     lines = [f"# {title}"]
     cited = []
@@ -24,13 +24,15 @@ def preset_text(title: str, device: GpuSpec, sources: Mapping[str, str]) -> str:
     return "\n".join([*lines, "", "[sources]", *cited, ""])
 
 
-def write_preset(path: Path, title: str, device: GpuSpec, sources: Mapping[str, str]) -> None:
+def write_preset(path: Path, title: str, device: GpuSpec | LinkSpec, sources: Mapping[str, str]) -> None:
     path.write_text(preset_text(title, device, sources), encoding="utf-8")
 
 
 def _literal(value: float | int | str) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, int) or (value == int(value) and 1e4 <= value < 1e12):
         return f"{int(value):_}" if abs(int(value)) >= 10_000 else str(int(value))
     text = f"{value:.10g}"

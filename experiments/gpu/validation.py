@@ -20,16 +20,15 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from l3env.errors import ProfileError, SpecError
-from l3env.machine import price, specs
-from l3env.machine.arrays import COEF_DTYPE
+from l3env.experiments.gpu.attention_rows import NO_WINDOW, Arrays, coefficients, decode_rows_s, prefill_rows_s
+from l3env.machine import specs
 from l3env.machine.costs import gpu as costs
 from l3env.machine.specs import GpuSpec, ModelSpec
-from l3env.machine.tables import fill_attention
 
 COLUMNS = ("op", "model", "tp", "tokens", "batch", "kv_len", "ms")
 NEEDS = {"fc_layer": ("tokens",), "decode_attn": ("batch", "kv_len"), "prefill_attn": ("tokens", "kv_len")}
@@ -48,12 +47,6 @@ class Point:
     batch: int
     kv_len: int
     ms: float
-
-
-class Arrays(NamedTuple):
-    """As much of the engine's tables as attention needs."""
-
-    coef: Any
 
 
 def read_profile(path: Path) -> list[Point]:
@@ -129,9 +122,7 @@ def load_model(name: str) -> ModelSpec:
 
 def attention_arrays(device: GpuSpec, model: ModelSpec, tp: int) -> Arrays:
     """The engine's attention coefficients for one layer."""
-    coef = np.zeros(1, COEF_DTYPE)
-    fill_attention(coef, device, replace(model, layers_count=1), tp)
-    return Arrays(coef)
+    return coefficients(device, [replace(model, layers_count=1)], tp)
 
 
 def plain(kernel: Any) -> Any:
@@ -141,8 +132,20 @@ def plain(kernel: Any) -> Any:
 
 def prefill_attention_s(arrays: Any, batch: int, chunk: int, history: int) -> float:
     """Prefill attention of ``batch`` requests in one call: ``chunk`` new tokens of each on ``history`` earlier ones."""
-    work_s = batch * plain(price.prefill_work_s)(arrays, 0, chunk, history)
-    return work_s + plain(price.prefill_launch_s)(arrays, 0, batch, batch if history else 0)
+    return float(_prefill_s(arrays, np.array([batch]), np.array([chunk]), np.array([history]))[0])
+
+
+def _prefill_s(arrays: Any, batch: np.ndarray, chunks: np.ndarray, histories: np.ndarray) -> np.ndarray:
+    out = np.empty(chunks.size)
+    tables, windows = np.zeros(chunks.size, np.int64), np.full(chunks.size, NO_WINDOW, np.int64)
+    prefill_rows_s(Arrays(arrays.coef), tables, batch, chunks, histories, windows, out)
+    return out
+
+
+def _decode_s(arrays: Any, kv_tokens: np.ndarray, requests: np.ndarray) -> np.ndarray:
+    out = np.empty(requests.size)
+    decode_rows_s(Arrays(arrays.coef), np.zeros(requests.size, np.int64), kv_tokens, requests, out)
+    return out
 
 
 def predict_ms(device: GpuSpec, points: Iterable[Point], models: Mapping[str, ModelSpec] | None = None) -> np.ndarray:
@@ -155,15 +158,13 @@ def predict_ms(device: GpuSpec, points: Iterable[Point], models: Mapping[str, Mo
     for (op, name, tp), places in groups.items():
         model = models[name] if models and name in models else load_model(name)
         chosen = [listed[i] for i in places]
+        tokens, batch, kv_len = (np.array([getattr(p, key) for p in chosen]) for key in ("tokens", "batch", "kv_len"))
         if op == "fc_layer":
-            times = costs.linear_layer_s(model, device, tp, [point.tokens for point in chosen])
+            times = costs.linear_layer_s(model, device, tp, tokens)
+        elif op == "decode_attn":
+            times = _decode_s(attention_arrays(device, model, tp), batch * kv_len.astype(float), batch.astype(float))
         else:
-            arrays = attention_arrays(device, model, tp)
-            if op == "decode_attn":
-                attend = plain(price.hbm_attention_s)
-                times = np.array([attend(arrays, 0, p.batch * float(p.kv_len), float(p.batch)) for p in chosen])
-            else:
-                times = np.array([prefill_attention_s(arrays, 1, p.tokens, p.kv_len - p.tokens) for p in chosen])
+            times = _prefill_s(attention_arrays(device, model, tp), np.ones_like(tokens), tokens, kv_len - tokens)
         out[places] = times * 1e3
     return out
 

@@ -16,7 +16,8 @@ from l3env.experiments.gpu import deep_gemm
 from l3env.experiments.reproduce import deepseek_balance, deepseek_day, deepseek_places, deepseek_prefill
 from l3env.experiments.reproduce.common import Row, row
 from l3env.machine.batch import Decodes
-from l3env.machine.costs import experts, gpu
+from l3env.machine.costs import attention as attention_costs
+from l3env.machine.costs import experts
 from l3env.machine.specs import ModelSpec, SystemSpec
 from l3env.machine.tables import Tables, compile_tables
 from l3env.units import GB, TERA
@@ -67,9 +68,9 @@ def attention(model: ModelSpec) -> list[Row]:
     context, batch = 8192, 132
     out = []
     for tp, what, paper in ((1, "TFLOP/s, compute-bound", 660.0), (8, "TB/s, memory-bound", 3.0)):
-        time_s = batch * context * gpu.decode_token_s(model, device, tp)
-        time_s += batch * gpu.query_move_s(model, device, tp, model.stored_form)
-        time_s += model.layers_count * device.decode_launch_s
+        time_s = batch * context * attention_costs.decode_token_s(model, device, tp)
+        time_s += batch * attention_costs.query_move_s(model, device, tp, model.stored_form)
+        time_s += attention_costs.launch_s(model, device, model.stored_form, device.decode_launch_s)
         flop = 2 * model.stored_form.macs_per_pair * model.layers_count * batch * context
         moved = batch * context * model.kv_bytes_per_token
         ours = flop / time_s / 1e12 if tp == 1 else moved / time_s / TERA

@@ -44,17 +44,23 @@ COEF_DTYPE = np.dtype(
         ("prefill_query_s", np.float64),  # memory, per query token
         ("prefill_fixed_s", np.float64),  # per batch of chunks
         ("prefill_new_s", np.float64),  # compute, per new token
-        ("prefill_history_fixed_s", np.float64),  # more per batch with a chunk on a history
+        ("prefill_tile_s", np.float64),  # and per started tile of new tokens,
+        ("prefill_tile_tokens", np.float64),  # of so many: fewer have as many pairs
+        ("prefill_history_tokens", np.float64),  # fewer new tokens cost as much on a history
         ("prefill_history_token_s", np.float64),  # per token of a chunk's history: plain KV from the latent again
-        ("prefill_tile_tokens", np.float64),  # fewer new tokens cost as much on a history
-        ("prefill_chunk_ratio", np.float64),  # cost of new tokens among themselves when there is a history
-        ("prefill_history_ratio", np.float64),  # cost of a pair with history over that of a pair without
+        ("prefill_tail_s", np.float64),  # the longest tile of the longest chunk,
+        ("prefill_tail_token_s", np.float64),  # more per new token
+        ("prefill_exponent", np.float64),  # p-norm of work and longest tile
         ("hbm_token_s", np.float64),  # decode attention on the GPU, per KV token
         ("hbm_verify_s", np.float64),  # the same with the guessed token's query beside it, the guess's own included
         ("hbm_request_s", np.float64),  # and per query token
         ("hbm_fixed_s", np.float64),  # and per batch
-        ("hbm_waves_per_request", np.float64),  # share of the multiprocessors that a request occupies
-        ("hbm_tail_frac", np.float64),  # least share of a wave that a started one takes; 0: no waves
+        ("hbm_split_s", np.float64),  # more where KV is long enough to be split
+        ("hbm_regroup_s", np.float64),  # more for several requests
+        ("hbm_tile_s", np.float64),  # a request's tiles, beside reading,
+        ("hbm_wave_requests", np.float64),  # past so many that the multiprocessors take at once
+        ("hbm_mean_token_s", np.float64),  # beside reading, per token of the mean request: a head that is not split
+        ("hbm_exponent", np.float64),  # p-norm of reading and tiles
         ("pim_token_s", np.float64),  # decode attention in one lane, per KV token
         ("pim_verify_s", np.float64),  # the same with the guessed token's query
         ("decompressed_token_s", np.float64),  # decode attention on decompressed KV over all lanes, per KV token

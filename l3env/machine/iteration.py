@@ -31,7 +31,8 @@ from l3env.machine.price import (
     head_batch_s,
     lane_attention_s,
     pim_side_s,
-    prefill_launch_s,
+    prefill_batch_s,
+    prefill_tail_s,
     prefill_work_s,
 )
 
@@ -40,10 +41,10 @@ class Prefill(NamedTuple):
     """Chunks of prompts."""
 
     chunks: int
-    histories: int  # those of them whose prompt has begun before
     tokens: int
     ends: int  # prompts that end here: each emits a token
     attention_s: float  # launches apart
+    longest_s: float  # the longest chunk's last tile
     pushed_tokens: float  # KV that crosses the link to the PIM side, in tokens of KV as stored
 
 
@@ -100,7 +101,7 @@ class Iteration(NamedTuple):
 
 @inner
 def no_prefill():
-    return Prefill(0, 0, 0, 0, 0.0, 0.0)
+    return Prefill(0, 0, 0, 0.0, 0.0, 0.0)
 
 
 @inner
@@ -118,10 +119,10 @@ def with_chunk(t, table, prefill, tokens, history, ends, pushed_tokens):
     """The prefill with one more chunk on a history, at the end of its prompt or not."""
     return Prefill(
         prefill.chunks + 1,
-        prefill.histories + (1 if history > 0 else 0),
         prefill.tokens + tokens,
         prefill.ends + ends,
         prefill.attention_s + prefill_work_s(t, table, tokens, history),
+        max(prefill.longest_s, prefill_tail_s(t, table, tokens)),
         prefill.pushed_tokens + pushed_tokens,
     )
 
@@ -137,10 +138,10 @@ def both_prefills(first, second):
     """Chunks of both sub-batches as one batch."""
     return Prefill(
         first.chunks + second.chunks,
-        first.histories + second.histories,
         first.tokens + second.tokens,
         first.ends + second.ends,
         first.attention_s + second.attention_s,
+        max(first.longest_s, second.longest_s),
         first.pushed_tokens + second.pushed_tokens,
     )
 
@@ -205,7 +206,7 @@ def phase(t, table, mine, other, queries):
     """A phase attends to ``mine``; the decodes of ``other`` join its FC batch, and its new KV arrives at the PIM side.
     One batch is both."""
     prefill, decode = mine.prefill, mine.decode
-    prefill_s = prefill.attention_s + prefill_launch_s(t, table, prefill.chunks, prefill.histories)
+    prefill_s = prefill_batch_s(t, table, prefill.attention_s, prefill.longest_s, prefill.chunks)
     attention_s = prefill_s + hbm_attention_s(t, table, decode.hbm_kv_tokens, decode.hbm_requests, queries)
     rows = queries * other.decode.requests
     tokens = prefill.tokens + rows

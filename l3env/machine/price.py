@@ -28,35 +28,48 @@ def causal_pairs(chunk, history):
 
 
 @inner
-def prefill_work_s(t, table, chunk, history):
-    """Attention of one prefilling request's chunk: the larger of computing and reading; launches are apart.
-
-    A history costs what its kernel takes: ratios of their own for pairs with the history and within the chunk, and a
-    whole tile's pairs for a chunk of less than a tile. A latent's keys and values are projected from it first.
-    """
-    coef = t.coef[table]
-    within = coef["prefill_chunk_ratio"] if history > 0 else 1.0
-    rows = max(float(chunk), coef["prefill_tile_tokens"]) if chunk > 0 else 0.0
-    pairs = rows * float(history) * coef["prefill_history_ratio"]
-    pairs += within * (chunk * (chunk + 1.0) / 2)
-    compute_s = coef["prefill_pair_s"] * pairs + within * coef["prefill_new_s"] * chunk
-    memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
-    plain_s = coef["prefill_history_token_s"] * float(history) if chunk > 0 else 0.0
-    return max(compute_s, memory_s) + plain_s
+def beside_s(a_s, b_s, exponent):
+    """Two times that overlap: the larger, or a p-norm that rounds the corner off (``costs.gpu.overlap_s``)."""
+    large_s, small_s = max(a_s, b_s), min(a_s, b_s)
+    if exponent == 0.0 or small_s <= 0.0:
+        return large_s
+    return large_s * (1.0 + (small_s / large_s) ** exponent) ** (1.0 / exponent)
 
 
 @inner
-def prefill_launch_s(t, table, chunks_count, histories_count):
-    """Launches of the prefill attention of a batch: one kernel takes all chunks (variable lengths); where some have a
-    history, another joins the split keys."""
+def prefill_work_s(t, table, chunk, history):
+    """Attention of one prefilling request's chunk on all multiprocessors: the larger of computing and reading.
+
+    A started tile of queries costs as much as a full one; keys and values of a latent's history are projected first.
+    """
+    coef = t.coef[table]
+    if chunk <= 0:
+        return max(0.0, coef["prefill_kv_s"] * float(history + chunk))
+    pairs = max(float(chunk), coef["prefill_history_tokens"]) * float(history)
+    pairs += max(float(chunk), coef["prefill_tile_tokens"]) * ((chunk + 1.0) / 2)
+    tiles = np.ceil(chunk / coef["prefill_tile_tokens"])
+    compute_s = coef["prefill_pair_s"] * pairs + coef["prefill_new_s"] * chunk + coef["prefill_tile_s"] * tiles
+    memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
+    return max(compute_s, memory_s) + coef["prefill_history_token_s"] * float(history)
+
+
+@inner
+def prefill_tail_s(t, table, chunk):
+    """The last tile of a chunk, which attends to all of it on one multiprocessor."""
+    return t.coef[table]["prefill_tail_s"] + t.coef[table]["prefill_tail_token_s"] * chunk if chunk > 0 else 0.0
+
+
+@inner
+def prefill_batch_s(t, table, work_s, longest_s, chunks_count):
+    """Prefill attention of a batch: one kernel takes all chunks (variable lengths), beside the longest of them."""
     launch_s = t.coef[table]["prefill_fixed_s"] if chunks_count > 0 else 0.0
-    return launch_s + (t.coef[table]["prefill_history_fixed_s"] if histories_count > 0 else 0.0)
+    return launch_s + beside_s(work_s, longest_s, t.coef[table]["prefill_exponent"])
 
 
 @inner
 def prefill_attention_s(t, table, chunk, history):
     """t_p of one request alone."""
-    return prefill_work_s(t, table, chunk, history) + prefill_launch_s(t, table, 1, history)
+    return prefill_batch_s(t, table, prefill_work_s(t, table, chunk, history), prefill_tail_s(t, table, chunk), 1)
 
 
 @inner
@@ -121,18 +134,21 @@ def draft_batch_s(t, table, requests):
 def hbm_attention_s(t, table, kv_tokens, requests, queries=1):
     """Decode attention of HBM residents, on the GPU, with one or two query tokens a request.
 
-    Past one wave of (request, KV head) blocks over the multiprocessors, a started wave takes at least a share of a full
-    one; before, the kernel splits requests so that all multiprocessors work.
+    Reading overlaps with the tiles' own time: one for each request and KV head, past the first on each multiprocessor;
+    before, the kernel splits requests so that all of them work (FlashDecoding), or a head's KV is read by one.
     """
     coef = t.coef[table]
     read_s = (coef["hbm_token_s"] if queries == 1 else coef["hbm_verify_s"]) * kv_tokens
-    if coef["hbm_tail_frac"] > 0:
-        waves = coef["hbm_waves_per_request"] * requests
-        rest = waves - np.floor(waves)
-        if waves > 1 and rest > 0:
-            read_s *= (waves - rest + max(rest, coef["hbm_tail_frac"])) / waves
-    fixed_s = coef["hbm_fixed_s"] if requests > 0 else 0.0
-    return read_s + coef["hbm_request_s"] * requests * queries + fixed_s
+    read_s += coef["hbm_request_s"] * requests * queries
+    if requests <= 0:
+        return read_s
+    mean_tokens = kv_tokens / requests
+    tiles_s = coef["hbm_tile_s"] * max(requests - coef["hbm_wave_requests"], 0.0)
+    tiles_s += coef["hbm_mean_token_s"] * mean_tokens
+    fixed_s = coef["hbm_fixed_s"] + coef["hbm_split_s"] * min(max(mean_tokens / 384.0 - 1.0 / 3.0, 0.0), 1.0)
+    if requests > 1:
+        fixed_s += coef["hbm_regroup_s"]
+    return beside_s(read_s, tiles_s, coef["hbm_exponent"]) + fixed_s
 
 
 @inner

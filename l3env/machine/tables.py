@@ -33,7 +33,7 @@ from l3env.machine.arrays import (
     fc_grid_tokens,
 )
 from l3env.machine.batch import Chunk, Decodes, chunk_rows, loads
-from l3env.machine.costs import energy, experts, gpu, link, memory, pim
+from l3env.machine.costs import attention, energy, experts, gpu, link, memory, pim
 from l3env.machine.iteration import Iteration, price_batch
 from l3env.machine.specs import GpuSpec, ModelSpec, SystemSpec
 
@@ -261,22 +261,26 @@ def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: 
 
 def fill_attention(coef: NDArray[np.void], device: GpuSpec, model: ModelSpec, tp: int) -> None:
     """Coefficients of the GPU's attention, all layers of a model on one of ``tp`` GPUs."""
-    coef["prefill_pair_s"] = gpu.prefill_pair_s(model, device, tp)
-    coef["prefill_kv_s"] = gpu.kv_read_s(model, device, tp)
-    coef["prefill_query_s"] = gpu.query_move_s(model, device, tp)
-    coef["prefill_fixed_s"] = model.layers_count * device.prefill_launch_s
-    coef["prefill_new_s"] = model.layers_count * device.prefill_query_s
-    coef["prefill_history_fixed_s"] = model.layers_count * device.prefill_history_launch_s
-    coef["prefill_history_token_s"] = gpu.history_token_s(model, device, tp)
-    coef["prefill_tile_tokens"] = device.prefill_tile_tokens
-    coef["prefill_chunk_ratio"] = device.prefill_chunk_ratio
-    coef["prefill_history_ratio"] = device.prefill_history_ratio
-    coef["hbm_token_s"] = gpu.decode_token_s(model, device, tp)
-    coef["hbm_verify_s"] = gpu.decode_token_s(model, device, tp, query_tokens=2) * _draft_ratio(model)
-    coef["hbm_request_s"] = gpu.query_move_s(model, device, tp, model.stored_form)
-    coef["hbm_fixed_s"] = model.layers_count * device.decode_launch_s
-    coef["hbm_waves_per_request"] = gpu.decode_waves_per_request(model, device, tp)
-    coef["hbm_tail_frac"] = device.decode_tail_frac
+    coef["prefill_pair_s"] = attention.prefill_pair_s(model, device, tp)
+    coef["prefill_kv_s"] = attention.kv_read_s(model, device, tp)
+    coef["prefill_query_s"] = attention.query_move_s(model, device, tp)
+    coef["prefill_fixed_s"] = attention.launch_s(model, device, model.naive_form, device.prefill_launch_s)
+    coef["prefill_new_s"] = attention.new_token_s(model, device, tp)
+    coef["prefill_history_token_s"] = attention.history_token_s(model, device, tp)
+    tiles = attention.prefill_tiles(model, device, tp)
+    for name, value in tiles._asdict().items():
+        coef[f"prefill_{name}"] = value
+    coef["prefill_exponent"] = device.prefill_exponent
+    stored = model.stored_form
+    coef["hbm_token_s"] = attention.decode_token_s(model, device, tp)
+    coef["hbm_verify_s"] = attention.decode_token_s(model, device, tp, query_tokens=2) * _draft_ratio(model)
+    coef["hbm_request_s"] = attention.query_move_s(model, device, tp, stored) * device.decode_query_moves
+    coef["hbm_fixed_s"] = attention.launch_s(model, device, stored, device.decode_launch_s)
+    coef["hbm_split_s"] = model.layers_count * device.decode_split_s
+    coef["hbm_regroup_s"] = attention.regroup_s(model, device, tp)
+    coef["hbm_tile_s"], coef["hbm_wave_requests"] = attention.decode_tiles(model, device, tp)
+    coef["hbm_mean_token_s"] = attention.decode_head_token_s(model, device)
+    coef["hbm_exponent"] = device.decode_exponent
 
 
 def _draft_ratio(model: ModelSpec) -> float:

@@ -24,6 +24,13 @@ HEEDS_HOPELESS = set(Order) - {Order.FCFS, Order.NEWEST_FIRST, Order.BY_SCORE}
 ALIGN_MIN_CHUNK_TOKENS = 128
 
 
+def norm_s(a_s: float, b_s: float, exponent: float) -> float:
+    """Two times that overlap."""
+    if exponent == 0 or min(a_s, b_s) <= 0:
+        return max(a_s, b_s)
+    return float((a_s**exponent + b_s**exponent) ** (1 / exponent))
+
+
 @dataclass(eq=False)
 class Request:
     """All about one request. KV tokens of a decoding one are counted up one by one."""
@@ -123,36 +130,35 @@ class Prices:
         return self._along(self.head_row, rows, self.coef["head_slope_s"])
 
     def prefill_s(self, *chunks: tuple[int, int]) -> float:
-        """t_p of (chunk, done) pairs: one launch for all, one more where any has a history."""
+        """t_p of (chunk, done) pairs: one launch for all, and the last tile of the longest chunk runs on beside."""
         if not chunks:
             return 0.0
-        launch_s = self.coef["prefill_fixed_s"]
-        if any(done for _, done in chunks):
-            launch_s += self.coef["prefill_history_fixed_s"]
-        return launch_s + sum(self.chunk_s(chunk, done) for chunk, done in chunks)
+        c = self.coef
+        longest_s = max(c["prefill_tail_s"] + c["prefill_tail_token_s"] * chunk for chunk, _ in chunks if chunk)
+        work_s = sum(self.chunk_s(chunk, done) for chunk, done in chunks)
+        return c["prefill_fixed_s"] + norm_s(work_s, longest_s, c["prefill_exponent"])
 
     def chunk_s(self, chunk: int, done: int) -> float:
-        """Every query sees the history and the part of its chunk up to itself; with a history the kernel's rates
-        differ, and fewer rows than a tile cost a tile."""
+        """Every query sees the history and the part of its chunk up to itself; fewer rows than a tile cost a tile."""
         c = self.coef
-        triangle = chunk * (chunk + 1) / 2 * c["prefill_pair_s"] + chunk * c["prefill_new_s"]
-        if done:
-            square = max(chunk, c["prefill_tile_tokens"]) * done if chunk else 0.0
-            triangle *= c["prefill_chunk_ratio"]
-            triangle += square * c["prefill_history_ratio"] * c["prefill_pair_s"]
+        pairs = max(chunk, c["prefill_tile_tokens"]) * (chunk + 1) / 2 + max(chunk, c["prefill_history_tokens"]) * done
+        tiles = math.ceil(chunk / c["prefill_tile_tokens"])
+        working_s = pairs * c["prefill_pair_s"] + chunk * c["prefill_new_s"] + tiles * c["prefill_tile_s"]
         reading_s = c["prefill_kv_s"] * (done + chunk) + c["prefill_query_s"] * chunk
-        return max(triangle, reading_s) + (c["prefill_history_token_s"] * done if chunk else 0.0)
+        return max(working_s, reading_s) + c["prefill_history_token_s"] * done
 
     def hbm_s(self, kv: int, requests: int, queries: int = 1) -> float:
-        """Reading, a launch, and what the last wave of (request, KV head) blocks wastes."""
+        """A launch, more where KV is long enough to be split, and reading beside the tiles of (request, KV head)."""
         c = self.coef
         if requests == 0:
             return 0.0
-        waves = c["hbm_waves_per_request"] * requests
-        whole, part = divmod(waves, 1.0)
-        wasted = (whole + max(part, c["hbm_tail_frac"])) / waves if c["hbm_tail_frac"] and waves > 1 and part else 1.0
+        mean = kv / requests
         token_s = c[{1: "hbm_token_s", 2: "hbm_verify_s"}[queries]]
-        return token_s * kv * wasted + c["hbm_request_s"] * requests * queries + c["hbm_fixed_s"]
+        reading_s = token_s * kv + c["hbm_request_s"] * requests * queries
+        tiles_s = c["hbm_tile_s"] * max(requests - c["hbm_wave_requests"], 0) + c["hbm_mean_token_s"] * mean
+        launch_s = c["hbm_fixed_s"] + (c["hbm_regroup_s"] if requests > 1 else 0.0)
+        launch_s += c["hbm_split_s"] * float(np.clip((mean - 128) / 384, 0, 1))
+        return norm_s(reading_s, tiles_s, c["hbm_exponent"]) + launch_s
 
     def lane_s(self, kv: int, requests: int, queries: int = 1) -> float:
         """Attention of one PIM lane: linear in tokens and requests."""

@@ -44,7 +44,7 @@ def test_preset_loads_and_every_value_has_a_source(kind, name):
     assert isinstance(spec, specs.KINDS[kind])
     assert spec.name == name
     # defaults that leave a term out need no source
-    optional = dataclasses.fields(spec) if kind in ("gpu", "model", "system", "engine") else ()
+    optional = dataclasses.fields(spec) if kind in ("gpu", "link", "model", "system", "engine") else ()
     neutral = {f.name for f in optional if f.default == getattr(spec, f.name)}
     values = {f.name for f in dataclasses.fields(spec)} - {"name", "sources"}
     absent = {key for key in values if getattr(spec, key) is None}

@@ -38,7 +38,7 @@ def fc_head_s(t, table, tokens, rows):
 @inner
 def with_prompts_s(t, table, steps, queries, tokens):
     """A decode step as one batch with the FC work of so many prompt tokens more."""
-    batch = batch_of(Prefill(0, 0, tokens, 0, 0.0, 0.0), no_prefill(), steps, queries)
+    batch = batch_of(Prefill(0, tokens, 0, 0.0, 0.0, 0.0), no_prefill(), steps, queries)
     return price(t, table, batch, SubBatching.OFF).duration_s
 
 

@@ -7,6 +7,8 @@ independently and equally often; what is unequal is in one factor, the imbalance
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -21,6 +23,7 @@ from l3env.machine.costs.gpu import (
     ffn_elementwise_bytes,
     ffn_shapes,
     head_s,
+    latent_extra_s,
     linears_s,
     matmul_compute_s,
     product_s,
@@ -62,11 +65,47 @@ def routed_s(model: ModelSpec, gpu: GpuSpec, experts: ExpertParallelSpec | None,
         pairs = chosen * tokens / tp * (1 + experts.imbalance_frac)
     hit = hit_count(mine, chosen, slots, group_tokens)
     rows = np.divide(pairs, hit, out=np.zeros_like(pairs), where=hit > 0)
-    total = np.zeros_like(tokens)
+    return np.where(tokens > 0, grouped_s(model, gpu, hit, rows, pairs, ffn_size, chosen * group_tokens), 0.0)
+
+
+def expert_gpu(model: ModelSpec, gpu: GpuSpec) -> GpuSpec:
+    """The GPU as kernels for experts reach it, in the model's precision."""
+    if speedup(model, gpu) > 1:
+        return replace(
+            gpu,
+            fp8_utilisation_frac=gpu.fp8_expert_utilisation_frac or gpu.fp8_utilisation_frac,
+            memory_utilisation_frac=gpu.fp8_expert_memory_utilisation_frac or gpu.memory_utilisation_frac,
+            expert_launch_s=gpu.fp8_expert_launch_s,
+            expert_row_moves=gpu.fp8_expert_row_moves,
+            expert_token_moves=gpu.fp8_expert_token_moves,
+        )
+    return replace(
+        gpu,
+        compute_utilisation_frac=gpu.expert_utilisation_frac or gpu.compute_utilisation_frac,
+        memory_utilisation_frac=gpu.expert_memory_utilisation_frac or gpu.memory_utilisation_frac,
+    )
+
+
+def grouped_s(
+    model: ModelSpec, gpu: GpuSpec, hit: Array, rows: Array, pairs: Array, ffn_size: float, group_pairs: Array
+) -> Array:
+    """Grouped products of ``hit`` experts: up, down.
+
+    Args:
+        rows: tokens of an expert that is hit, on average.
+        pairs: tokens of all of them.
+        ffn_size: inner size of an expert on this GPU.
+        group_pairs: tokens of all ranks' experts, which kernels that do not sort them out first go through.
+    """
+    kernels = expert_gpu(model, gpu)
+    moved_bytes = kernels.expert_token_moves * group_pairs * model.hidden_size * FP16_BYTES
+    total = kernels.expert_launch_s + moved_bytes / gpu.hbm_bytes_per_s
     for k, n in ffn_shapes(model, ffn_size):
-        compute = matmul_compute_s(gpu, rows, k, n * hit)
-        total = total + product_s(model, gpu, compute, hit * k * n * model.bytes_per_parameter, pairs * k, pairs * n)
-    return np.where(tokens > 0, total, 0.0)
+        compute = matmul_compute_s(model, kernels, rows, k, n * hit, grouped=True)
+        weight_bytes = hit * k * n * model.bytes_per_parameter
+        total = total + product_s(model, kernels, compute, weight_bytes, pairs * k, pairs * n)
+        total = total + kernels.expert_row_moves * pairs * (k + n) * FP16_BYTES / gpu.hbm_bytes_per_s
+    return total
 
 
 def expert_products_s(
@@ -116,7 +155,7 @@ def moe_layer_s(
         model, gpu, experts, tp, count
     )
     token_bytes = attention_elementwise_bytes(model, gpu, tp) + expert_elementwise_bytes(model, gpu, experts, tp)
-    layer = layer + elementwise_s(gpu, count, token_bytes)
+    layer = layer + elementwise_s(gpu, count, token_bytes) + latent_extra_s(model, gpu, tp, count)
     reduces = 2 if experts is None else 1
     layer = layer + reduces * all_reduce_s(link, tp, count * model.hidden_size * FP16_BYTES)
     return np.where(count > 0, layer, 0.0)

@@ -12,19 +12,25 @@ fitted to measurements, see ``experiments/gpu/fit.py`` and ``docs/gpu-validation
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from l3env.machine.specs import AttentionForm, GpuSpec, LinkSpec, ModelSpec
+from l3env.machine.specs import GpuSpec, LinkSpec, ModelSpec
 from l3env.units import FP8_BYTES, FP16_BYTES
 
 Array = NDArray[np.float64]
+PARTIAL_BYTES = 4  # partial sums are 32-bit
 FP8_SCALE_BYTES = 4 / 128  # per element: a 32-bit scale for 128 of them (arXiv 2412.19437, section 3.3.2)
 
 
-TILES = ((64, 64), (64, 128), (64, 256), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
-"""Output tiles (tokens x outputs) that libraries choose from for 16-bit matrix products (CUTLASS's common shapes)."""
+TILES = ((64, 32), (64, 64), (64, 128), (64, 256), (128, 32), (128, 64), (128, 128), (128, 256), (256, 64), (256, 128))
+"""Output tiles (tokens x outputs) that libraries choose from for matrix products (CUTLASS's common shapes)."""
+TILE_STEP = 64  # all of them have multiples of this many tokens
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # parts of the inner size,
+SPLIT_SIZE = 256  # none of them smaller than this
+LASTING_TOKENS = 256  # up to here products wait for weights often enough to stay below the power limit
 
 
 def memory_s(gpu: GpuSpec, moved_bytes: ArrayLike) -> Array:
@@ -54,21 +60,57 @@ def overlap_s(gpu: GpuSpec, a_s: Array, b_s: Array) -> Array:
     return large * (1 + ratio**gpu.roofline_exponent) ** (1 / gpu.roofline_exponent)
 
 
-def matmul_compute_s(gpu: GpuSpec, tokens: Array, k: float, n: float | Array) -> Array:
-    """Compute time of a (tokens, k) x (k, n) product in 16 bit: the best tile's waves over the multiprocessors.
+def matmul_compute_s(
+    model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float | Array, n: float | Array, *, grouped: bool = False
+) -> Array:
+    """Compute time of a (tokens, k) x (k, n) product: the best tile's waves over the multiprocessors.
 
-    A partly filled last wave is waited for in part (split-K and stream-K schedules fill some of it); small tiles reuse
-    their operands less. Without ``sm_count`` the plain FLOP over FLOP/s. Never falls with ``tokens``.
+    A tile's step along the inner size takes the longer of multiplying and taking in its operands. A partly filled last
+    wave is waited for in part. Products with few tiles are split along the inner size and joined (split-K), but not
+    ``grouped`` ones nor those with scales for blocks. Large products one after the other hold the GPU at its power
+    limit and its clock below that of a single one. Without ``sm_count`` the plain FLOP over FLOP/s. Never falls with
+    ``tokens``.
     """
     if gpu.sm_count == 0:
-        return compute_s(gpu, 2 * tokens * k * n)
-    best = np.full_like(tokens, np.inf)
+        return compute_s(gpu, 2 * tokens * k * n) / speedup(model, gpu)
+    tiles, grouped = _step(model, gpu), grouped or model.block_scales
+    lasting = 1 + gpu.sustained_slowdown_frac * np.maximum(1 - LASTING_TOKENS / np.maximum(tokens, 1), 0)
+    if np.ndim(k) == 0 and np.ndim(n) == 0 and tokens.size > TILE_STEP:
+        places = np.ceil(tokens / TILE_STEP).astype(np.int64)
+        if places.max() < places.size:
+            steps = np.arange(places.max() + 1.0)
+            return _tiled_s(gpu, tiles, steps * TILE_STEP, k, n, grouped)[places] * lasting
+    return _tiled_s(gpu, tiles, np.ceil(tokens / TILE_STEP) * TILE_STEP, k, n, grouped) * lasting
+
+
+class _Step(NamedTuple):
+    """What a step along the inner size costs a multiprocessor."""
+
+    flop_s: float
+    operand_s: float
+
+
+def _step(model: ModelSpec, gpu: GpuSpec) -> _Step:
+    flop_per_s, bytes_per_s = gpu.fp16_flop_per_s * gpu.compute_utilisation_frac, gpu.sm_bytes_per_s
+    if speedup(model, gpu) > 1:
+        flop_per_s = gpu.fp8_flop_per_s * (gpu.fp8_utilisation_frac or gpu.compute_utilisation_frac)
+        bytes_per_s = gpu.fp8_sm_bytes_per_s or bytes_per_s
+    operand_bytes = FP8_BYTES if speedup(model, gpu) > 1 else FP16_BYTES
+    return _Step(gpu.sm_count / flop_per_s, operand_bytes / bytes_per_s if bytes_per_s else 0.0)
+
+
+def _tiled_s(gpu: GpuSpec, step: _Step, tokens: Array, k: float | Array, n: float | Array, grouped: bool) -> Array:
+    best = np.full(np.broadcast_shapes(tokens.shape, np.shape(k), np.shape(n)), np.inf)
+    count = len(SPLITS) if gpu.split_bytes_per_s > 0 and not grouped else 1
+    parts = np.array(SPLITS[:count], dtype=float).reshape(-1, *(1,) * best.ndim)
+    extra = np.where((k >= SPLIT_SIZE * parts) | (parts == 1), 0.0, np.inf)
+    if count > 1:
+        extra = extra + (parts > 1) * (gpu.split_s + tokens * n * parts * (PARTIAL_BYTES / gpu.split_bytes_per_s))
     for rows, columns in TILES:
-        waves = np.ceil(tokens / rows) * np.ceil(n / columns) / gpu.sm_count
+        waves = np.ceil(tokens / rows) * np.ceil(n / columns) * parts / gpu.sm_count
         waited = (1 - gpu.tile_wave_frac) * np.maximum(waves, 1) + gpu.tile_wave_frac * np.ceil(waves)
-        loading = 1 + gpu.tile_ramp_frac * 64 * (1 / rows + 1 / columns)
-        wave_s = compute_s(gpu, 2 * rows * columns * k * gpu.sm_count) * loading
-        best = np.minimum(best, waited * wave_s)
+        step_s = max(2 * rows * columns * step.flop_s, (rows + columns) * step.operand_s)
+        best = np.minimum(best, (waited * (gpu.tile_start_s + k * step_s / parts) + extra).min(axis=0))
     return np.where(tokens > 0, best, 0.0)
 
 
@@ -109,28 +151,51 @@ def linear_flop_and_bytes(model: ModelSpec, tokens: Array, k: float, n: float) -
     return flop, moved
 
 
-def linear_s(model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float, n: float) -> Array:
+def linear_s(model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float | Array, n: float | Array) -> Array:
     """One linear operation of one GPU."""
-    compute = matmul_compute_s(gpu, tokens, k, n)
-    return product_s(model, gpu, compute, k * n * model.bytes_per_parameter, tokens * k, tokens * n)
+    compute = matmul_compute_s(model, gpu, tokens, k, n)
+    product = product_s(model, gpu, compute, k * n * model.bytes_per_parameter, tokens * k, tokens * n)
+    return product + quantise_s(model, gpu, tokens, k)
 
 
 def product_s(
-    model: ModelSpec, gpu: GpuSpec, compute_16_s: Array, weight_bytes: float | Array, inputs: Array, outputs: Array
+    model: ModelSpec, gpu: GpuSpec, compute: Array, weight_bytes: float | Array, inputs: Array, outputs: Array
 ) -> Array:
-    """A matrix product of one GPU, launched: computing (``compute_16_s`` as in 16 bit) beside reading its operands.
+    """A matrix product of one GPU, launched: computing beside moving its operands and outputs.
 
-    Outputs are written beside them too, but for FP8 products with a scale for 128 elements, where a tile's sums are
-    scaled and stored after its last step: a tile is as long as both (``fp8_output_bytes_per_s``, fitted to DeepGEMM's
-    table by ``experiments/gpu/deep_gemm.py``).
+    Of FP8 products with scales for blocks a tile's sums are scaled and stored after its last step: it is as long as
+    both (``fp8_output_bytes_per_s``, fitted to DeepGEMM's table by ``experiments/gpu/deep_gemm.py``).
     """
-    faster = speedup(model, gpu)
-    if faster > 1 and gpu.fp8_output_bytes_per_s > 0:
+    if speedup(model, gpu) == 1:
+        moved_s = memory_s(gpu, weight_bytes + (inputs + outputs) * FP16_BYTES)
+        return gpu.linear_launch_s + overlap_s(gpu, compute, moved_s)
+    if model.block_scales and gpu.fp8_output_bytes_per_s > 0:
         read_s = memory_s(gpu, weight_bytes + inputs * (FP8_BYTES + FP8_SCALE_BYTES))
         written_s = outputs * FP16_BYTES / gpu.fp8_output_bytes_per_s
-        return gpu.linear_launch_s + overlap_s(gpu, compute_16_s / faster, read_s) + written_s
-    moved_s = memory_s(gpu, weight_bytes + (inputs + outputs) * FP16_BYTES)
-    return gpu.linear_launch_s + overlap_s(gpu, compute_16_s / faster, moved_s)
+        return gpu.linear_launch_s + gpu.block_launch_s + overlap_s(gpu, compute, read_s) + written_s
+    input_bytes = FP8_BYTES if quantises(model, gpu) else FP16_BYTES
+    moved_s = memory_s(gpu, weight_bytes + inputs * input_bytes + outputs * FP16_BYTES)
+    return gpu.linear_launch_s + overlap_s(gpu, compute, moved_s)
+
+
+def quantises(model: ModelSpec, gpu: GpuSpec) -> bool:
+    """Is an FP8 product's input given one scale by kernels of their own, as measured?"""
+    return speedup(model, gpu) > 1 and not model.block_scales and gpu.quantise_bytes_per_s > 0
+
+
+def quantise_s(model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float | Array) -> Array:
+    """The input of an FP8 product: its largest value found, then all scaled by it (dynamic per-tensor scales).
+
+    A row is gone through by one block, several rows side by side get in each other's way until the rows, or the bytes
+    read twice and written once, decide.
+    """
+    if not quantises(model, gpu):
+        return np.zeros_like(tokens)
+    crowd = np.clip(2 ** np.ceil(np.log2(np.maximum(tokens, 1))), 64, 256) / 64 - 1
+    alone_s = gpu.quantise_element_s * k * (1 + gpu.quantise_crowd_frac * crowd)
+    moved_s = tokens * k * (2 * FP16_BYTES + FP8_BYTES) / gpu.quantise_bytes_per_s
+    total = gpu.quantise_launch_s + alone_s + np.maximum(tokens * gpu.quantise_row_s, moved_s)
+    return np.where(tokens > 0, total, 0.0)
 
 
 def linears_s(model: ModelSpec, gpu: GpuSpec, tokens: ArrayLike, shapes: Sequence[tuple[float, float]]) -> Array:
@@ -169,8 +234,10 @@ def ffn_elementwise_bytes(model: ModelSpec, gpu: GpuSpec, inner_size: float) -> 
 
 def quantised_bytes(model: ModelSpec, gpu: GpuSpec) -> float:
     """Bytes moved per element of an FP8 product's input: read in 16 bit, written in FP8 with its scale, a kernel of its
-    own (arXiv 2412.19437, section 3.5.2); 0 for 16-bit products."""
-    return FP16_BYTES + FP8_BYTES + FP8_SCALE_BYTES if speedup(model, gpu) > 1 else 0.0
+    own (arXiv 2412.19437, section 3.5.2); 0 for 16-bit products and where ``quantise_s`` counts it."""
+    if speedup(model, gpu) == 1 or quantises(model, gpu):
+        return 0.0
+    return FP16_BYTES + FP8_BYTES + FP8_SCALE_BYTES
 
 
 def streaming_s(gpu: GpuSpec, moved_bytes: ArrayLike) -> Array:
@@ -196,6 +263,13 @@ def elementwise_s(gpu: GpuSpec, tokens: ArrayLike, token_bytes: float) -> Array:
     return overlap_s(gpu, launch, streaming_s(gpu, count * token_bytes))
 
 
+def latent_extra_s(model: ModelSpec, gpu: GpuSpec, tp: int, tokens: Array) -> Array:
+    """Small kernels of a latent attention block that other blocks do not have, one layer; 0 for others."""
+    if model.mla is None:
+        return np.zeros_like(tokens)
+    return gpu.latent_launch_s + (gpu.latent_token_s + gpu.latent_head_s * model.heads_count / tp) * tokens
+
+
 def dense_layer_s(model: ModelSpec, gpu: GpuSpec, link: LinkSpec, tp: int, tokens: ArrayLike) -> Array:
     """Work of one layer outside attention for a batch of ``tokens``, all-reduces included; 0 for 0 tokens.
 
@@ -203,6 +277,7 @@ def dense_layer_s(model: ModelSpec, gpu: GpuSpec, link: LinkSpec, tp: int, token
     """
     count = np.asarray(tokens, dtype=float)
     layer = linear_layer_s(model, gpu, tp, count) + elementwise_layer_s(model, gpu, tp, count)
+    layer = layer + latent_extra_s(model, gpu, tp, count)
     layer = layer + 2 * all_reduce_s(link, tp, count * model.hidden_size * FP16_BYTES)
     return np.where(count > 0, layer, 0.0)
 
@@ -218,64 +293,21 @@ def head_s(model: ModelSpec, gpu: GpuSpec, tp: int, rows: ArrayLike) -> Array:
     return np.where(count > 0, linear_s(model, gpu, count, model.hidden_size, model.vocab_size / tp), 0.0)
 
 
+SWITCH_RANKS = 8  # NCCL takes the switches' sums where all GPUs of a node take part
+
+
 def all_reduce_s(link: LinkSpec, tp: int, message_bytes: ArrayLike) -> Array:
-    """Ring all-reduce: 2 (tp - 1) / tp of the message over each link, plus one latency (Patarasuk & Yuan, 2009)."""
+    """Ring all-reduce: 2 (tp - 1) / tp of the message over each link, plus one latency (Patarasuk & Yuan, 2009).
+
+    Where measured, the faster of that, in two shots with a wait between them, and of one, in which each rank reads the
+    whole message of all others (the custom all-reduces of serving engines).
+    """
     message = np.asarray(message_bytes, dtype=float)
     if tp == 1:
         return np.zeros_like(message)
-    wire = 2 * (tp - 1) / tp * message / (link.bytes_per_s * link.utilisation_frac)
-    return link.latency_s + wire
-
-
-def pair_s(
-    model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0, form: AttentionForm | None = None
-) -> float:
-    """Compute time per (query, key) pair of attention, all layers: 2 FLOP a multiply-accumulate of the form.
-
-    ``utilisation_frac`` is the share of the peak that is reached, by default that of linear operations.
-    """
-    flop = 2 * (form or model.naive_form).macs_per_pair / tp
-    return model.layers_count * flop / (gpu.fp16_flop_per_s * (utilisation_frac or gpu.compute_utilisation_frac))
-
-
-def prefill_pair_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
-    """Compute time per pair of prefill attention, on plain keys and values; c new tokens on a history of f have
-    c f + c (c + 1) / 2 pairs."""
-    wider = gpu.prefill_latent_utilisation_frac if model.mla is not None else 0.0
-    return pair_s(model, gpu, tp, wider or gpu.prefill_utilisation_frac)
-
-
-def kv_read_s(model: ModelSpec, gpu: GpuSpec, tp: int, utilisation_frac: float = 0.0) -> float:
-    """Time to read one token's stored KV of all layers from HBM, KV heads divided over ``tp`` GPUs."""
-    shard = model.kv_bytes_per_token * max(1 / tp, 1 / model.stored_form.kv_heads_count)
-    return shard / (gpu.hbm_bytes_per_s * (utilisation_frac or gpu.memory_utilisation_frac))
-
-
-def history_token_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
-    """Time per token of a chunk's history, all layers: with latent attention its keys and values are projected from the
-    latent again, since prefill computes on plain ones. A large product; its launch is left out."""
-    if model.mla is None:
-        return 0.0
-    many = np.array([16_384.0])
-    size = model.heads_count / tp * (model.mla.nope_size + model.mla.value_size)
-    each_s = (linear_s(model, gpu, many, model.mla.kv_rank, size) - gpu.linear_launch_s) / many
-    return float(model.layers_count * each_s[0])
-
-
-def query_move_s(model: ModelSpec, gpu: GpuSpec, tp: int, form: AttentionForm | None = None) -> float:
-    """Time to read Q and write the attention output of one query token in HBM, all layers."""
-    each = form or model.naive_form
-    moved = model.layers_count * (each.query_elements + each.output_elements) / tp * FP16_BYTES
-    return moved / (gpu.hbm_bytes_per_s * gpu.memory_utilisation_frac)
-
-
-def decode_token_s(model: ModelSpec, gpu: GpuSpec, tp: int, query_tokens: int = 1) -> float:
-    """Decode attention in HBM per KV token: the larger of reading it and computing with it, for so many query tokens
-    of the request at once."""
-    compute = pair_s(model, gpu, tp, gpu.decode_compute_utilisation_frac, model.stored_form)
-    return max(kv_read_s(model, gpu, tp, gpu.decode_utilisation_frac), query_tokens * compute)
-
-
-def decode_waves_per_request(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
-    """Share of the multiprocessors that one request's KV heads occupy, one block a head; 0 without waves."""
-    return max(model.stored_form.kv_heads_count / tp, 1) / gpu.sm_count if gpu.sm_count else 0.0
+    share = (link.switch_utilisation_frac if tp >= SWITCH_RANKS else 0.0) or link.utilisation_frac
+    wire = 2 * (tp - 1) / tp * message / (link.bytes_per_s * share)
+    if link.one_shot_utilisation_frac == 0:
+        return link.latency_s + wire
+    one = (tp - 1) * message / (link.bytes_per_s * link.one_shot_utilisation_frac)
+    return link.latency_s + link.hop_s * (tp - 2) + np.minimum(one, link.two_shot_s + wire)

@@ -35,37 +35,84 @@ class GpuSpec:
     cache_j_per_byte: Annotated[NotNegative, "L2 + L1 + register file, per byte streamed through"]
     # linear operations
     sm_count: Annotated[Natural, Meta(le=10_000), "multiprocessors that tiles go over in waves; 0: no tiles"] = 0
+    sm_bytes_per_s: Annotated[NotNegative, Meta(le=1e13), "operands that one of them takes in; 0: no limit"] = 0.0
+    tile_start_s: Annotated[Seconds, "filling and draining a tile's pipeline"] = 0.0
     tile_wave_frac: Annotated[Share, "share of a last, partly filled wave that is waited for"] = 0.0
-    tile_ramp_frac: Annotated[NotNegative, Meta(le=10.0), "what a 128 x 128 tile takes longer for loading operands"] = (
-        0.0
-    )
+    split_s: Annotated[Seconds, "joining products split along their inner size"] = 0.0
+    split_bytes_per_s: Annotated[NotNegative, Meta(le=1e15), "rate of its partial sums; 0: no splitting"] = 0.0
     roofline_exponent: Annotated[NotNegative, Meta(le=100.0), "p-norm of compute and memory time; 0: the larger"] = 0.0
     linear_launch_s: Annotated[Seconds, "per linear operation"] = 0.0
+    sustained_slowdown_frac: Annotated[
+        NotNegative, Meta(le=2.0), "longer that large products take under a lasting load, at the power limit"
+    ] = 0.0
+    fp8_utilisation_frac: Annotated[Share, "of the FP8 FLOP/s; 0: as 16 bit"] = 0.0
+    fp8_sm_bytes_per_s: Annotated[NotNegative, Meta(le=1e13), "FP8 operands that one takes in; 0: as 16 bit"] = 0.0
+    block_launch_s: Annotated[Seconds, "more per FP8 product with scales for blocks: its input's scales"] = 0.0
+    quantise_launch_s: Annotated[Seconds, "inputs of FP8 products with one scale: the largest value, then all"] = 0.0
+    quantise_element_s: Annotated[Seconds, "per element of a row, one after the other"] = 0.0
+    quantise_crowd_frac: Annotated[NotNegative, Meta(le=10.0), "more of that per 64 rows from 64 to 256"] = 0.0
+    quantise_row_s: Annotated[Seconds, "per row"] = 0.0
+    quantise_bytes_per_s: Annotated[NotNegative, Meta(le=1e14), "no less than its bytes at this rate; 0: free"] = 0.0
     elementwise_launch_s: Annotated[Seconds, "norms, RoPE, KV write, activation of a layer"] = 0.0
     elementwise_utilisation_frac: Annotated[Share, "of the bandwidth; 0: free"] = 0.0
-    # prefill attention of one request in one layer
+    # routed experts of a layer, as grouped products
+    expert_launch_s: Annotated[Seconds, "routing, sorting and joining, beside the products' launches"] = 0.0
+    expert_utilisation_frac: Annotated[Share, "of the FLOP/s; 0: as linear operations"] = 0.0
+    expert_memory_utilisation_frac: Annotated[Share, "of the bandwidth; 0: as linear operations"] = 0.0
+    expert_row_moves: Annotated[NotNegative, Meta(le=100.0), "more times that experts' rows move"] = 0.0
+    expert_token_moves: Annotated[NotNegative, Meta(le=100.0), "times that chosen rows of all ranks' tokens move"] = 0.0
+    fp8_expert_launch_s: Annotated[Seconds, "in 8 bit"] = 0.0
+    fp8_expert_row_moves: Annotated[NotNegative, Meta(le=100.0), "in 8 bit"] = 0.0
+    fp8_expert_token_moves: Annotated[NotNegative, Meta(le=100.0), "in 8 bit"] = 0.0
+    fp8_expert_utilisation_frac: Annotated[Share, "of the FP8 FLOP/s; 0: as linear operations"] = 0.0
+    fp8_expert_memory_utilisation_frac: Annotated[Share, "of the bandwidth; 0: as linear operations"] = 0.0
+    # attention of a batch in one layer
+    attention_head_launch_frac: Annotated[float, Meta(ge=-1.0, le=1.0), "more launch per 128 of head size"] = 0.0
     prefill_launch_s: Seconds = 0.0
     prefill_utilisation_frac: Annotated[Share, "of the FLOP/s; 0: as linear operations"] = 0.0
-    prefill_latent_utilisation_frac: Annotated[Share, "MLA's wider keys; 0: as others"] = 0.0
-    prefill_query_s: Annotated[Seconds, "per new token: the longest tile runs on alone"] = 0.0
-    prefill_history_launch_s: Annotated[Seconds, "more where there is a history"] = 0.0
-    prefill_tile_tokens: Annotated[float, Meta(ge=1.0, le=4096), "fewer new tokens cost as much on a history"] = 1.0
-    prefill_chunk_ratio: Annotated[NotNegative, Meta(le=100.0), "new tokens' pairs cost this on a history"] = 1.0
-    prefill_history_ratio: Annotated[NotNegative, Meta(le=100.0), "pairs of a new token with history cost this"] = 1.0
-    # decode attention of a batch in one layer
+    prefill_latent_utilisation_frac: Annotated[NotNegative, Meta(le=2.0), "MLA's wider keys; 0: as others"] = 0.0
+    prefill_softmax_size: Annotated[NotNegative, Meta(le=1e4), "a pair's exponential costs this much head size"] = 0.0
+    prefill_tile_rows: Annotated[Count, Meta(le=4_096), "queries of a tile: fewer cost as much"] = 1
+    prefill_packs_heads: Annotated[bool, "a tile takes all query heads of a KV head"] = True
+    prefill_splits_keys: Annotated[bool, "few tiles share long histories between multiprocessors"] = True
+    prefill_tile_s: Annotated[Seconds, "beginning and end of a tile"] = 0.0
+    prefill_tail_frac: Annotated[NotNegative, Meta(le=10.0), "share of the longest tile that is waited for"] = 0.0
+    prefill_exponent: Annotated[NotNegative, Meta(le=100.0), "p-norm of work and longest tile; 0: the larger"] = 0.0
+    prefill_kv_moves: Annotated[NotNegative, Meta(le=100.0), "times that new K and V move, beside computing"] = 0.0
+    prefill_query_moves: Annotated[NotNegative, Meta(le=100.0), "the same of queries and outputs"] = 0.0
     decode_launch_s: Seconds = 0.0
+    decode_split_s: Annotated[Seconds, "more where KV of 512 tokens and more is split between multiprocessors"] = 0.0
+    decode_regroup_s: Annotated[Seconds, "more where several requests have shared KV heads"] = 0.0
     decode_utilisation_frac: Annotated[Share, "of the bandwidth; 0: as linear operations"] = 0.0
-    decode_tail_frac: Annotated[Share, "least share of a wave that a started one takes"] = 0.0
+    decode_query_moves: Annotated[NotNegative, Meta(le=100.0), "times that queries and outputs move"] = 1.0
+    decode_tile_s: Annotated[Seconds, "a (request, KV head) of size 128 on a multiprocessor, past the first each"] = 0.0
+    decode_exponent: Annotated[NotNegative, Meta(le=100.0), "p-norm of reading and tiles; 0: the larger"] = 0.0
+    decode_head_bytes_per_s: Annotated[NotNegative, Meta(le=1e13), "of heads with KV of their own, where not split"] = (
+        0.0
+    )
     decode_compute_utilisation_frac: Annotated[Share, "of the FLOP/s; 0: as linear ones"] = 0.0
+    latent_decode_utilisation_frac: Annotated[Share, "of the bandwidth, for latents; 0: as others"] = 0.0
+    latent_launch_s: Annotated[Seconds, "small kernels of a latent attention block: norms, absorbed products"] = 0.0
+    latent_token_s: Annotated[Seconds, "and per new token: latents and their norms"] = 0.0
+    latent_head_s: Annotated[Seconds, "and per new token and head: copies of queries, keys and values"] = 0.0
+    # attention on KV of 8 bit
+    fp8_kv_launch_s: Annotated[Seconds, "more launch"] = 0.0
+    fp8_kv_prefill_utilisation_frac: Annotated[NotNegative, Meta(le=4.0), "of the 16-bit FLOP/s; 0: as 16 bit"] = 0.0
+    fp8_kv_prefill_tile_s: Annotated[Seconds, "more for a tile"] = 0.0
+    fp8_kv_decode_utilisation_frac: Annotated[Share, "of the bandwidth; 0: as 16 bit"] = 0.0
+    fp8_kv_cache_bytes_per_s: Annotated[NotNegative, Meta(le=1e14), "of the L2 cache; 0: as 16 bit"] = 0.0
+    # measurements that repeat on the same data; layers of a model evict each other
+    cache_bytes: Annotated[NotNegative, Meta(le=1e10), "data of up to this size is read from the L2 cache"] = 0.0
+    cache_bytes_per_s: Annotated[NotNegative, Meta(le=1e14), "at this rate"] = 0.0
     sources: Mapping[str, str] = field(default_factory=dict)
 
     def contradictions(self) -> list[str]:
         """What values say against each other."""
-        problems = []
-        if 0 < self.roofline_exponent < 1:
-            problems.append(f"roofline_exponent = {self.roofline_exponent}: expected 0 or >= 1")
-        if self.decode_tail_frac > 0 and self.sm_count == 0:
-            problems.append("decode_tail_frac > 0: needs sm_count")
+        exponents = {name: getattr(self, name) for name in ("roofline_exponent", "prefill_exponent", "decode_exponent")}
+        problems = [f"{name} = {value}: expected 0 or >= 1" for name, value in exponents.items() if 0 < value < 1]
+        tiled = ("decode_tile_s", "prefill_tile_s", "prefill_tail_frac")
+        if self.sm_count == 0:
+            problems += [f"{name} > 0: needs sm_count" for name in tiled if getattr(self, name) > 0]
         return problems
 
 
@@ -77,6 +124,14 @@ class LinkSpec:
     bytes_per_s: Annotated[Positive, Meta(le=1e13)]
     utilisation_frac: Fraction
     latency_s: Annotated[Seconds, "per transfer (PCIe) or per all-reduce (GPU interconnect)"]
+    hop_s: Annotated[Seconds, "more latency of an all-reduce per rank beyond two"] = 0.0
+    one_shot_utilisation_frac: Annotated[
+        Share, "of the rate at which each rank reads small messages of all others; 0: large and small go alike"
+    ] = 0.0
+    two_shot_s: Annotated[Seconds, "what large messages wait for in between: summed in parts, then shared"] = 0.0
+    switch_utilisation_frac: Annotated[
+        NotNegative, Meta(le=2.0), "of the rate from 8 ranks on, where switches sum up (NVLink SHARP); 0: as others"
+    ] = 0.0
     j_per_byte: NotNegative
     sources: Mapping[str, str] = field(default_factory=dict)
 

@@ -121,6 +121,7 @@ class ModelSpec:
     tensor_parallel_count: Annotated[Count, Meta(le=1_024), "the deployment the source uses; a system may override"]
     bytes_per_parameter: Annotated[Positive, Meta(le=8)]
     bytes_per_kv_element: Annotated[Positive, Meta(le=8)]
+    block_scales: Annotated[bool, "8-bit weights with a scale for 128 x 128 of them, inputs with one for 128"] = False
     mla: LatentSpec | None = None
     moe: MoeSpec | None = None
     draft_modules_count: Annotated[Natural, Meta(le=1), "multi-token prediction: tokens guessed a step"] = 0
