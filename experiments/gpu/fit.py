@@ -165,7 +165,7 @@ def read_folder(folder: Path) -> dict[str, list[Operation]]:
     latest: dict[tuple[str, str], operators.Found] = {}
     for found in operators.files(folder):
         key = found.gpu, found.table
-        if key not in latest or found.version > latest[key].version:
+        if key not in latest or found.age > latest[key].age:
             latest[key] = found
     out: dict[str, list[Operation]] = {}
     for found in latest.values():
@@ -203,7 +203,6 @@ OWN_KERNELS = {  # what DeepSeek's kernels on H800s do in their own way
         "latent_",
         "quantise_",
         "block_",
-        "sustained_",
         "prefill_latent_",
     ),
     "gb200": ("none",),
