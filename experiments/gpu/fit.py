@@ -52,7 +52,7 @@ SUSTAINED = {  # not in the tables, whose calls are short
         "fitted to layers of Llama-2-70B that microsoft/vidur measured (MIT, commit 7d47513, data/profiling)",
     ),
     "h100": (
-        0.12,
+        0.08,
         "fitted to steps of vLLM 0.22.0 with Llama-3-8B on an H100: those with 2,000 prompt tokens and more",
     ),
     "h200": (0.16, "fitted to linear operations of experiments/data/h200.csv.gz, bursts of milliseconds"),
@@ -166,7 +166,7 @@ def read_folder(folder: Path) -> dict[str, list[Operation]]:
     latest: dict[tuple[str, str], operators.Found] = {}
     for found in operators.files(folder):
         key = found.gpu, found.table
-        if key not in latest or found.version > latest[key].version:
+        if key not in latest or found.age > latest[key].age:
             latest[key] = found
     out: dict[str, list[Operation]] = {}
     for found in latest.values():
@@ -204,7 +204,6 @@ OWN_KERNELS = {  # what DeepSeek's kernels on H800s do in their own way
         "latent_",
         "quantise_",
         "block_",
-        "sustained_",
         "prefill_latent_",
     ),
     "gb200": ("none",),

@@ -76,6 +76,11 @@ class Found(NamedTuple):
     version: str
     table: str
 
+    @property
+    def age(self) -> tuple[int, ...]:
+        """Larger for newer versions."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.version))
+
 
 def files(folder: Path) -> list[Found]:
     """The tables of a folder.
@@ -108,7 +113,7 @@ def read(found: Found) -> list[Operation]:
     out = []
     for name, part, modelled in parts:
         flags = part["suspect"] if "suspect" in part else pd.Series(index=part.index, dtype=object)
-        suspect = flags.fillna("").astype(str).str.strip() != ""
+        suspect = flags.notna() & (flags.astype(str).str.strip() != "")
         if name == f"gemm_{BLOCK}":
             modelled = modelled & (part["latency_ms"] >= BLOCK_FLOOR_MS[found.gpu])
         counts = int(suspect.sum()), int((~modelled & ~suspect).sum())

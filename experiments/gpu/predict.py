@@ -72,14 +72,14 @@ def validate_folder(folder: Path, progress: Callable[[str], None]) -> dict[str, 
         ProfileError: no tables.
     """
     tables = files(folder)
-    latest: dict[tuple[str, str], str] = {}
+    latest: dict[tuple[str, str], tuple[int, ...]] = {}
     for each in tables:
         key = each.gpu, each.table
-        latest[key] = max(latest.get(key, ""), each.version)
+        latest[key] = max(latest.get(key, ()), each.age)
     out: dict[str, dict[str, dict[str, float | int]]] = {}
     for table in tables:
         progress(table.path.name)
-        older = f" ({table.version})" if table.version < latest[table.gpu, table.table] else ""
+        older = f" ({table.version})" if table.age < latest[table.gpu, table.table] else ""
         for operation in read(table):
             errors = statistics(predict_s(preset(table.gpu, operation), operation), operation.seconds)
             left_out = {"suspect": operation.suspect_count, "unmodelled": operation.unmodelled_count}

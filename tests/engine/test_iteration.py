@@ -208,6 +208,8 @@ def test_an_iteration_worked_out_by_hand() -> None:
     names = [name for name in tables.arrays.coef.dtype.names if name.endswith(("_s", "_j")) or "hbm_" in name]
     chosen = dict.fromkeys(names, 0.0) | {
         "prefill_pair_s": 10e-3,
+        "prefill_tile_tokens": 1.0,
+        "prefill_history_tokens": 1.0,
         "pim_token_s": 1e-3,
         "pim_request_s": 10e-3,
         "pim_batch_s": 50e-3,
