@@ -340,7 +340,7 @@ def test_units_of_the_table_follow_the_values() -> None:
     for name in ("ttft", "e2e"):
         made.results[[f"{name}_p50_s", f"{name}_p99_s"]] = [0.0123, 0.4]
     text = table_text(made)
-    assert "p99 ms" in text.splitlines()[3]
+    assert "p99 ms" in text.splitlines()[4]
     assert "400" in text
     made.results[GOODPUT] = 0.001
     assert "req/h" in table_text(made)
