@@ -235,10 +235,10 @@ class ServingView(View):
             self._shown = mirror.engine
         return self._shown
 
-    _e = 0  # type: ignore[assignment]
+    _e = 0
 
     @property
-    def _env(self) -> Any:  # type: ignore[override]
+    def _env(self) -> Any:
         return self._engine.state.env[0]
 
     @property

@@ -34,11 +34,13 @@ from l3env.vllm.settings import check_version, read_settings
 logger = init_logger("vllm.l3env")
 
 
-class PolicyScheduler(AsyncScheduler):  # type: ignore[misc]
+class PolicyScheduler(AsyncScheduler):
     """``vllm serve ... --scheduler-cls l3env.vllm.PolicyScheduler`` with the policy in ``L3ENV_POLICY``."""
 
     clock: Callable[[], float] = staticmethod(time.time)
     """Tells the time in seconds, as arrivals of requests are told."""
+    need_mamba_block_aligned_split: bool
+    max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_version(vllm.__version__)

@@ -121,6 +121,7 @@ def policy_of(case: Case) -> Policy:
 def one_step(driver: Driver) -> Stop:
     """One iteration; the policy is asked before it if it is time."""
     engine = driver.engine
+    driver.wake()  # lets in who has arrived, as a server would
     due = float(engine.state.env["clock_s"][0]) >= driver._held_until_s
     if due or (driver.policy.decides_at_events and happened_count(engine, 0) != driver._happened_count):
         assert driver._decide() is None  # no plans here
