@@ -80,6 +80,9 @@ def __getattr__(name: str) -> Any:
     """What is asked for is imported then, so that the command line starts without numba and pandas."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"l3env.{_HOMES[name]}"), name)
+    if ":" in name:  # vLLM asks for ``l3env.vllm:PolicyScheduler`` as an attribute of l3env
+        module, _, inner = name.partition(":")
+        return getattr(importlib.import_module(f"l3env.{module}"), inner)
     try:
         return importlib.import_module(f"l3env.{name}")
     except ModuleNotFoundError as error:

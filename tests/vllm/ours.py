@@ -17,9 +17,12 @@ from l3env.engine.kernels.run import Stop, Until
 from l3env.knobs import UNLIMITED
 from l3env.machine.specs import EngineSpec
 from l3env.machine.tables import Tables, compile_tables
+from l3env.policy.protocol import FixedKnobs, Policy
+from l3env.policy.registry import make_policy
+from l3env.runs.driver import Driver, happened_count
 
 LENGTH = 1 << 20
-RUNNING = (Status.PREFILL, Status.DECODE)
+LARGEST_TOKENS, LARGEST_SEQS = 8192, 256  # of vLLM, where a policy sets the limits
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Case:
     seqs: int = 256
     threshold: int = 0
     ahead: bool = False
+    policy: str = ""  # in vLLM under ``PolicyScheduler``; empty for vLLM's own
+    inside: bool = True  # for a policy of vLLM's own rules: False leaves vLLM alone
 
 
 @cache
@@ -60,25 +65,23 @@ def run(case: Case, steps_count: int = 10**9) -> tuple[list[dict[str, Any]], dic
     """What is scheduled in each step, and the case for ``real``, with arrivals at the steps that saw them."""
     engine = Engine(with_blocks(machine(case.ahead), case.blocks), 1, len(case.workload))
     engine.reset(0, case.workload)
-    knobs = Knobs(
-        prefill_budget_tokens=case.budget,
-        budget_counts_decodes=True,
-        headroom_frac=0.0,
-        running_max_count=case.seqs,
-        chunk_max_tokens=case.threshold or UNLIMITED,
-    )
-    knobs.write(engine.knobs, 0)
+    policy = policy_of(case)
+    policy.prepare(engine.pair(0), None)
+    driver = Driver(engine, 0, policy)
     req, env = engine.state.req[0], engine.state.env[0]
     steps: list[dict[str, Any]] = []
     arrivals: list[list[list[int]]] = []
+    times: list[float] = []
     known, start_s = np.zeros(len(case.workload), bool), -np.inf
+    driver.wake()
     while len(steps) < steps_count:
         before = req.copy()
-        stop = engine.run(0, Until.ITERATIONS, 1)
+        stop = one_step(driver)
         now = (req["status"] != Status.FUTURE) & ~known
         late = now & (req["arrival_s"] > start_s) if case.ahead else np.zeros_like(now)
         known |= now
         start_s = float(env["clock_s"] - env["last_iteration_s"])
+        times.append(start_s)
         arrivals.append([np.flatnonzero(now & ~late).tolist(), np.flatnonzero(late).tolist()])
         used = int(engine.state.pool["used"][0, 0])
         steps.append(
@@ -94,7 +97,35 @@ def run(case: Case, steps_count: int = 10**9) -> tuple[list[dict[str, Any]], dic
     limits = {name: getattr(case, name) for name in ("blocks", "budget", "seqs", "threshold", "ahead")}
     rows = zip(case.workload.prompt_tokens.tolist(), case.workload.output_tokens.tolist(), strict=True)
     asked = limits | {"prefix": False, "length": LENGTH, "arrivals": arrivals}
-    return steps, asked | {"requests": [{"prompt": prompt, "output": output} for prompt, output in rows]}
+    asked["requests"] = [{"prompt": prompt, "output": output} for prompt, output in rows]
+    if case.policy and case.inside:
+        limits = {"policy": case.policy, "times": times, "arrival_s": case.workload.arrival_s.tolist()}
+        asked |= limits | {"budget": LARGEST_TOKENS, "seqs": LARGEST_SEQS, "threshold": 0}
+    return steps, asked
+
+
+def policy_of(case: Case) -> Policy:
+    """The policy of a case, or one that has vLLM's own rules under its limits."""
+    if case.policy:
+        return make_policy(case.policy)
+    knobs = Knobs(
+        prefill_budget_tokens=case.budget,
+        budget_counts_decodes=True,
+        headroom_frac=0.0,
+        running_max_count=case.seqs,
+        chunk_max_tokens=case.threshold or UNLIMITED,
+    )
+    return FixedKnobs("limits", knobs)
+
+
+def one_step(driver: Driver) -> Stop:
+    """One iteration; the policy is asked before it if it is time."""
+    engine = driver.engine
+    driver.wake()  # lets in who has arrived, as a server would
+    due = float(engine.state.env["clock_s"][0]) >= driver._held_until_s
+    if due or (driver.policy.decides_at_events and happened_count(engine, 0) != driver._happened_count):
+        assert driver._decide() is None  # no plans here
+    return engine.run(0, Until.ITERATIONS, 1)
 
 
 def scheduled(before: np.ndarray, after: np.ndarray, engine: Engine) -> dict[int, int]:

@@ -5,7 +5,9 @@ Reads a case a line on stdin as JSON and answers with a line:
     {"blocks": usable blocks of 16, "budget": tokens a step, "seqs": requests that run, "threshold": cap of chunks or 0,
      "prefix": prefix caching?, "ahead": async scheduling?, "length": longest request,
      "requests": [{"prompt": tokens or token ids, "output": tokens, "priority": 0}, ...],
-     "arrivals": [[[indices], [indices seen once the step before has ended]], ...] by step}
+     "arrivals": [[[indices], [indices seen once the step before has ended]], ...] by step,
+     "policy": a reference, decides under l3env's scheduler if given, "times": of its steps in seconds,
+     "arrival_s": of the requests}
     -> [{"scheduled": {index: tokens}, "preempted": count so far, "free": blocks}, ...]
 """
 
@@ -20,6 +22,7 @@ from typing import Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
+
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -32,6 +35,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 BLOCK_TOKENS = 16
+CLOCK = [0.0]  # seconds, as a policy is told
 TINY = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
     "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 2, "vocab_size": 32000,
@@ -64,7 +68,15 @@ def scheduler_of(case: dict[str, Any], folder: str) -> Scheduler:
     )
     spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32)
     memory = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
-    return (AsyncScheduler if case["ahead"] else Scheduler)(
+    made = AsyncScheduler if case["ahead"] else Scheduler
+    if "policy" in case:
+        from l3env.vllm import PolicyScheduler
+
+        config.additional_config = {"l3env_policy": case["policy"], "l3env_model": "llama-3-8b"}
+        config.additional_config |= case.get("additional", {})
+        PolicyScheduler.clock = staticmethod(lambda: CLOCK[0])
+        CLOCK[0], made = 0.0, PolicyScheduler
+    return made(
         vllm_config=config,
         kv_cache_config=memory,
         log_stats=False,
@@ -74,7 +86,7 @@ def scheduler_of(case: dict[str, Any], folder: str) -> Scheduler:
     )
 
 
-def request_of(index: int, row: dict[str, Any], step: int, hasher: Any) -> Request:
+def request_of(index: int, row: dict[str, Any], arrival_s: float, hasher: Any) -> Request:
     prompt = row["prompt"]
     ids = prompt if isinstance(prompt, list) else [(index * 7919 + i) % 31000 + 1 for i in range(prompt)]
     limits = SamplingParams(max_tokens=row["output"], ignore_eos=True)
@@ -84,7 +96,7 @@ def request_of(index: int, row: dict[str, Any], step: int, hasher: Any) -> Reque
         prompt_token_ids=ids,
         sampling_params=limits,
         pooling_params=None,
-        arrival_time=float(step),
+        arrival_time=arrival_s,
         priority=row.get("priority", 0),
         block_hasher=hasher,
     )
@@ -117,7 +129,9 @@ def run(case: dict[str, Any], folder: str) -> list[dict[str, Any]]:
     while len(found) < len(arrivals):
         step = len(found)
         for index in arrivals[step].pop(0) if arrivals[step] else ():
-            scheduler.add_request(request_of(index, case["requests"][index], step, hasher))
+            arrival_s = case["arrival_s"][index] if "arrival_s" in case else float(step)
+            scheduler.add_request(request_of(index, case["requests"][index], arrival_s, hasher))
+        CLOCK[0] = case["times"][step] if "times" in case else float(step)
         planned = scheduler.schedule()
         preempted += len(planned.preempted_req_ids or ())
         if not planned.num_scheduled_tokens and (

@@ -166,7 +166,7 @@ def balance_subs(t, s, e):
 def plan_chunk(s, k, e, r, planned, left):
     """As much of a prompt as is left to plan, and may be at once; returns the tokens (planned, left) then."""
     chunk = min(np.int64(s.req[e, r]["target_tokens"] - s.req[e, r]["prefilled_tokens"]), left)
-    if s.env[e]["running_count"] + s.env[e]["waiting_count"] > 1:
+    if s.env[e]["running_count"] + s.env[e]["waiting_count"] + s.env[e]["leaving_count"] > 1:
         chunk = min(chunk, k[e]["chunk_max_tokens"])
     s.req[e, r]["chunk_tokens"] = chunk
     return planned + chunk, left - chunk
