@@ -21,8 +21,8 @@ def describe(workload: Workload) -> dict[str, Any]:
     arrivals; ``idc_10s`` = variance over mean of the arrivals in the whole consecutive 10 s windows from the first
     arrival; prompt and output tokens as ``{prompt,output}_{mean,sd,p50,p90,p99,max}_tokens`` and ``_total_tokens``
     (population sd, linear percentiles); ``prefix_hit_frac``, against an unbounded cache, counting leading blocks
-    already seen; ``sessions_count`` and ``dependent_count`` (requests that wait for another), and ``recorded_floor``: do
-    they arrive at their recorded times at the earliest, or at the other one's finish + think time, whenever it is?
+    already seen; ``sessions_count`` and ``dependent_count`` (requests that wait for another), and ``recorded_floor``:
+    do they arrive at their recorded times at the earliest, or at the other one's finish + think time, whenever it is?
     """
     summary: dict[str, Any] = {
         "name": workload.name,
