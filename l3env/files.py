@@ -4,6 +4,7 @@ TOML, YAML) that somebody brings, read within bounds."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -45,6 +46,10 @@ def whole(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error  # a full disk, say
     finally:
         part.unlink(missing_ok=True)
 
