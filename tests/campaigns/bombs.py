@@ -58,8 +58,14 @@ def packed(path: Path, kind: str, size: int, piece: bytes) -> Path:
     return path
 
 
-def bombs(folder: Path, size: int) -> Iterator[Path]:
-    """One after the other, each of at least so many bytes once it is read."""
+def bombs(folder: Path, size: int, names: tuple[str, ...] = ()) -> Iterator[Path]:
+    """One after the other, each of at least so many bytes once it is read; those of some names, or all."""
+    for path in _all_bombs(folder, size):
+        if not names or path.name in names:
+            yield path
+
+
+def _all_bombs(folder: Path, size: int) -> Iterator[Path]:
     for kind in PACKERS:
         yield packed(folder / f"zeros.csv.{kind}", kind, size, bytes(PIECE))
         yield packed(folder / f"rows.csv.{kind}", kind, size, ROWS)
@@ -75,7 +81,7 @@ def bombs(folder: Path, size: int) -> Iterator[Path]:
         file.write(b'{"a": "')
         file.truncate(max(size, 10 * 2**30 if size > REAL_BYTES else 0))  # sparse
     yield line
-    table = pa.table({"arrival_s": np.zeros(size // 8)})
+    table = pa.table({"arrival_s": np.zeros(min(size, 2**29) // 8)})
     pq.write_table(table, folder / "column.parquet", compression="zstd")
     feather.write_feather(table, folder / "column.arrow", compression="zstd")
     del table

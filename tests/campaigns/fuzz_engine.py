@@ -48,8 +48,8 @@ class Tally:
 class Episode:
     """An engine, and the ledger beside it."""
 
-    def __init__(self, made: Scene, capacity: int) -> None:
-        self.made, self.capacity = made, capacity
+    def __init__(self, made: Scene, capacity: int, compiled: bool = True) -> None:
+        self.made, self.capacity, self.compiled = made, capacity, compiled
         self.engine = made.engine(capacity)
         self.ledger = np.zeros(capacity, conserve.LEDGER_DTYPE)
         self.sums = np.zeros(1, conserve.SUMS_DTYPE)
@@ -65,11 +65,26 @@ class Episode:
     def drive(self, settings, picks) -> Stop:
         """Iterations under rows of settings. Raises AssertionError that names what is not conserved."""
         engine = self.engine
+        if not self.compiled:
+            return self._drive_one_by_one(settings, picks)
         broken = conserve.drive(
             engine.tables, engine.state, engine.knobs, 0, settings, picks, self.limits, *self._scratch()
         )
         assert broken == Broken.NOTHING, f"{Broken(broken).name} after {self.sums[0]}"
         return engine.stop(0)
+
+    def _drive_one_by_one(self, settings, picks) -> Stop:
+        """Slower, without a loop that is compiled for nothing else."""
+        env = self.engine.state.env[0]
+        for pick in picks:
+            self.engine.knobs[0] = settings[pick]
+            before = int(env["iterations_count"])
+            stop = self.engine.run(0, Until.ITERATIONS, 1)
+            self.sums[0]["iterations"] += int(env["iterations_count"]) - before
+            self.check()
+            if stop != Stop.RUNNING:
+                break
+        return self.engine.stop(0)
 
     def check(self) -> None:
         """After what was done outside of ``drive``."""
@@ -134,9 +149,9 @@ def do_twice(episode: Episode, rng: np.random.Generator, settings) -> str:
     return "copies run twice"
 
 
-def run_episode(rng: np.random.Generator, tally: Tally) -> None:
+def run_episode(rng: np.random.Generator, tally: Tally, compiled: bool = True) -> None:
     made = scene(rng)
-    episode = Episode(made, len(made.workload) + int(rng.integers(0, GROWN + 1)))
+    episode = Episode(made, len(made.workload) + int(rng.integers(0, GROWN + 1)), compiled)
     settings = rows_of([knobs(rng) for _ in range(8)])
     kept = None
     for _ in range(400):
@@ -246,13 +261,13 @@ def reference_knobs(rng: np.random.Generator):
     )
 
 
-def campaign(iterations: int, seed: int = 1, *, say=None) -> Tally:
+def campaign(iterations: int, seed: int = 1, *, compiled: bool = True, say=None) -> Tally:
     """Episodes until so many iterations were checked. Raises AssertionError that names the episode."""
     tally, begun_s, number = Tally(), time.perf_counter(), 0
     while tally.counts["iterations"] < iterations:
         rng = np.random.default_rng([seed, number])
         try:
-            run_episode(rng, tally)
+            run_episode(rng, tally, compiled)
             if number % REFERENCE_EVERY == 0:
                 run_four_ways(rng, tally)
         except Exception as error:
