@@ -8,7 +8,7 @@ INSTALL = $(PIP) --no-build-isolation --editable
 WORKERS ?= 2
 VLLM    := .venv-vllm
 
-.PHONY: help demo test test-vllm format lint types layers unit docs wheel fmt clean
+.PHONY: help demo test test-vllm fuzz chaos soak format lint types layers unit docs wheel fmt clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -37,6 +37,17 @@ unit: $(VENV)/.dev
 
 test-vllm: $(VENV)/.dev $(VLLM)/.made ## compare 100,000 steps with vLLM's own scheduler, in an environment of its own
 	L3ENV_VLLM_STEPS=100000 $(BIN)/python -m pytest -q -s tests/vllm
+
+fuzz: $(VENV)/.dev ## random iterations, damaged files, views: COUNT says how many (10^7, 10^5 of each kind, 1,000)
+	$(BIN)/python -m tests.campaigns.fuzz engine $(COUNT:%=--count %)
+	$(BIN)/python -m tests.campaigns.fuzz inputs $(COUNT:%=--count %)
+	$(BIN)/python -m tests.campaigns.fuzz views $(COUNT:%=--count %)
+
+chaos: $(VENV)/.dev ## kill commands at COUNT (200) random points, fill the disk, run two at once
+	$(BIN)/python -m tests.campaigns.chaos $(COUNT:%=--kills %)
+
+soak: $(VENV)/.dev ## serve COUNT (10^8) requests without end
+	$(BIN)/python -m tests.campaigns.soak $(COUNT:%=--requests %)
 
 docs: $(VENV)/.dev ## build the documentation site into site/
 	$(BIN)/python -m mkdocs build --strict

@@ -1,8 +1,15 @@
 """Every error a user can cause. Each message names the file, row or key and what was expected."""
 
+MOST_CHARACTERS = 4000  # of a message
+
 
 class L3EnvError(ValueError):
-    """Base class: bad input, reported in one line."""
+    """Base class: bad input, reported in one line, which is cut where it quotes too much of the input."""
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > MOST_CHARACTERS:
+            message = f"{message[: MOST_CHARACTERS - 500]} ... {message[-400:]}"
+        super().__init__(message)
 
 
 class SpecError(L3EnvError):

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
-from l3env.files import FOREIGN_S, remove_parts, whole, write_frame, write_text
+from l3env.errors import MOST_CHARACTERS, L3EnvError, SpecError
+from l3env.files import FOREIGN_S, read_json, read_toml, read_yaml, remove_parts, whole, write_frame, write_text
 
 
 def test_a_file_is_the_old_one_until_it_is_whole(tmp_path: Path) -> None:
@@ -56,3 +58,55 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) 
     assert not left.exists()
     assert left.name.startswith(f".{platform.node()[:40]}-")
     assert {path.name for path in tmp_path.iterdir()} == {"cells", recent.name, "kept.parquet", "b"}
+
+
+READERS = {"x.json": read_json, "x.toml": read_toml, "x.yaml": read_yaml}
+LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(9)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1}\n  <<: [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(9))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("x.json", "[" * 100_000, "nested too deep"),
+        ("x.toml", "a = " + "[" * 100_000, "nested too deep"),
+        ("x.yaml", "[" * 100_000, "nested too deep"),
+        ("x.json", "9" * 5000, "cannot be read as JSON"),
+        ("x.toml", "a = " + "9" * 5000, "cannot be read as TOML"),
+        ("x.yaml", "a: " + "9" * 5000, "cannot be read as YAML"),
+        ("x.yaml", "a: 2001-99-99", "cannot be read as YAML"),
+        ("x.yaml", "a: !!timestamp x", "not what its tag says"),
+        ("x.yaml", "a: !!bool x", "not what its tag says"),
+        ("x.yaml", "a: !!int ''", "not what its tag says"),
+        ("x.yaml", "a: \ud800".encode("utf-8", "surrogatepass"), "cannot be read as YAML"),
+        ("x.yaml", LAUGHS, "more than 100,000 values"),
+        ("x.yaml", MERGES, "more than 100,000 values"),
+        ("x.yaml", "a: &a [*a]", "an alias that contains itself"),
+        ("x.yaml", "x" * (2**20 + 1), "more than 1,048,576 bytes"),
+        ("x.toml", "x" * (2**24 + 1), "more than 16,777,216 bytes"),
+    ],
+)
+def test_a_document_that_cannot_be_read_is_one_short_error(tmp_path, name, text, problem):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SpecError, match=problem) as found:
+        READERS[name](path, SpecError)
+    assert str(found.value).startswith(str(path))
+    assert len(str(found.value)) < 5000
+
+
+def test_aliases_that_repeat_a_little_are_read(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {x: 1}\nb: [*a, *a]\nc: {<<: *a, y: 2}\n")
+    assert read_yaml(path) == {"a": {"x": 1}, "b": [{"x": 1}, {"x": 1}], "c": {"x": 1, "y": 2}}
+    path.write_text("")
+    assert read_yaml(path) is None
+
+
+def test_an_error_that_quotes_too_much_is_cut():
+    text = str(L3EnvError("file.csv: row 3: got " + "x" * 10**6 + "; expected a number"))
+    assert len(text) <= MOST_CHARACTERS
+    assert text.startswith("file.csv: row 3: got x")
+    assert text.endswith("x; expected a number")

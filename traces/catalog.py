@@ -7,7 +7,6 @@ user's cache (``L3ENV_CACHE_DIR``, else ``$XDG_CACHE_HOME/l3env``, else ``~/.cac
 from __future__ import annotations
 
 import os
-import tomllib
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from l3env.errors import TraceError
+from l3env.files import read_toml
 from l3env.reference import exists, parse
 from l3env.requests.registry import TraceFormat, formats, suggests
 from l3env.requests.workload import Workload
@@ -90,10 +90,7 @@ class Maker:
 @cache
 def read_manifest(path: Path = MANIFEST) -> dict[str, Entry]:
     """The entries of a manifest by name. Raises TraceError for a missing or unknown key."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise TraceError(f"{path}: cannot be read: {error}") from error
+    tables = read_toml(path, TraceError)
     known = {item.name for item in fields(Entry)} - {"name"}
     entries = {}
     for name, table in tables.items():

@@ -33,6 +33,7 @@ PARQUET, ARROW_FILE, FEATHER_1, ARROW_STREAM = b"PAR1", b"ARROW1", b"FEA1", b"\x
 BINARY = (PARQUET, ARROW_FILE, FEATHER_1, ARROW_STREAM)
 OWN_KEY, OWN_HEADER = b"l3env.requests.workload", b"# {"  # of files that l3env has written: metadata, first line
 BLOCK_BYTES = 2**26  # of a CSV that is parsed at once; no row may be longer
+MOST_COLUMNS = 10_000  # of a CSV
 FLOAT_DIGITS = 17  # a number with no more digits is a float64; longer ones are kept exactly
 KEY = re.compile(rb'"([^"\\]{1,80})"\s*:')
 
@@ -217,6 +218,8 @@ def parse_csv(data: bytes, file: str, names: Sequence[str] = (), lines_before: i
         except ValueError as error:
             raise TraceError(f"{file}: row {header_lines}: not a readable header ({error})") from error
         repeated = frozenset(name for name, count in Counter(names).items() if count > 1)
+    if len(names) > MOST_COLUMNS:
+        raise TraceError(f"{file}: row {header_lines}: {len(names):,} columns; expected at most {MOST_COLUMNS:,}")
     if not body.strip():
         what = "no rows below the header" if any(names) and header_lines else "empty"
         raise TraceError(f"{file}: {what}; expected at least one request")
@@ -299,6 +302,7 @@ def read_arrow(data: bytes, file: str) -> pa.Table:
         if data.startswith(PARQUET):
             about = pq.read_metadata(buffer)
             size = sum(about.row_group(each).total_byte_size for each in range(about.num_row_groups))
+            size = max(size, 8 * about.num_rows * about.num_columns)  # repeated values take nothing in the file
             if size > reading.MOST_BYTES:
                 raise reading.too_large(file)
             table = pq.read_table(pa.BufferReader(data))

@@ -201,18 +201,20 @@ def _in_archive(path: Path, read: bool, wanted: re.Pattern[str] | None) -> Itera
             if member.isfile() and (wanted is None or wanted.search(member.name.rsplit("/", 1)[-1])):
                 handle = archive.extractfile(member) if read else None
                 data = _read_all(str(path), handle, is_text=False, most=left) if handle else b""
-                left -= len(data)
-                yield member.name, unpack(f"{path}!{member.name}", data)
+                unpacked = unpack(f"{path}!{member.name}", data, left)
+                left -= max(len(data), len(unpacked))
+                yield member.name, unpacked
 
 
-def unpack(file: str, data: bytes) -> bytes:
-    """Bytes of a member of an archive, unpacked where they are packed themselves."""
+def unpack(file: str, data: bytes, most: int | None = None) -> bytes:
+    """Bytes of a member of an archive, unpacked where they are packed themselves. Raises TraceError, also for more than
+    ``most`` of them (by default ``MOST_BYTES``)."""
     packing = next((name for magic, name in PACKED.items() if data.startswith(magic)), None)
     if packing is None:
         return data
     try:
         with _unpacked(io.BytesIO(data), packing) as stream:
-            return _read_all(file, stream, is_text=True)
+            return _read_all(file, stream, is_text=True, most=most)
     except TraceError:
         raise
     except UNREADABLE as error:

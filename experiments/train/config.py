@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from l3env import files
 from l3env.cli.options import option, tuple_of
 from l3env.cli.shared import names, numbers
 from l3env.errors import L3EnvError
@@ -105,10 +106,7 @@ def hyperparams_of(algo: str, path: Path | None = None) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises L3EnvError naming the file."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise L3EnvError(f"{path}: cannot be read as YAML: {error}") from None
+    raw = files.read_yaml(path)
     if not isinstance(raw, dict):
         raise L3EnvError(f"{path}: expected keys and values")
     return raw

@@ -62,7 +62,7 @@ class PoolView:
         return (self.capacity_blocks - self.used_blocks) * self.block_tokens
 
 
-def watched(view: View) -> tuple[Engine, int]:
+def _watched(view: View) -> tuple[Engine, int]:
     """The engine behind a view and the environment in it: for observers, which show no truth; never for policies."""
     return view._engine, view._e
 

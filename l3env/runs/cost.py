@@ -11,13 +11,13 @@ There are no default prices: they differ by an order of magnitude between users.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from l3env.errors import L3EnvError
+from l3env.files import read_toml
 from l3env.machine.specs import SystemSpec
 from l3env.units import GB
 
@@ -47,10 +47,7 @@ class Prices:
     @classmethod
     def from_toml(cls, path: Path) -> Prices:
         """Raises L3EnvError for a file that cannot be read, unknown keys, and values that are no prices."""
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise L3EnvError(f"{path}: cannot be read as TOML: {error}") from None
+        raw = read_toml(path)
         for key in raw.keys() - {*SINGLE, *BY_DEVICE}:
             raise L3EnvError(f"{path}: unknown key {key!r}; expected {', '.join((*SINGLE, *BY_DEVICE))}")
         for key in BY_DEVICE:

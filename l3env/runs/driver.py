@@ -108,7 +108,11 @@ def training_window(workload: Workload) -> Workload:
 
 
 def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
-    """Predicted output tokens by the policy's own predictor; the truth only for oracles."""
+    """Predicted output tokens by the policy's own predictor; the truth only for oracles.
+
+    A predictor is asked once about each length of a prompt, in ascending order: it is not told how many requests will
+    come, nor in which order.
+    """
     if policy.wants_truth:
         if not policy.name.startswith("oracle-"):
             raise PolicyError(f"policy {policy.name!r} wants true output lengths; its name must start with 'oracle-'")
@@ -118,11 +122,12 @@ def predictions(policy: Policy, workload: Workload) -> NDArray[np.int64] | None:
         return None
     if not callable(predict):
         raise wrong_answer(policy, "predictor", shown(predict))
+    prompts, places = np.unique(workload.prompt_tokens, return_inverse=True)
     with blaming(policy, "predictor"):
-        predicted = np.asarray(predict(workload.prompt_tokens.copy()), dtype=float)
-    if predicted.shape != (len(workload),) or not np.isfinite(predicted).all():
-        raise wrong_answer(policy, "predictor", f"for {len(workload)} prompts: {shown(predicted)}")
-    return np.maximum(np.rint(predicted), 1).astype(np.int64)
+        predicted = np.asarray(predict(prompts.copy()), dtype=float)
+    if predicted.shape != prompts.shape or not np.isfinite(predicted).all():
+        raise wrong_answer(policy, "predictor", f"for {prompts.size} prompts: {shown(predicted)}")
+    return np.maximum(np.rint(predicted), 1).astype(np.int64)[places]
 
 
 def drive(

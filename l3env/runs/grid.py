@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from l3env.engine.engine import Slo
 from l3env.engine.segments import eviction_rule
 from l3env.errors import L3EnvError
+from l3env.files import read_yaml
 from l3env.given import given_object, reference
 from l3env.machine.specs import named
 from l3env.machine.tables import DEFAULT_BLOCK_TOKENS
@@ -79,15 +78,14 @@ class Grid:
         Raises:
             L3EnvError: the file cannot be read, or a key of it is unknown, missing or of the wrong type.
         """
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise L3EnvError(f"{path}: cannot be read as YAML: {error}") from None
+        raw = read_yaml(path)
         if not isinstance(raw, dict):
             raise L3EnvError(f"{path}: expected keys such as policies, systems, models, traces, loads, seeds")
         raw = {str(key): value for key, value in raw.items()}
         if "seeds" in raw:
             raw["seeds_count"] = raw.pop("seeds")
+        if raw.get("prefix_cache") is False:
+            raw["prefix_cache"] = "off"  # which YAML takes for a truth value
         try:
             return cls.from_json(raw)
         except L3EnvError as error:

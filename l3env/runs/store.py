@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from l3env.errors import L3EnvError
-from l3env.files import remove_parts, write_frame, write_text
+from l3env.files import read_json, remove_parts, write_frame, write_text
 from l3env.runs.content import plain, sha256
 
 ROWS = "cells"
@@ -154,10 +154,7 @@ def _done(record: Mapping[str, Any]) -> Done:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A ``config.json``. Raises L3EnvError where it cannot be read."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise L3EnvError(f"{path}: cannot be read as JSON: {error}") from None
+    raw = read_json(path)
     if not isinstance(raw, dict):
         raise L3EnvError(f"{path}: expected an object, as in the config.json that a comparison writes")
     return raw

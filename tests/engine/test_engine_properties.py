@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from l3env.choices import ORDERS_COUNT, Budget, Order, Status, SubBatching, Victim
 from l3env.engine.engine import Engine, Slo, Stop, Until
-from l3env.engine.state import ARRIVAL_HEAP, DRAFT_CLASSES, FINISH_HEAP, NOWHERE, PrefixArrays, arrays, copy
+from l3env.engine.state import ADDED, ARRIVAL_HEAP, DRAFT_CLASSES, FINISH_HEAP, NOWHERE, PrefixArrays, arrays, copy
 from l3env.errors import PlanError, WorkloadError
 from l3env.knobs import Knobs
 from l3env.machine import specs
@@ -166,7 +166,8 @@ def check_heaps(state, e, req, emitted):
             left = state.truth[e, inside] - emitted[inside]
             assert (heap["key"][inside] == state.group["clock"][e, sub, draft] + left).all()
     dependent = [r for r in np.flatnonzero(status == Status.FUTURE).tolist() if req["parent_idx"][r] != NOWHERE]
-    known = [r for r in dependent if status[req["parent_idx"][r]] in (Status.FINISHED, Status.REJECTED)]
+    ended = (Status.FINISHED, Status.REJECTED)
+    known = [r for r in dependent if req["parent_idx"][r] == ADDED or status[req["parent_idx"][r]] in ended]
     assert sorted(state.heap["item"][e, ARRIVAL_HEAP, : state.heap_len[e, ARRIVAL_HEAP]].tolist()) == known
 
 

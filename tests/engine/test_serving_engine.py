@@ -10,13 +10,15 @@ import pytest
 
 import l3env
 from l3env import Knobs, Workload
+from l3env.choices import Status, Victim
 from l3env.engine.engine import Engine
-from l3env.engine.kernels.run import Until
+from l3env.engine.kernels.run import Stop, Until
 from l3env.machine.specs import EngineSpec
 from l3env.machine.specs.serving_engine import IDEAL
 from l3env.machine.tables import Tables, compile_tables
 from l3env.policy.registry import make_policy
 from l3env.runs.driver import run_policy
+from tests.engine.engine_cases import with_memory
 
 
 def machine(**changes: Any) -> Tables:
@@ -128,6 +130,32 @@ def test_blocks_by_chunk_by_hand() -> None:
             engine.run(0, Until.ITERATIONS, 1)
             used.append(int(engine.state.pool["used"][0, 0]))
         assert used == expected
+
+
+@pytest.mark.parametrize("victim", list(Victim))
+def test_blocks_by_chunk_are_those_of_all_prompts_whoever_is_preempted(victim: Victim) -> None:
+    """The first to be admitted has most left by its prediction: where it goes, those behind it move up."""
+    tables = with_memory(machine(blocks_by_chunk=True), 1, [500])
+    count = 12
+    engine = Engine(tables, 1, count)
+    workload = Workload.build("pressure", np.zeros(count), np.arange(count) * 10 + 40, np.full(count, 60))
+    engine.reset(0, workload, predicted_tokens=np.arange(count, 0, -1) * 10)
+    settings = [Knobs(prefill_budget_tokens=budget, victim=victim, headroom_frac=0.0) for budget in (7, 300)]
+    settings += [dataclasses.replace(each, prefill_first=True, prefill_in_order=True) for each in settings]
+    for step in range(2000):
+        settings[step % 4 if step % 5 else 0].write(engine.knobs, 0)
+        stop = engine.run(0, Until.ITERATIONS, 1)
+        req, state = engine.state.req[0], engine.state
+        held = req["held_tokens"][req["status"] == Status.PREFILL].sum()
+        decoding = req[req["status"] == Status.DECODE]
+        grown = state.group["clock"][0, decoding["sub"], 0] - decoding["joined_clock"]
+        assert state.pool["used"][0, 0] == held + (decoding["kv_tokens"] + grown).sum()
+        assert (req["held_tokens"] >= req["prefilled_tokens"])[req["status"] == Status.PREFILL].all()
+        if stop != Stop.RUNNING:
+            break
+    assert stop == Stop.DONE
+    assert state.env["preemptions_count"][0] > 5
+    assert state.env["finished_count"][0] == count
 
 
 def test_presets_say_what_contradicts() -> None:

@@ -199,6 +199,11 @@ def test_ray_gives_the_same_dataset(tmp_path: Path, run_cli: Callable[..., Any])
     assert {"results.csv", "report.html", "config.json"} <= {path.name for path in (tmp_path / "ray/study").iterdir()}
 
 
+def test_off_is_off_though_yaml_takes_it_for_a_truth_value(tmp_path: Path) -> None:
+    path = study_file(tmp_path, TEXT + "prefix_cache: off\n")
+    assert Grid.from_yaml(path) == Grid.from_yaml(study_file(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import tarfile
 import warnings
 from collections.abc import Callable
 from datetime import UTC, date, datetime
@@ -24,6 +26,7 @@ import pytest
 from l3env.errors import TraceError, TraceWarning, UnusedWarning
 from l3env.requests.workload import Workload
 from l3env.traces import canonical, catalog, reading
+from l3env.traces.containers import parse_csv
 
 ROWS = [(0.0, 512, 64), (0.4, 2048, 128), (1.2, 900, 100)]
 HEADER = "arrival_s,prompt_tokens,output_tokens"
@@ -180,6 +183,21 @@ def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest
         read(write(tmp_path, "line.jsonl", '{"arrival_s": 0, "x": "' + "x" * 8000))
     with pytest.raises(TraceError, match="nested too deep"):
         read(write(tmp_path, "deep.jsonl", '{"arrival_s": ' + "[" * 4000), "format=canonical")
+    same = pa.table({name: pa.array([1] * 3000) for name in ("arrival_s", "prompt_tokens", "output_tokens")})
+    pq.write_table(same, tmp_path / "same.parquet")
+    assert (tmp_path / "same.parquet").stat().st_size < 10_000
+    with pytest.raises(TraceError, match="more than 10,000 bytes, unpacked"):
+        read(tmp_path / "same.parquet")
+    with tarfile.open(tmp_path / "many.tar", "w") as archive:
+        for number in range(3):  # each unpacks to less than the limit
+            data = gzip.compress(b"0,2.0,1,Gamma,0.5,1\n" * 250)
+            info = tarfile.TarInfo(f"demo/chunk-{number}-trace.csv")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    with pytest.raises(TraceError, match="more than 10,000 bytes, unpacked"):
+        read(tmp_path / "many.tar")
+    with pytest.raises(TraceError, match=r"row 1: 10,001 columns; expected at most 10,000"):
+        parse_csv(b"," * 10_000 + b"\n1,2\n", "x.csv")
     monkeypatch.undo()
     deep = '{"arrival_s": 0, "prompt_tokens": ' + "[" * 100_000 + "]" * 100_000 + "}"
     with pytest.raises(TraceError, match="nested too deep"):

@@ -183,8 +183,9 @@ def take_chunks(t, s, e, rule, grown):
     while i < s.env[e]["prefill_count"]:
         r = np.int64(s.lists[e, i]["prefill"])
         take_chunk(t, s, e, r, rule, grown)
-        if s.req[e, r]["status"] == Status.PREFILL:
-            i += 1
+        i = min(i + 1, s.env[e]["prefill_count"])  # who was preempted may have stood before it, or be itself
+        while i > 0 and s.req[e, s.lists[e, i - 1]["prefill"]]["admitted_seq"] > s.req[e, r]["admitted_seq"]:
+            i -= 1
     for place in range(s.env[e]["prefill_count"]):
         planned += s.req[e, s.lists[e, place]["prefill"]]["chunk_tokens"]
     return planned

@@ -25,7 +25,7 @@ from l3env.envs.observe.step import step_batch
 from l3env.errors import PlanError
 from l3env.knobs import Knobs, words_in, words_of
 from l3env.policy.levels import LEVELS, Levels, admits_none, available, sizes_of, useful
-from l3env.policy.view import View, watched
+from l3env.policy.view import View, _watched
 from l3env.threads import Sharer
 
 
@@ -98,7 +98,7 @@ class ViewObserver:
 
     def look(self, view: View) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """((FEATURES_COUNT,) features, (sum of levels,) mask) now; "since the last step" is since the last look."""
-        engine, e = watched(view)
+        engine, e = _watched(view)
         if self._observer is None:
             self._observer = Observer(engine, has_predictor=self._has_predictor, levels=self._levels)
         mask = self._observer.legal[engine.state.env["table_idx"][e]].copy()

@@ -30,7 +30,7 @@ from l3env.errors import PlanError
 from l3env.knobs import ABOUT, Knobs, words_in, words_of
 from l3env.policy.levels import Levels, levels_of, named_levels, sizes_of
 from l3env.policy.plan import Scored
-from l3env.policy.view import View, watched
+from l3env.policy.view import View, _watched
 
 DEFAULT_VISIBLE = 16
 
@@ -102,7 +102,7 @@ class ViewRequestObserver:
 
     def look(self, view: View) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.bool_]]:
         """(observation, mask) of one environment, as of the batched one: (1, ...) each."""
-        engine, self._e = watched(view)
+        engine, self._e = _watched(view)
         if self._observer is None:
             self._observer = RequestObserver(engine, knobs=self._knobs, levels=self._levels, **self._settings)
         observer, e = self._observer, self._e

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from l3env.errors import SpecError
+from l3env.files import read_toml
 from l3env.machine.specs import PRESET_DIR
 
 FIT_DIR = PRESET_DIR / "pim_fit"
@@ -70,10 +70,10 @@ def load_fit(ref: str) -> RankFit:
             f"unknown fit {ref!r}{hint}; there are: {', '.join(names)}; or a file of experiments/fit_pim.py"
         )
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = read_toml(path, SpecError)
         kinds = tuple(Kind(**kind) for kind in raw["kind"])
         return RankFit(raw["pim"], raw["rank_bytes_per_s"], raw["macs_per_element_count"], kinds)
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise SpecError(f"{path}: not a fit as experiments/fit_pim.py writes it: {error!r}") from None
 
 

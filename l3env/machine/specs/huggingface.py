@@ -7,12 +7,12 @@ replica spans: 1 is taken, ``?tensor_parallel_count=8`` says otherwise.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from l3env.errors import SpecError
+from l3env.files import read_json
 
 PREFIX = "hf:"
 FILE = "config.json"
@@ -33,10 +33,7 @@ def config_path(folder: Path, ref: str) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The values of a ModelSpec. Raises SpecError for an unknown architecture, missing keys, what is not modelled."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SpecError(f"{path}: cannot be read as JSON: {error}") from None
+    raw = read_json(path, SpecError)
     if not isinstance(raw, dict):
         raise SpecError(f"{path}: expected an object, as Hugging Face's {FILE}")
     config = _Config(path, raw)

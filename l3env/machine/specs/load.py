@@ -9,13 +9,13 @@ value comes from.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from l3env.errors import SpecError
+from l3env.files import read_toml
 from l3env.given import given_object
 from l3env.machine.specs.check import KINDS, Checker, fields_of
 from l3env.machine.specs.huggingface import PREFIX as HUGGING_FACE
@@ -138,7 +138,7 @@ class _Reader:
                 chain = " -> ".join(each.name for each in (*trail[trail.index(path.resolve()) :], path))
                 raise SpecError(f"{path}: base: {chain} goes in a circle")
             self.files.append(path)
-            raw = self.table(kind, _toml(path), path.parent, (*trail, path.resolve()))
+            raw = self.table(kind, read_toml(path, SpecError), path.parent, (*trail, path.resolve()))
         for key in reference.options:
             self._change_by_text(kind, raw, reference, key)
         return raw
@@ -224,10 +224,3 @@ def _from_here(ref: str, folder: Path) -> str:
     base, mark, query = ref.partition("?")
     kind, colon, file = base.rpartition(":")
     return f"{kind}{colon}{folder / Path(file).expanduser()}{mark}{query}"
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read as TOML: {error}") from None
