@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from l3env.jit import inner, rare
+from l3env.jit import helper, inner, rare
 from l3env.machine.arrays import COMM, DENSE_TOKENS, DRAFT, EXPERTS, FC, HEAD, STRIDE_TOKENS, TABLE_TOKENS
 
 
@@ -27,13 +27,19 @@ def causal_pairs(chunk, history):
     return chunk * float(history) + chunk * (chunk + 1.0) / 2
 
 
+@helper
+def norm_s(a_s, b_s, exponent):
+    """The p-norm of two times."""
+    large_s, small_s = max(a_s, b_s), min(a_s, b_s)
+    if small_s <= 0.0:
+        return large_s
+    return large_s * (1.0 + (small_s / large_s) ** exponent) ** (1.0 / exponent)
+
+
 @inner
 def beside_s(a_s, b_s, exponent):
     """Two times that overlap: the larger, or a p-norm that rounds the corner off (``costs.gpu.overlap_s``)."""
-    large_s, small_s = max(a_s, b_s), min(a_s, b_s)
-    if exponent == 0.0 or small_s <= 0.0:
-        return large_s
-    return large_s * (1.0 + (small_s / large_s) ** exponent) ** (1.0 / exponent)
+    return max(a_s, b_s) if exponent == 0.0 else norm_s(a_s, b_s, exponent)
 
 
 @inner
@@ -47,8 +53,9 @@ def prefill_work_s(t, table, chunk, history):
         return max(0.0, coef["prefill_kv_s"] * float(history + chunk))
     pairs = max(float(chunk), coef["prefill_history_tokens"]) * float(history)
     pairs += max(float(chunk), coef["prefill_tile_tokens"]) * ((chunk + 1.0) / 2)
-    tiles = np.ceil(chunk / coef["prefill_tile_tokens"])
-    compute_s = coef["prefill_pair_s"] * pairs + coef["prefill_new_s"] * chunk + coef["prefill_tile_s"] * tiles
+    compute_s = coef["prefill_pair_s"] * pairs + coef["prefill_new_s"] * chunk
+    if coef["prefill_tile_s"] > 0.0:
+        compute_s += coef["prefill_tile_s"] * np.ceil(chunk / coef["prefill_tile_tokens"])
     memory_s = coef["prefill_kv_s"] * float(history + chunk) + coef["prefill_query_s"] * chunk
     return max(compute_s, memory_s) + coef["prefill_history_token_s"] * float(history)
 
@@ -130,6 +137,19 @@ def draft_batch_s(t, table, requests):
     return rare_lookup_s(t.rows_s[table, DRAFT], t.coef[table]["draft_slope_s"], np.int64(requests))
 
 
+@helper
+def beside_tiles_s(t, table, read_s, kv_tokens, requests):
+    """Reading KV beside the tiles' own time, with launches that depend on the mean request."""
+    coef = t.coef[table]
+    mean_tokens = kv_tokens / requests
+    tiles_s = coef["hbm_tile_s"] * max(requests - coef["hbm_wave_requests"], 0.0)
+    tiles_s += coef["hbm_mean_token_s"] * mean_tokens
+    more_s = coef["hbm_split_s"] * min(max(mean_tokens / 384.0 - 1.0 / 3.0, 0.0), 1.0)
+    if requests > 1:
+        more_s += coef["hbm_regroup_s"]
+    return beside_s(read_s, tiles_s, coef["hbm_exponent"]) + more_s
+
+
 @inner
 def hbm_attention_s(t, table, kv_tokens, requests, queries=1):
     """Decode attention of HBM residents, on the GPU, with one or two query tokens a request.
@@ -142,13 +162,9 @@ def hbm_attention_s(t, table, kv_tokens, requests, queries=1):
     read_s += coef["hbm_request_s"] * requests * queries
     if requests <= 0:
         return read_s
-    mean_tokens = kv_tokens / requests
-    tiles_s = coef["hbm_tile_s"] * max(requests - coef["hbm_wave_requests"], 0.0)
-    tiles_s += coef["hbm_mean_token_s"] * mean_tokens
-    fixed_s = coef["hbm_fixed_s"] + coef["hbm_split_s"] * min(max(mean_tokens / 384.0 - 1.0 / 3.0, 0.0), 1.0)
-    if requests > 1:
-        fixed_s += coef["hbm_regroup_s"]
-    return beside_s(read_s, tiles_s, coef["hbm_exponent"]) + fixed_s
+    if coef["hbm_tile_s"] > 0.0:
+        read_s = beside_tiles_s(t, table, read_s, kv_tokens, float(requests))
+    return read_s + coef["hbm_fixed_s"]
 
 
 @inner

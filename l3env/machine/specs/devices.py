@@ -110,6 +110,9 @@ class GpuSpec:
         """What values say against each other."""
         exponents = {name: getattr(self, name) for name in ("roofline_exponent", "prefill_exponent", "decode_exponent")}
         problems = [f"{name} = {value}: expected 0 or >= 1" for name, value in exponents.items() if 0 < value < 1]
+        beside = ("decode_split_s", "decode_regroup_s", "decode_head_bytes_per_s")
+        if self.decode_tile_s == 0:
+            problems += [f"{name} > 0: needs decode_tile_s" for name in beside if getattr(self, name) > 0]
         tiled = ("decode_tile_s", "prefill_tile_s", "prefill_tail_frac")
         if self.sm_count == 0:
             problems += [f"{name} > 0: needs sm_count" for name in tiled if getattr(self, name) > 0]
