@@ -24,10 +24,10 @@ from l3env.errors import L3EnvError, PlanError
 from l3env.knobs import UNLIMITED, Knobs
 from l3env.policy.plan import Plan
 from l3env.vllm.asked import Asked
+from l3env.vllm.deciding import Step, by_budget, in_order, last_step_is_planned, of_plan, rest_of, sorted_out
 from l3env.vllm.entries import NAME, Entry, entry_of
 from l3env.vllm.honoured import check_knobs, check_start, notes
 from l3env.vllm.mirror import Present
-from l3env.vllm.planner import Step, by_budget, in_order, last_step_is_planned, of_plan, rest_of, sorted_out
 from l3env.vllm.queues import GatedQueue, KeyedQueue, queue_of
 from l3env.vllm.settings import check_version, read_settings
 
