@@ -127,9 +127,10 @@ def test_brackets_are_shown_as_they_are(
     assert f"written: {folder}/report.html" in ended("report", folder)[2]
     assert "spec: t[bold][/].csv" in ended("traces", "stats", trace)[1]
     options = ("--policies", ref, "--seeds", "1", "--tolerance", "0.5", "-j", "1")
+    monkeypatch.setenv("COLUMNS", "250")  # figures may be wide
     code, told, _ = ended("capacity", *CELL, "--trace", trace, *options)
     assert code == 0
-    assert ref in told.replace("\n", "") or all(part in told for part in ref.split("/"))
+    assert ref in told
     assert trace in told
     code, told, notes = ended("timeline", *CELL, "--trace", trace, "--policy", ref, "--out", "l[/x].json")
     assert code == 0

@@ -496,7 +496,7 @@ def test_a_policy_of_ones_own_decides_what_is_evicted():
     [
         (lambda rows: np.zeros(rows.size + 1), "one finite number per row"),
         (lambda rows: np.full(rows.size, np.nan), "one finite number per row"),
-        (None, "hoard: not a policy: lacks score_segments"),
+        (None, "lacks score_segments"),
     ],
 )
 def test_scores_that_are_none_are_refused(scores, message):

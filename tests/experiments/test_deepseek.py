@@ -269,7 +269,13 @@ def test_small_kernels_of_a_prefill_layer_by_hand():
     assert gpu.attention_elementwise_bytes(V3, a100, 1) == 4 * 7168 * 2 + 2 * (128 * 192 + 576) * 2
 
 
-FLAT = {"decode_tile_s": 0.0, "prefill_tile_s": 0.0, "prefill_tail_frac": 0.0, "fp8_utilisation_frac": 0.0}
+FLAT = {
+    "decode_tile_s": 0.0,
+    "decode_split_s": 0.0,
+    "prefill_tile_s": 0.0,
+    "prefill_tail_frac": 0.0,
+    "fp8_utilisation_frac": 0.0,
+}
 
 
 def test_a_history_is_projected_from_the_latent_again():
@@ -454,7 +460,7 @@ def test_choosing_by_prediction_is_never_much_worse_than_the_best_place():
     cells = list(deepseek_places.cells())
     assert {cell.model for cell in cells} == set(deepseek_places.MODELS)
     assert all(cell.rates[cell.best] > 0 for cell in cells)
-    assert min(cell.adaptive_ratio for cell in cells) > 0.98
+    assert min(cell.adaptive_ratio for cell in cells) > 0.97
     assert len({cell.best for cell in cells}) > 1
 
 
