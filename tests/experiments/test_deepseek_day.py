@@ -181,8 +181,8 @@ def test_equal_prompts_that_fill_the_gpus_need_no_balancer():
 
 
 def test_the_day_step_by_step():
-    """As the page says: with the refitted GPUs prefill comes out a third too fast against the published mean, with hits as
-    in a chat service; the ratios here guard against unmeant changes."""
+    """As the page says: with the refitted GPUs prefill comes out a third too fast against the published mean, with hits
+    as in a chat service; the ratios here guard against unmeant changes."""
     rows = {row["case"].removeprefix("OI's day, "): row for row in deepseek_day.rows(V3)}
     assert rows["nodes over the day"]["ratio"] == pytest.approx(1, abs=0.1)  # nodes follow the load as DeepSeek's did
     assert deepseek_day.UNITS == 24
