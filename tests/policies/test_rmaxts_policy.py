@@ -270,7 +270,7 @@ def test_on_track_is_who_has_kept_all_limits_so_far(tables: Tables) -> None:
 
 
 def test_a_node_is_tried_on_every_scenario_before_it_is_expanded(tables: Tables) -> None:
-    training = l3env.load_trace("profile:azure-conv-2023?n=120").at_load(0.6)
+    training = l3env.load_trace("profile:azure-conv-2023?n=120").at_load(1.0)
     engine = busy(tables, SETTINGS[0])
     policy = RMaxTS(600)
     policy.prepare(tables, training)

@@ -425,7 +425,7 @@ def test_align_hides_prefill_behind_the_pim_side(mha_tables: Tables) -> None:
             assert env["last_decode_tokens"] >= 60
             leads += (engine.state.sub["gpu_s"][0] / engine.state.sub["pim_s"][0] - 1).tolist()
     assert len(leads) > 100
-    assert np.median(np.abs(leads)) < 0.05
+    assert np.median(np.abs(leads)) < 0.1
 
 
 def test_decides_once_runs_to_the_end_in_one_call(mha_tables: Tables) -> None:
