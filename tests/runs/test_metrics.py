@@ -53,7 +53,7 @@ def test_window_of_requests_that_come_at_once() -> None:
 
 
 def test_one_straggler_does_not_count_as_an_idle_system(tables: Tables) -> None:
-    """100 requests at 10/s, the last with 7,000 tokens: those done by the last arrival, 9.9 s after the first, count."""
+    """100 requests at 10/s, the last with 7,000 tokens: those done by the last arrival, after 9.9 s, count."""
     output = np.full(100, 50)
     output[-1] = 7_000
     workload = Workload.build("straggler", np.arange(100) / 10, np.full(100, 500), output)

@@ -71,7 +71,7 @@ def test_it_finds_the_best_of_all_settings() -> None:
         runner_goodput(which, Knobs(**dict(zip(names, each, strict=True))))
         for each in itertools.product(*TINY.values())
     )
-    tuned = tune([which], grid=TINY, random_count=3)
+    tuned = tune([which], grid=TINY, random_count=9)
     assert tuned.goodput_frac[0] == best
     assert runner_goodput(which, tuned.knobs) == best
     assert len(tuned.tried) < 27
@@ -97,7 +97,7 @@ def test_one_setting_for_several_cells() -> None:
     settings = [Knobs(**dict(zip(TINY, each, strict=True))) for each in itertools.product(*TINY.values())]
     goodput = np.array([[runner_goodput(which, knobs) for which in cells] for knobs in settings])
     share = (goodput / goodput.max(axis=0)).mean(axis=1)
-    tuned = tune(cells, grid=TINY, random_count=27)
+    tuned = tune(cells, grid=TINY, random_count=60)
     reached = np.array([runner_goodput(which, tuned.knobs) for which in cells])
     np.testing.assert_array_equal(tuned.goodput_frac, reached)
     assert (reached / goodput.max(axis=0)).mean() == pytest.approx(share.max(), abs=1e-4)
