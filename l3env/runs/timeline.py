@@ -52,6 +52,7 @@ class Recorder:
     engine: Engine
     e: int
     events: list[Event] = field(default_factory=list)
+    _ended_ns: dict[tuple[int, int], int] = field(default_factory=dict)  # the last span of each lane
     iterations_count: int = 0
 
     def __post_init__(self) -> None:
@@ -145,8 +146,9 @@ class Recorder:
     def _complete(
         self, pid: int, tid: int, name: str, category: str, start_s: float, end_s: float, args: dict[str, Any]
     ) -> None:
-        start, end = round(start_s * NS_PER_S), round(end_s * NS_PER_S)
+        start, end = max(round(start_s * NS_PER_S), self._ended_ns.get((pid, tid), 0)), round(end_s * NS_PER_S)
         if end > start:
+            self._ended_ns[pid, tid] = end
             span = {"name": name, "cat": category, "ph": "X", "pid": pid, "tid": tid}
             self.events.append(span | {"ts": start * US_PER_NS, "dur": (end - start) * US_PER_NS, "args": args})
 

@@ -127,7 +127,7 @@ def test_brackets_are_shown_as_they_are(
     assert f"written: {folder}/report.html" in ended("report", folder)[2]
     assert "spec: t[bold][/].csv" in ended("traces", "stats", trace)[1]
     options = ("--policies", ref, "--seeds", "1", "--tolerance", "0.5", "-j", "1")
-    monkeypatch.setenv("COLUMNS", "250")  # figures may be wide
+    monkeypatch.setattr(out, "width", 250)  # figures may be wide
     code, told, _ = ended("capacity", *CELL, "--trace", trace, *options)
     assert code == 0
     assert ref in told
