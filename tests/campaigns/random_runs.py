@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from l3env.machine.specs.engine import IDEAL
 from numpy.typing import NDArray
 
 from l3env.choices import Budget, Eviction, Order, PimForm, SubBatching, Victim
 from l3env.engine.engine import Engine, Slo
 from l3env.knobs import KNOB_DTYPE, UNLIMITED, Knobs
 from l3env.machine import specs
+from l3env.machine.specs.serving_engine import IDEAL
 from l3env.machine.tables import Tables, compile_tables
 from l3env.requests.workload import Workload
 from tests.engine.engine_cases import PAIRS, SHARED_PAIRS, compiled, with_coef, with_memory
