@@ -146,8 +146,16 @@ def main(path: str, most_bytes: str) -> None:
         outcome, error = "read", ""
     except L3EnvError as problem:
         outcome, error = "refused", str(problem)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"outcome": outcome, "error": error, "bytes": held}))
+    print(json.dumps({"outcome": outcome, "error": error, "bytes": most_held_bytes()}))
+
+
+def most_held_bytes() -> int:
+    """The most that this process held. ``ru_maxrss`` is inherited from whoever started it, Linux's ``VmHWM`` is not."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,12 @@ def test_small_files_that_would_be_large_are_refused(tmp_path: Path, name: str) 
     assert int(str(found["bytes"])) < bombs.FREE_BYTES + bombs.TIMES * 2**23
 
 
+def test_what_a_process_held_is_its_own(tmp_path: Path) -> None:
+    ballast = np.ones(2**27)  # 1 GiB, held by whoever starts it
+    found = bombs.try_one(bombs._written(tmp_path / "deep.yaml", "policies: " + "[" * 200_000), 2**23)
+    assert 2**24 < int(str(found["bytes"])) < ballast.nbytes
+
+
 def test_nothing_that_a_view_shows_is_the_truth() -> None:
     assert "3 of them searched" in views.campaign(3, every=2003)
 
