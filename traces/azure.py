@@ -32,7 +32,7 @@ def load(path: Path, *, keep: Sequence[str] = ()) -> Workload:
     times = table.times("TIMESTAMP")
     prompt, output = table.tokens("ContextTokens"), table.tokens("GeneratedTokens")
     extra = kept_columns(table, keep, always=[IMAGES])
-    return build(path.stem, str(path), FORMAT.name, times, prompt, output, extra=extra, source=table.about_unused())
+    return build(path, FORMAT.name, times, prompt, output, name=path.stem, extra=extra, source=table.about_unused())
 
 
 FORMAT = FileFormat(

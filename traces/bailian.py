@@ -17,7 +17,7 @@ from l3env.traces.containers import has_names, read_table
 from l3env.traces.named_columns import Codes, Table
 from l3env.traces.reading import FileFormat
 from l3env.traces.resample import roots
-from l3env.traces.rows import Links, Prefix, block_size, build, kept_columns, parse_names, rows_of_parents
+from l3env.traces.rows import Links, build, kept_columns, parse_names, prefix_of, rows_of_parents
 from l3env.traces.spec import parse_count
 from l3env.traces.times import Times
 
@@ -44,21 +44,15 @@ def load(path: Path, *, prefix_block_tokens: int | None = None, keep: Sequence[s
     prompt, output = table.tokens("input_length"), table.tokens("output_length")
     links = _links(table, times)
     root = roots(links.parent)
-    prefix = None
-    if table.has("hash_ids"):
-        ids, lengths = table.id_lists("hash_ids")
-        size = block_size(table, "hash_ids", prompt, lengths, BLOCK_TOKENS, prefix_block_tokens)
-        prefix = Prefix(ids, lengths, size)
     return build(
-        path.name.partition(".")[0],
-        str(path),
+        path,
         FORMAT.name,
         times,
         prompt,
         output,
         links=links,
         session=np.array(np.unique(root, return_inverse=True)[1], dtype=np.int64),
-        prefix=prefix,
+        prefix=prefix_of(table, "hash_ids", prompt, BLOCK_TOKENS, prefix_block_tokens),
         extra=kept_columns(table, keep),
         source={
             "prefix_scope": "trace",

@@ -42,12 +42,12 @@ def load(path: Path, *, model: str | None = None, keep: Sequence[str] = ()) -> W
         total = table.tokens("Total tokens")
         table.require(prompt + output == total, "Total tokens", "request + response tokens")
     return build(
-        path.stem,
-        str(path),
+        path,
         FORMAT.name,
         times,
         prompt,
         output,
+        name=path.stem,
         session=table.ids("Session ID") if table.has("Session ID") else None,
         extra=kept_columns(table, keep),
         chosen=None if model is None else _of_model(table, model),

@@ -204,12 +204,12 @@ def _of_table(
             source["prefix_blocks"] = f"{tokens} tokens an id ({said})"
         prefix = Prefix(ids, lengths, tokens)
     return build(
-        path.stem,
-        str(path),
+        path,
         FORMAT.name,
         arrivals,
         prompt,
         output,
+        name=path.stem,
         links=_links(table, column, unit),
         session=table.ids(column["session"]) if "session" in column else None,
         prefix=prefix,

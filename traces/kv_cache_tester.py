@@ -283,8 +283,7 @@ def _build(
         source["unused"] = list(columns.unused)
         warnings.warn(f"{path}: fields that are not used: {shown(columns.unused)}", UnusedWarning, stacklevel=3)
     return build(
-        path.name.partition(".")[0],
-        str(path),
+        path,
         FORMAT.name,
         Times(start_s[session] + np.array(columns.offset_s)),
         np.array(columns.prompt, dtype=np.int64),

@@ -51,8 +51,7 @@ def load(path: Path, *, prefix_block_tokens: int = BLOCK_TOKENS, keep: Sequence[
     times = table.times("arrival_time_ns", "ns")
     prompt, output = table.tokens("input_toks"), table.tokens("output_toks")
     return build(
-        path.name.partition(".")[0],
-        str(path),
+        path,
         FORMAT.name,
         times,
         prompt,

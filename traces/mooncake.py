@@ -19,7 +19,7 @@ from l3env.requests.workload import NO_PARENT, Workload
 from l3env.traces.containers import look, read_table
 from l3env.traces.named_columns import Codes, Table
 from l3env.traces.reading import FileFormat
-from l3env.traces.rows import Links, Prefix, block_size, build, kept_columns, parse_names
+from l3env.traces.rows import Links, build, kept_columns, parse_names, prefix_of
 from l3env.traces.spec import parse_count
 from l3env.traces.times import Times
 
@@ -57,21 +57,15 @@ def load(
     prompt, output = table.tokens("input_length"), table.tokens("output_length")
     session = table.ids("session_id") if table.has("session_id") else None
     times, links = _clock(table, session)
-    prefix = None
-    if table.has("hash_ids"):
-        ids, lengths = table.id_lists("hash_ids")
-        tokens = block_size(table, "hash_ids", prompt, lengths, BLOCK_TOKENS, prefix_block_tokens)
-        prefix = Prefix(ids, lengths, tokens)
     workload = build(
-        path.name.partition(".")[0],
-        str(path),
+        path,
         FORMAT.name,
         times,
         prompt,
         output,
         links=links,
         session=session,
-        prefix=prefix,
+        prefix=prefix_of(table, "hash_ids", prompt, BLOCK_TOKENS, prefix_block_tokens),
         extra=kept_columns(table, keep),
         source={"prefix_scope": "trace", **table.about_unused()},
     )

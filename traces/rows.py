@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -43,13 +44,13 @@ class Links:
 
 
 def build(
-    name: str,
-    file: str,
+    path: Path,
     format_name: str,
     times: Times,
     prompt: Codes,
     output: Codes,
     *,
+    name: str | None = None,
     links: Links | None = None,
     session: Codes | None = None,
     prefix: Prefix | None = None,
@@ -59,7 +60,7 @@ def build(
     rows_out_of_order: int | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Workload:
-    """The workload of (N,) columns in a file's order.
+    """The workload of (N,) columns in a file's order; called as the file is up to its first dot, or by ``name``.
 
     ``chosen`` are the rows that the options ask for; others are left out without being counted. ``skipped`` counts, by
     reason, rows that are no longer among these; ``rows_out_of_order`` is given where a loader has counted them itself.
@@ -67,6 +68,7 @@ def build(
     """
     everything = np.ones(len(times), dtype=bool) if chosen is None else chosen
     kept = everything & (prompt > 0) & (output > 0)
+    file = str(path)
     rows, counts = _counted(file, everything, prompt, output, skipped or {})
     links = _without(links or Links(np.full(len(times), NO_PARENT), np.zeros(len(times))), everything, kept)
     left = times.select(kept)
@@ -87,7 +89,7 @@ def build(
     if moved := int((raised_s > arrival_s).sum()):
         about["arrivals_moved_to_their_parents"] = moved
     return Workload.build(
-        name,
+        path.name.partition(".")[0] if name is None else name,
         raised_s[order],
         prompt[kept][order],
         output[kept][order],
@@ -232,6 +234,14 @@ def block_size(table: Table, column: str, prompt: Codes, lengths: Codes, default
         f"{table.file}: row {table.line(row)}, field {column}: got '{lengths[row]} ids'; expected {blocks[row]}, "
         f"one per {default} prompt tokens; ?prefix_block_tokens= says how many else"
     )
+
+
+def prefix_of(table: Table, column: str, prompt: Codes, default: int, given: int | None) -> Prefix | None:
+    """The blocks that a column of lists of ids names, see ``block_size``; None where there is no such column."""
+    if not table.has(column):
+        return None
+    ids, lengths = table.id_lists(column)
+    return Prefix(ids, lengths, block_size(table, column, prompt, lengths, default, given))
 
 
 def kept_columns(table: Table, names: Sequence[str], always: Sequence[str] = ()) -> dict[str, NDArray[Any]]:

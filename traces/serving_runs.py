@@ -78,12 +78,12 @@ def load(path: Path, *, run: str | None = None, keep: Sequence[str] = ()) -> Wor
         )
     measured = {each: table.measured(each) for each in MEASURED if table.has(each)}
     return build(
-        name,
-        str(path),
+        path,
         FORMAT.name,
         times,
         prompt,
         output,
+        name=name,
         session=table.ids("user_id") if has_users else None,
         prefix=prefix,
         extra={**measured, **kept_columns(table, keep)},

@@ -54,8 +54,7 @@ def load(path: Path, *, sessions: int | None = None, prefix_block_tokens: int = 
     prompt, output = table.tokens("prompt"), table.tokens("output")
     prefix = _prefix(order, follows, prompt, table.tokens("prefix", default=0), prefix_block_tokens)
     return build(
-        path.name.partition(".")[0],
-        str(path),
+        path,
         FORMAT.name,
         begin,
         prompt,

@@ -51,12 +51,12 @@ def load(
     has_clock = table.has("arrived_at")
     clock = "in the file" if has_clock else "none in the file (lengths only): all present at 0"
     workload = build(
-        path.stem,
-        str(path),
+        path,
         FORMAT.name,
         table.times("arrived_at") if has_clock else Times(np.zeros(len(table))),
         prompt,
         output,
+        name=path.stem,
         extra=kept_columns(table, keep),
         source={"arrivals": clock, **table.about_unused(KNOWN)},
     )

@@ -56,9 +56,7 @@ def load(
         about["lengths"] = f"{estimated} texts estimated at {chars_per_token:g} characters a token"
     prompt, output = table.tokens("prompt"), table.tokens("output")
     times = Times(np.zeros(len(table)))
-    return build(
-        path.name.partition(".")[0], str(path), FORMAT.name, times, prompt, output, skipped=skipped, source=about
-    )
+    return build(path, FORMAT.name, times, prompt, output, skipped=skipped, source=about)
 
 
 def _result(path: Path, rows: list[dict[str, Any]], run: int | None) -> Workload:
@@ -83,8 +81,7 @@ def _result(path: Path, rows: list[dict[str, Any]], run: int | None) -> Workload
     times = table.times("start_times") if has_clock else Times(np.zeros(count))
     prompt, output = table.tokens("input_lens"), table.tokens("output_lens")
     return build(
-        path.name.partition(".")[0],
-        str(path),
+        path,
         FORMAT.name,
         times,
         prompt,

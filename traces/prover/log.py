@@ -63,8 +63,7 @@ def load(path: Path, *, keep: Sequence[str] = ()) -> Workload:
     numbers = {theorem: number for number, theorem in enumerate(dict.fromkeys(theorems))}
     links = _links(table, submitted, generated, list(zip(theorems, _named(table, "job"), strict=True)))
     return build(
-        path.name.partition(".")[0],
-        str(path),
+        path,
         FORMAT.name,
         Times(_earliest_s(submitted.since_first(), links.parent)),
         table.tokens("prompt_tokens"),
