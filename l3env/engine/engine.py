@@ -154,9 +154,8 @@ class Engine:
             array[e : e + 1].view(np.uint8)[...] = 0  # as bytes: records would be set field by field
         self.state.heap["pos"][e] = st.NOWHERE
         req = self.state.req
-        floor_s = (
-            workload.arrival_s if workload.recorded_floor else 0.0
-        )  # a dependent one's is set when its parent ends
+        # those of dependent requests are set when their parents end
+        floor_s = workload.arrival_s if workload.recorded_floor else 0.0
         req["arrival_s"][e, :count] = np.where(workload.parent_idx < 0, workload.arrival_s, floor_s)
         req["think_s"][e, :count] = workload.think_s
         req["prompt_tokens"][e, :count] = workload.prompt_tokens

@@ -171,16 +171,9 @@ def compile_tables(
     Raises:
         SpecError: the degree does not divide the GPUs, the model does not fit, or no place is left for KV.
     """
-    usual = min(model.tensor_parallel_count, system.gpus_count)
-    if model.moe is not None and system.experts is not None:
-        usual = system.experts.tensor_parallel_count
-    degree = usual if tp is None else tp
-    if degree < 1 or system.gpus_count % degree:
-        raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide {system.gpus_count} GPUs")
+    degree = _degree(system, model, tp)
     if block_tokens < 1:
         raise SpecError(f"block_tokens = {block_tokens}: expected at least 1")
-    if system.host_gpus_count % degree:
-        raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide the GPUs of a host")
     replicas = system.gpus_count // degree
     free_hbm = memory.free_hbm_bytes(system, model, degree)
     block_bytes = block_tokens * model.kv_bytes_per_token
@@ -224,6 +217,19 @@ def compile_tables(
     forms = tuple(map(int, PimForm)) if several else (int(PimForm.STORED),)
     times = np.array([[rows[name] for name in ROWS]])
     return Tables(system, model, degree, replicas, TableArrays(coef, times, lanes, blocks, forms))
+
+
+def _degree(system: SystemSpec, model: ModelSpec, tp: int | None) -> int:
+    """The tensor-parallel degree that is asked for, or the usual one. Raises SpecError where it does not divide."""
+    usual = min(model.tensor_parallel_count, system.gpus_count)
+    if model.moe is not None and system.experts is not None:
+        usual = system.experts.tensor_parallel_count
+    degree = usual if tp is None else tp
+    if degree < 1 or system.gpus_count % degree:
+        raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide {system.gpus_count} GPUs")
+    if system.host_gpus_count % degree:
+        raise SpecError(f"{model.name} on {system.name}: tp = {degree} does not divide the GPUs of a host")
+    return degree
 
 
 def _rows(system: SystemSpec, model: ModelSpec, tp: int) -> dict[str, NDArray[np.float64]]:

@@ -13,6 +13,7 @@ from enum import IntEnum
 import numpy as np
 
 from l3env.choices import Status
+from l3env.engine.kernels.prefix import cached_blocks
 from l3env.engine.kernels.run import Stop, Until, run
 from l3env.engine.state import NOWHERE
 from l3env.jit import helper, kernel
@@ -158,14 +159,6 @@ def own_blocks(prefix, e, r, tokens, block):
     for i in range(row["held_count"]):
         blocks -= prefix.segment[e, prefix.ids[e, row["ids_first"] + i]]["blocks"]
     return blocks
-
-
-@helper
-def cached_blocks(prefix, e, pool):
-    """Blocks of idle segments."""
-    if len(prefix) == 0:
-        return 0
-    return prefix.pool[e, pool]["cached"]
 
 
 @helper

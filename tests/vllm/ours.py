@@ -15,7 +15,7 @@ from l3env.choices import Status
 from l3env.engine.engine import Engine
 from l3env.engine.kernels.run import Stop, Until
 from l3env.knobs import UNLIMITED
-from l3env.machine.specs import EngineSpec
+from l3env.machine.specs.serving_engine import IDEAL
 from l3env.machine.tables import Tables, compile_tables
 from l3env.policy.protocol import FixedKnobs, Policy
 from l3env.policy.registry import make_policy
@@ -42,16 +42,8 @@ class Case:
 @cache
 def machine(ahead: bool) -> Tables:
     """One H100 under vLLM's rules."""
-    rules = EngineSpec(
-        name="rules",
-        frontend_s=0.0,
-        step_host_s=0.0,
-        step_host_request_s=0.0,
-        step_host_eager_s=0.0,
-        step_gpu_s=0.0,
-        schedules_ahead=ahead,
-        blocks_by_chunk=True,
-        waits_after_preemption=True,
+    rules = dataclasses.replace(
+        IDEAL, name="rules", schedules_ahead=ahead, blocks_by_chunk=True, waits_after_preemption=True
     )
     system = dataclasses.replace(l3env.load("system/gpu-dgx-h100", gpus_count=1), engine=rules)
     return compile_tables(system, l3env.load("model/llama-3-8b", max_model_len=LENGTH), tp=1)

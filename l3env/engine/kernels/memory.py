@@ -129,33 +129,44 @@ def chunk_blocks(t, s, e, r):
     return blocks_of(s.prefix, e, r, tokens, block) - held_blocks(t, s, e, r)
 
 
-@helper
-def hold(t, s, e, r, need):
-    """Takes the blocks of a prompt's planned chunk."""
-    req, pool = s.req[e, r], pool_of(t, s, e, r)
+@inner
+def hold_chunk(s, e, r):
+    """Notes that the blocks of a prompt's planned chunk are taken."""
+    req = s.req[e, r]
     req["held_tokens"] = max(req["held_tokens"], req["prefilled_tokens"] + req["chunk_tokens"])
-    s.pool[e, pool]["used"] += need
-    s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
+
+
+@inner
+def overruns(t, s, e, pool, need):
+    """Would a pool run over with so many blocks more?"""
+    table = s.env[e]["table_idx"]
+    return s.pool[e, pool]["used"] + need > room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool)
+
+
+@inner
+def take_blocks(t, s, e, pool, need):
+    """Takes blocks of a pool that has them; cached ones give way."""
+    if need > 0:
+        s.pool[e, pool]["used"] += need
+        s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
+        evict_to_fit(s.prefix, s.pool, e, pool, t.pool_blocks[s.env[e]["table_idx"], pool])
 
 
 @helper
 def take_growth(t, s, e, pool):
     """Blocks of a pool for a decode step and the planned chunks of its prompts under way, if it has them all."""
-    need, table = growth_blocks(t, s, e, pool), s.env[e]["table_idx"]
+    need = growth_blocks(t, s, e, pool)
     for i in range(s.env[e]["prefill_count"]):
         r = s.lists[e, i]["prefill"]
         if pool_of(t, s, e, r) == pool:
             need += chunk_blocks(t, s, e, r)
-    if s.pool[e, pool]["used"] + need > room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool):
+    if overruns(t, s, e, pool, need):
         return False
-    s.pool[e, pool]["used"] += growth_blocks(t, s, e, pool)
+    take_blocks(t, s, e, pool, need)
     for i in range(s.env[e]["prefill_count"]):
-        r = np.int64(s.lists[e, i]["prefill"])
+        r = s.lists[e, i]["prefill"]
         if pool_of(t, s, e, r) == pool:
-            hold(t, s, e, r, chunk_blocks(t, s, e, r))
-    s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
-    if need > 0:
-        evict_to_fit(s.prefix, s.pool, e, pool, t.pool_blocks[table, pool])
+            hold_chunk(s, e, r)
     return True
 
 
@@ -165,15 +176,15 @@ def take_chunk(t, s, e, r, rule, grown):
 
     ``grown``: decoding requests hold the block of the coming step.
     """
-    table, pool = s.env[e]["table_idx"], pool_of(t, s, e, r)
-    need = chunk_blocks(t, s, e, r)
-    while s.pool[e, pool]["used"] + need > room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool):
+    pool, need = pool_of(t, s, e, r), chunk_blocks(t, s, e, r)
+    while overruns(t, s, e, pool, need):
         before = growth_blocks(t, s, e, pool) if grown else 0
         victim = preempt_from(t, s, e, pool, rule)
         s.pool[e, pool]["used"] -= before - growth_blocks(t, s, e, pool) if grown else 0
         if victim == r:
             return
-    hold(t, s, e, r, need)
+    take_blocks(t, s, e, pool, need)
+    hold_chunk(s, e, r)
 
 
 @helper
@@ -474,16 +485,12 @@ def choose_victim(t, s, e, pool, rule):
 @inner
 def make_room_to_grow(t, s, e, rule):
     """Preempts until every pool holds one decode step of growth; then takes the blocks."""
-    table = s.env[e]["table_idx"]
-    for pool in range(t.coef[table]["pools_count"]):
+    for pool in range(t.coef[s.env[e]["table_idx"]]["pools_count"]):
         need = growth_blocks(t, s, e, pool)
-        while s.pool[e, pool]["used"] + need > room(t.forms, t.coef[table], t.pool_blocks[table], s.pool[e], pool):
+        while overruns(t, s, e, pool, need):
             preempt_from(t, s, e, pool, rule)
             need = growth_blocks(t, s, e, pool)
-        if need > 0:
-            s.pool[e, pool]["used"] += need
-            s.pool[e, pool]["peak"] = max(s.pool[e, pool]["peak"], s.pool[e, pool]["used"])
-            evict_to_fit(s.prefix, s.pool, e, pool, t.pool_blocks[table, pool])
+        take_blocks(t, s, e, pool, need)
 
 
 @helper

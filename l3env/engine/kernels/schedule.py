@@ -189,8 +189,8 @@ def plan_begun(s, k, e):
 @helper
 def grow_by_chunk(t, s, k, e):
     """Blocks for a decode step and for the chunks of prompts under way, both at once: who came last gives way."""
+    plan_begun(s, k, e)
     for pool in range(t.coef[s.env[e]["table_idx"]]["pools_count"]):
-        plan_begun(s, k, e)
         while not take_growth(t, s, e, pool):
             preempt_from(t, s, e, pool, k[e]["victim"])
             plan_begun(s, k, e)
@@ -367,15 +367,22 @@ def can_admit(t, s, k, e):
     return r != NOWHERE and find_lane(t, s, k, e, r, lighter_sub(s, e)) != NOWHERE
 
 
+@inner
+def goes_by_budget(k, e, interleaved):
+    """Do prompts under way come first, in order of admission, up to a budget in tokens?"""
+    aligned = interleaved and k[e]["prefill_budget_tokens"] <= Budget.ALIGN
+    return not aligned and not k[e]["prefill_in_order"]
+
+
 @helper
 def plan_prefill(t, s, k, e, interleaved):
     """Admissions and prompt tokens, as the budget says; returns the tokens planned."""
+    if goes_by_budget(k, e, interleaved):
+        return plan_by_budget(t, s, k, e)
     budget = k[e]["prefill_budget_tokens"]
     if interleaved and budget <= Budget.ALIGN:
         return plan_aligned(t, s, k, e, budget == Budget.ALIGN_WHEN_FULL)
-    if k[e]["prefill_in_order"]:
-        return plan_in_order(t, s, k, e)
-    return plan_by_budget(t, s, k, e)
+    return plan_in_order(t, s, k, e)
 
 
 @helper
@@ -386,9 +393,8 @@ def schedule(t, s, k, e):
     interleaved = k[e]["sub_batching"] and t.coef[env["table_idx"]]["has_pim"]
     prefill_first = k[e]["prefill_first"]
     set_drafting(s.lane_class, t, env, k[e]["multi_token"])
-    by_budget = not (interleaved and k[e]["prefill_budget_tokens"] <= Budget.ALIGN) and not k[e]["prefill_in_order"]
     if not prefill_first:
-        if env["by_chunk"] and by_budget:
+        if env["by_chunk"] and goes_by_budget(k, e, interleaved):
             grow_by_chunk(t, s, k, e)
         else:
             make_room_to_grow(t, s, e, k[e]["victim"])

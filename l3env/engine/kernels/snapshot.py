@@ -69,20 +69,7 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
         d.truth[m, i] = output_tokens[i]
     for i in range(n, n + room):
         clear(d, m, i)
-    for h in range(s.heap_len.shape[1]):
-        d.heap_len[m, h] = 0
-        for i in range(n + room):
-            d.heap[m, h, i]["pos"] = NOWHERE
-        if h == ARRIVAL_HEAP or (h < ORDERS_COUNT and not s.env[e]["heaps_built"] >> h & 1):
-            continue
-        finish = h >= FINISH_HEAP
-        for place in range(s.heap_len[e, h]):
-            r = s.heap[e, h, place]["item"]
-            i = new_idx[r]
-            key = s.heap[e, h, r]["key"]
-            if finish:
-                key = float(d.req[m, i]["joined_clock"] + output_tokens[i] - d.req[m, i]["emitted_tokens"])
-            push(d.heap[m, h], d.heap_len[m], h, i, key)
+    copy_heaps(s, e, n + room, output_tokens, new_idx, d, m)
     for i in range(env["running_count"]):
         d.lists[m, i]["running"] = new_idx[s.lists[e, i]["running"]]
     for i in range(env["prefill_count"]):
@@ -95,6 +82,25 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
             joining += 1
     env["joining_count"] = joining
     copy_prefix(s.prefix, e, idx, room, d.prefix, m)
+
+
+@helper
+def copy_heaps(s, e, slots, output_tokens, new_idx, d, m):
+    """The queue's orders and who finishes when, by the output that is given; no arrivals to come."""
+    for h in range(s.heap_len.shape[1]):
+        d.heap_len[m, h] = 0
+        for i in range(slots):
+            d.heap[m, h, i]["pos"] = NOWHERE
+        if h == ARRIVAL_HEAP or (h < ORDERS_COUNT and not s.env[e]["heaps_built"] >> h & 1):
+            continue
+        finish = h >= FINISH_HEAP
+        for place in range(s.heap_len[e, h]):
+            r = s.heap[e, h, place]["item"]
+            i = new_idx[r]
+            key = s.heap[e, h, r]["key"]
+            if finish:
+                key = float(d.req[m, i]["joined_clock"] + output_tokens[i] - d.req[m, i]["emitted_tokens"])
+            push(d.heap[m, h], d.heap_len[m], h, i, key)
 
 
 @helper
