@@ -11,8 +11,9 @@ import pytest
 import l3env
 from l3env import Knobs, Workload
 from l3env.choices import Status, Victim
-from l3env.engine.engine import Engine
+from l3env.engine.engine import Engine, Slo
 from l3env.engine.kernels.run import Stop, Until
+from l3env.engine.rollout import Rollouts, present_idx
 from l3env.machine.specs import EngineSpec
 from l3env.machine.specs.serving_engine import IDEAL
 from l3env.machine.tables import Tables, compile_tables
@@ -83,6 +84,25 @@ def test_a_place_is_taken_until_the_finish_is_known() -> None:
     plain, ahead = (served(machine(schedules_ahead=flag), three, running_max_count=2) for flag in (False, True))
     step_s = float(plain["finish_s"][1] - plain["first_token_s"][1]) / 49
     assert ahead["first_token_s"][2] - plain["first_token_s"][2] == pytest.approx(step_s, rel=0.05)
+
+
+def test_a_copy_starts_with_those_who_finished_gone() -> None:
+    """A planner's copy holds the requests that are there: who has finished keeps no block of it and no place."""
+    tables = machine(schedules_ahead=True)
+    engine = Engine(tables, 1, 2)
+    engine.reset(0, Workload.build("two", [0.0, 0.0], [100, 200], [5, 50]))
+    Knobs(prefill_budget_tokens=2048, budget_counts_decodes=True).write(engine.knobs, 0)
+    state = engine.state
+    while not state.env["leaving_count"][0]:
+        engine.run(0, Until.EVENT, 1e9)
+    leaving = state.pool["leaving"][0]
+    assert leaving.sum() == -(-(100 + 4) // tables.block_tokens)
+    rollouts = Rollouts(tables, 1, 1)
+    rollouts.imagine(engine, 0, present_idx(engine, 0), 0, np.array([50]), None, Slo())
+    rollouts.start(0, 0)
+    copy = rollouts.engine.state
+    assert copy.env["leaving_count"][0] == copy.pool["leaving"][0].sum() == 0
+    np.testing.assert_array_equal(copy.pool["used"][0], state.pool["used"][0] - leaving)
 
 
 def test_host_time_counts_before_a_step_or_hides_behind_the_last_one() -> None:

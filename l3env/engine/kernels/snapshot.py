@@ -7,7 +7,7 @@ import numpy as np
 from l3env.choices import ORDERS_COUNT, SloForm, Status
 from l3env.engine.kernels.drafts import copy_classes
 from l3env.engine.kernels.heap import push
-from l3env.engine.kernels.memory import emitted_now
+from l3env.engine.kernels.memory import emitted_now, let_go
 from l3env.engine.kernels.run import Stop
 from l3env.engine.state import ARRIVAL_HEAP, FINISH_HEAP, NOWHERE, SUB_BATCHES
 from l3env.jit import helper, kernel
@@ -82,6 +82,7 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
             joining += 1
     env["joining_count"] = joining
     copy_prefix(s.prefix, e, idx, room, d.prefix, m)
+    let_go(d, m)
 
 
 @helper
