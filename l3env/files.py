@@ -31,6 +31,23 @@ MOST_YAML_VALUES = 10**5  # with what aliases stand for
 _numbers = itertools.count()
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False where no file can be called so (``Path.is_file`` raises for a long name)."""
+    return _answered(path.is_file)
+
+
+def is_dir(path: Path) -> bool:
+    """Whether there is such a folder; False where no folder can be called so."""
+    return _answered(path.is_dir)
+
+
+def _answered(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except OSError:
+        return False
+
+
 @contextmanager
 def whole(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of ``path`` once all has gone well; otherwise nothing is left of it.

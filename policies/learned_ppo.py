@@ -14,6 +14,7 @@ import numpy as np
 
 from l3env.envs.observe.observer import ViewObserver
 from l3env.errors import PlanError, PolicyError
+from l3env.files import is_dir
 from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
 from l3env.policies.network import Network, load_network
@@ -67,7 +68,7 @@ def resolve(base: str) -> Callable[..., Learned] | None:
     Raises PolicyError for a folder without a network.
     """
     path = Path(base).expanduser()
-    if path.is_dir():
+    if is_dir(path):
         if not (path / BEST).is_file():
             raise PolicyError(f"policy {base!r}: a folder without {BEST}; expected one that l3env train wrote")
         return functools.partial(Learned, path=path / BEST, name=path.resolve().name)

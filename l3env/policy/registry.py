@@ -26,6 +26,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from l3env.errors import L3EnvError, PolicyError
+from l3env.files import is_file
 from l3env.given import given_object, label_of
 from l3env.knobs import Knobs
 from l3env.policy.mistakes import HOUSE, class_line, file_of, last_line, not_made, place, raised, short, shown
@@ -168,7 +169,7 @@ def policy_files(ref: PolicyLike) -> tuple[Path, ...]:
     named = [value for value in {**defaults, **arguments}.values() if isinstance(value, Path)]
     sources = source_files(inner)
     named += [file for source in sources for file in data_files(source)]
-    return tuple(dict.fromkeys([*sources, *(path for path in named if path.is_file())]))
+    return tuple(dict.fromkeys([*sources, *(path for path in named if is_file(path))]))
 
 
 def policy_module(ref: PolicyLike) -> Path | None:
@@ -287,7 +288,7 @@ def _more(factory: Factory) -> dict[str, Any]:
 
 def _module_of_file(ref: str, path: Path) -> ModuleType:
     """Runs a file as a module of its own; what lies beside it can be imported meanwhile."""
-    if not path.is_file():
+    if not is_file(path):
         raise PolicyError(f"{ref}: no such file {str(path)!r}")
     folder = path.resolve().parent
     unique = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]

@@ -207,6 +207,9 @@ def test_a_name_of_another_kind_is_refused():
         ("model/zzz", "unknown model 'zzz'; there are: .*gpt-175b"),
         ("gpus/a100-80", "unknown kind 'gpus'; expected one of gpu, link"),
         ("system:nowhere.toml", "no such file"),
+        ("system/" + "x" * 300, "unknown system 'xxx"),
+        ("system:" + "x" * 300 + ".toml", "no such file"),
+        ("model:hf:" + "x" * 300, "no such file; expected hf:FOLDER"),
     ],
 )
 def test_unknown_names(ref, message):

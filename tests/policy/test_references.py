@@ -69,6 +69,7 @@ def test_options_are_the_arguments_of_the_class() -> None:
         ("sarathi?headroom_frac=2", "headroom_frac = 2.0; expected 0 to 1"),
         ("rmaxts?simulations=many", "key 'simulations': got 'many'; expected a whole number"),
         ("nowhere.py:Mine", r"nowhere\.py:Mine: no such file 'nowhere\.py'"),
+        ("x" * 300 + ".py:Mine", "no such file"),
         ("l3env.nowhere:Mine", "module 'l3env.nowhere' fails to import"),
         ("l3env.policies.sarathi:Mine", "l3env.policies.sarathi has no class 'Mine'; it has .*Sarathi"),
     ],

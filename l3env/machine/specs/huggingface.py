@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l3env.errors import SpecError
-from l3env.files import read_json
+from l3env.files import is_file, read_json
 
 PREFIX = "hf:"
 FILE = "config.json"
@@ -25,10 +25,10 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 2}  # served with 16 bit; a qua
 def config_path(folder: Path, ref: str) -> Path:
     """The file of ``hf:folder`` or ``hf:folder/config.json``. Raises SpecError where there is none."""
     path = folder / Path(ref.removeprefix(PREFIX)).expanduser()
-    path = path / FILE if path.is_dir() else path
-    if not path.is_file():
+    found = next((each for each in (path / FILE, path) if is_file(each)), None)
+    if found is None:
         raise SpecError(f"{str(path)!r}: no such file; expected hf:FOLDER/{FILE}, as it comes with a model's weights")
-    return path
+    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:

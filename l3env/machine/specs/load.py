@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from l3env.errors import SpecError
-from l3env.files import read_toml
+from l3env.files import is_file, read_toml
 from l3env.given import given_object
 from l3env.machine.specs.check import KINDS, Checker, fields_of
 from l3env.machine.specs.huggingface import PREFIX as HUGGING_FACE
@@ -103,12 +103,12 @@ def _locate(kind: str, base: str, folder: Path) -> Path:
     file = base.removeprefix(f"{kind}:")
     if base.startswith(f"{kind}:") or base.endswith(".toml"):
         path = folder / Path(file).expanduser()
-        if not path.is_file():
+        if not is_file(path):
             raise SpecError(f"{str(path)!r}: no such file")
         return path
     name = base.removeprefix(f"{kind}/")
     path = PRESET_DIR / kind / f"{name}.toml"
-    if "/" in name or not path.is_file():
+    if "/" in name or not is_file(path):
         close = difflib.get_close_matches(name, names(kind), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise SpecError(f"unknown {kind} {name!r}{hint}; there are: {', '.join(names(kind))}")
