@@ -11,7 +11,6 @@ import gzip
 import io
 import json
 import lzma
-import resource
 import subprocess
 import sys
 import tarfile
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 from l3env.errors import L3EnvError
 from l3env.runs.grid import Grid
 from l3env.traces import catalog, reading
+from tests.campaigns.memory import most_held_bytes
 
 PIECE = 2**20
 ROWS = b"0.5,100,10\n" * (PIECE // 11)
@@ -147,15 +147,6 @@ def main(path: str, most_bytes: str) -> None:
     except L3EnvError as problem:
         outcome, error = "refused", str(problem)
     print(json.dumps({"outcome": outcome, "error": error, "bytes": most_held_bytes()}))
-
-
-def most_held_bytes() -> int:
-    """The most that this process held. ``ru_maxrss`` is inherited from whoever started it, Linux's ``VmHWM`` is not."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import sys
 import time
 import warnings
@@ -26,6 +25,7 @@ from l3env.machine.tables import compile_tables
 from l3env.runs.grid import Grid
 from l3env.runs.store import read_config
 from l3env.traces import catalog
+from tests.campaigns.memory import most_held_bytes
 from tests.traces.test_traces_mutated import FILES, SPLICES, mutated, own_files
 
 DEPTHS = (50, 200, 700, 900, *range(930, 1010, 3), 3000, 100_000)
@@ -212,11 +212,6 @@ def nothing_written() -> Iterator[None]:
     assert not _written, _written
 
 
-def peak_bytes() -> int:
-    """Most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def since(start_s: float) -> str:
     return f"{time.perf_counter() - start_s:,.0f} s"
 
@@ -266,11 +261,11 @@ def campaign(tries: int, folder: Path, seed: int = 1, names: str = "", *, say=pr
             for kind in all_kinds(folder):
                 if names and names not in kind.name:
                     continue
-                start_bytes = peak_bytes()
+                start_bytes = most_held_bytes()
                 start_s = time.perf_counter()
                 outcomes, faults = fuzz_kind(kind, tries, folder, seed)
                 total += outcomes
-                grown = (peak_bytes() - start_bytes) / 2**20
+                grown = (most_held_bytes() - start_bytes) / 2**20
                 say(
                     f"{kind.name}: {tries:,} files, {outcomes['read']:,} read, {outcomes['refused']:,} refused, "
                     f"{outcomes['faults']:,} faults, {grown:.0f} MiB more at the peak, {since(start_s)}"
@@ -281,6 +276,6 @@ def campaign(tries: int, folder: Path, seed: int = 1, names: str = "", *, say=pr
         os.chdir(before)
     say(
         f"in all: {total.total():,} files, {total['read']:,} read, {total['refused']:,} refused, "
-        f"{total['faults']:,} faults, peak {peak_bytes() / 2**20:.0f} MiB, {since(begun_s)}"
+        f"{total['faults']:,} faults, peak {most_held_bytes() / 2**20:.0f} MiB, {since(begun_s)}"
     )
     return total["faults"]
