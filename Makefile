@@ -41,6 +41,7 @@ test-vllm: $(VENV)/.dev $(VLLM)/.made ## compare 100,000 steps with vLLM's own s
 fuzz: $(VENV)/.dev ## random iterations, damaged files, views: COUNT says how many (10^7, 10^5 of each kind, 1,000)
 	$(BIN)/python -m tests.campaigns.fuzz engine $(COUNT:%=--count %)
 	$(BIN)/python -m tests.campaigns.fuzz inputs $(COUNT:%=--count %)
+	$(BIN)/python -m tests.campaigns.fuzz bombs $(COUNT:%=--count %)
 	$(BIN)/python -m tests.campaigns.fuzz views $(COUNT:%=--count %)
 
 chaos: $(VENV)/.dev ## kill commands at COUNT (200) random points, fill the disk, run two at once

@@ -262,7 +262,7 @@ def reference_knobs(rng: np.random.Generator):
 
 
 def campaign(iterations: int, seed: int = 1, *, compiled: bool = True, say=None) -> Tally:
-    """Episodes until so many iterations were checked. Raises AssertionError that names the episode."""
+    """Episodes until so many iterations were checked, or an interrupt. Raises AssertionError that names the episode."""
     tally, begun_s, number = Tally(), time.perf_counter(), 0
     while tally.counts["iterations"] < iterations:
         rng = np.random.default_rng([seed, number])
@@ -270,6 +270,8 @@ def campaign(iterations: int, seed: int = 1, *, compiled: bool = True, say=None)
             run_episode(rng, tally, compiled)
             if number % REFERENCE_EVERY == 0:
                 run_four_ways(rng, tally)
+        except KeyboardInterrupt:
+            break
         except Exception as error:
             raise AssertionError(f"episode {number} of seed {seed}: {type(error).__name__}: {error}") from error
         number += 1
