@@ -42,7 +42,7 @@ class Segments:
 
 def eviction_rule(name: str) -> Eviction:
     """``off``, ``lru``, ``lfu``, ``tree`` or ``score``. Raises WorkloadError for another name."""
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise WorkloadError(f"prefix cache {name!r}; expected one of {', '.join(RULES)}")
     return RULES[name]
 

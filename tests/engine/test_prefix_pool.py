@@ -17,6 +17,7 @@ from l3env.engine.state import NOWHERE, arrays, copy
 from l3env.envs.episodes import Episodes
 from l3env.errors import L3EnvError, PolicyError, WorkloadError
 from l3env.knobs import Knobs
+from l3env.policy.plan import Plan
 from l3env.policy.protocol import BasePolicy, FixedKnobs
 from l3env.requests.workload import Workload
 from l3env.runs.driver import drive, run_policy
@@ -568,3 +569,27 @@ def test_a_state_that_is_put_back_repeats_the_run_to_the_bit():
         assert engine.run(0) == Stop.DONE
         ends.append([array.tobytes() for array in arrays(engine.state)])
     assert ends[0] == ends[1]
+
+
+def test_who_was_in_time_after_all_thanks_to_a_hit_does_not_step_back_when_preempted():
+    """Admitted after the latest start of a whole prefill, but nearly all of its prompt is cached: it is in time."""
+    row = range(125)
+    workload = prompts([row, row], [2000, 2000], 16, output=[400, 50], arrival=[0.0, 1e-6])
+    engine = Engine(compiled("gpu-dgx-a100", "llama-2-7b"), 1, 2, prefix_cache=Eviction.LRU)
+    engine.reset(0, workload, slo=Slo(3.0, 5.0))
+    engine.await_work(0, 1)
+
+    def iterate(plan: Plan) -> None:
+        engine.step_plan(0, plan.operations(), prefill_all=True, decode=True, interleaved=False)
+
+    iterate(Plan(admit=[0]))
+    req, env = engine.state.req[0], engine.state.env
+    latest_s = float(req["arrival_s"][1] + req["ttft_slo_s"][1] - req["ttft_alone_s"][1])
+    while env["clock_s"][0] <= latest_s:
+        iterate(Plan())
+    iterate(Plan(admit=[1]))
+    assert req["hopeless"].tolist() == [0, 1]
+    assert latest_s < req["first_token_s"][1] < req["arrival_s"][1] + req["ttft_slo_s"][1]
+    iterate(Plan(preempt=[1]))
+    assert req["status"][1] == Status.WAITING
+    assert req["hopeless"].tolist() == [0, 0]

@@ -1,6 +1,7 @@
 """Presets load, cite their sources and give the published numbers; bad specs are named in one error."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,32 @@ def test_a_name_of_another_kind_is_refused():
 def test_unknown_names(ref, message):
     with pytest.raises(SpecError, match=message):
         specs.load(ref)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", "x", "hidden_size = 'x': expected a whole number from 1"),
+        ("num_attention_heads", 0, "num_attention_heads = 0: expected a whole number from 1"),
+        ("sliding_window", [1], r"sliding_window = \[1\]: expected a whole number from 1"),
+        ("quantization_config", "fp8", "quantization_config = 'fp8': expected quant_method 'fp8'"),
+        ("torch_dtype", ["bfloat16"], r"torch_dtype = \['bfloat16'\]: expected one of bfloat16"),
+        ("max_position_embeddings", True, "max_position_embeddings = True: expected a whole number"),
+    ],
+)
+def test_a_config_with_a_value_of_another_kind(tmp_path, key, value, message):
+    config = {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(SpecError, match=message):
+        specs.named("model", f"hf:{tmp_path}")
+
+
+def test_a_whole_number_too_large_to_be_exact():
+    with pytest.raises(SpecError, match=r"gpus_count = 10000.*: expected <= 9.0072e\+15"):
+        specs.load("system/gpu-dgx-a100", gpus_count=10**400)
 
 
 def test_values_that_contradict_each_other():

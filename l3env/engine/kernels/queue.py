@@ -144,8 +144,8 @@ def enqueue(s, e, r):
     req[e, r]["status"] = Status.WAITING
     count_waiting(s, e, r, 1)
     latest_s = hopeless_from_s(req, e, r)
-    if latest_s < env["clock_s"]:
-        req[e, r]["hopeless"] = 1
+    req[e, r]["hopeless"] = latest_s < env["clock_s"]  # what a hit made early enough all the same is so no longer
+    if req[e, r]["hopeless"]:
         lose_score(s.scorer, s, e, r)
     for order in range(ORDERS_COUNT):
         if env["heaps_built"] >> order & 1:

@@ -34,6 +34,7 @@ KINDS: dict[str, type] = {
     "experts": ExpertParallelSpec,
 }
 WORDS = {"array": "a list of whole numbers", "object": "a table of texts", "bool": "true or false", "str": "text"}
+EXACT = 2**53  # whole numbers up to here are exact as floats, too
 BOUND = re.compile(r"(?P<sign>[<>]=?) (?P<value>\S+)$")  # of msgspec's message
 
 
@@ -136,6 +137,8 @@ class Checker:
         try:
             if isinstance(value, float) and not math.isfinite(value):
                 raise msgspec.ValidationError("Expected `float`, got no finite one")
+            if isinstance(value, int) and abs(value) > EXACT:
+                raise msgspec.ValidationError(f"Expected `int` <= {EXACT}")
             converted = msgspec.convert(value, each.hint)
         except msgspec.ValidationError as error:
             self.problems.append(f"{key} = {value!r}: expected {_expected(each, value, str(error))}")

@@ -19,6 +19,7 @@ FILE = "config.json"
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
 LATENT = ("deepseek_v3",)
+MOST = 2**31
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 2}  # served with 16 bit; a quantisation of 8 bit is a key of its own
 
 
@@ -69,12 +70,19 @@ class _Config:
         value = self.raw.get(key)
         return default if value is None else value
 
+    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number that is calculated with; the specs' own rules look at the others."""
+        value = self[key] if default is None else self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+            raise self.refuse(key, f"a whole number from {least} to {MOST}")
+        return value
+
     def refuse(self, key: str, expected: str) -> SpecError:
         return SpecError(f"{self.path}: {key} = {self.raw.get(key)!r}: expected {expected}")
 
 
 def _common(config: _Config) -> dict[str, Any]:
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    heads, hidden = config.whole("num_attention_heads"), config.whole("hidden_size")
     if config.get("hidden_act", "silu") != "silu":
         raise config.refuse("hidden_act", "'silu', the gated FFN of Llama")
     return {
@@ -97,20 +105,19 @@ def _common(config: _Config) -> dict[str, Any]:
 
 def _context_tokens(config: _Config) -> int:
     """The longest context; up to the window where attention sees no further (there it is what is modelled)."""
-    tokens: int = config["max_position_embeddings"]
-    window = config.get("sliding_window", None)
-    used = config.get("use_sliding_window", True) and window is not None
-    return min(tokens, window) if used else tokens
+    tokens = config.whole("max_position_embeddings")
+    used = config.get("use_sliding_window", True)
+    return min(tokens, config.whole("sliding_window", tokens)) if used else tokens
 
 
 def _bytes_per_parameter(config: _Config) -> int:
     quantised = config.get("quantization_config", None)
     if quantised is not None:
-        if quantised.get("quant_method") != "fp8":
+        if not isinstance(quantised, dict) or quantised.get("quant_method") != "fp8":
             raise config.refuse("quantization_config", "quant_method 'fp8', or none: other weights are not modelled")
         return 1
     dtype = config.get("torch_dtype", config.get("dtype", "bfloat16"))
-    if dtype not in BYTES:
+    if not isinstance(dtype, str) or dtype not in BYTES:
         raise config.refuse("torch_dtype", f"one of {', '.join(BYTES)}")
     return BYTES[dtype]
 
@@ -120,8 +127,8 @@ def _experts(config: _Config) -> dict[str, Any]:
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers", []):
         raise config.refuse("decoder_sparse_step", "1 and no mlp_only_layers: experts in every layer")
     count = config.get("num_local_experts", None) or config["num_experts"]
-    size = config.get("moe_intermediate_size", config["intermediate_size"])
-    shared = config.get("shared_expert_intermediate_size", 0)
+    size = config.whole("moe_intermediate_size", config.whole("intermediate_size"))
+    shared = config.whole("shared_expert_intermediate_size", 0, 0)
     if shared % size:
         raise config.refuse("shared_expert_intermediate_size", f"a multiple of moe_intermediate_size = {size}")
     return {
