@@ -52,8 +52,8 @@ SUSTAINED = {  # not in the tables, whose calls are short
         "fitted to layers of Llama-2-70B that microsoft/vidur measured (MIT, commit 7d47513, data/profiling)",
     ),
     "h100": (
-        0.08,
-        "fitted to steps of vLLM 0.22.0 with Llama-3-8B on an H100: those with 2,000 prompt tokens and more",
+        0.18,
+        "fitted to steps of vLLM 0.22.0 with Llama-3-8B on an H100 that follow one another with 2,000 prompt tokens",
     ),
     "h200": (0.16, "fitted to linear operations of experiments/data/h200.csv.gz, bursts of milliseconds"),
     "b200": (0.16, "carried over from gpu/h200: assumed"),

@@ -43,7 +43,9 @@ class GpuSpec:
     roofline_exponent: Annotated[NotNegative, Meta(le=100.0), "p-norm of compute and memory time; 0: the larger"] = 0.0
     linear_launch_s: Annotated[Seconds, "per linear operation"] = 0.0
     sustained_slowdown_frac: Annotated[
-        NotNegative, Meta(le=2.0), "longer that large products take under a lasting load, at the power limit"
+        NotNegative,
+        Meta(le=2.0),
+        "longer that large products and prefill attention take under a lasting load, at the power limit",
     ] = 0.0
     fp8_utilisation_frac: Annotated[Share, "of the FP8 FLOP/s; 0: as 16 bit"] = 0.0
     fp8_sm_bytes_per_s: Annotated[NotNegative, Meta(le=1e13), "FP8 operands that one takes in; 0: as 16 bit"] = 0.0
