@@ -151,7 +151,7 @@ def validate_gpu(
 
 
 def _validate_folder(folder: Path, as_json: bool) -> None:
-    from l3env.experiments.gpu.predict import validate_folder
+    from l3env.experiments.gpu.operator_errors import validate_folder
 
     with progress_bar("comparing") as progress:
         figures = validate_folder(folder, lambda what: progress(0, 0, what))
@@ -159,7 +159,9 @@ def _validate_folder(folder: Path, as_json: bool) -> None:
         print_json(figures)
         return
     for name, operations in figures.items():
-        _print_errors({f"{name} {op}": row for op, row in operations.items()}, as_json=False)
+        rows = {f"{name} {op}": row for op, row in operations.items()}
+        rows |= {f"{name} {op}, joules": row["energy"] for op, row in operations.items() if "energy" in row}
+        _print_errors(rows, as_json=False)
 
 
 def _print_errors(figures: dict[str, Any], as_json: bool) -> None:
