@@ -150,6 +150,23 @@ def validate_gpu(
         say(f"drawn: {plot}")
 
 
+@validate.command("rates")
+def validate_rates(
+    file: Annotated[Path, typer.Argument(help="Table of published rates of whole models, as rates_silicon.csv.gz.")],
+    as_json: Json = False,
+) -> None:
+    """Published times per output token of whole models at a constant concurrency against predicted ones."""
+    from l3env.experiments.gpu import rates
+
+    found = rates.validate_rates(file)
+    if as_json:
+        print_json(found)
+        return
+    for name, models in found["tpot"].items():
+        _print_errors({f"{name} {model}": row for model, row in models.items()}, as_json=False)
+    show_table(("left out", "rows"), [(why, f"{count:,}") for why, count in found["left_out"].items()])
+
+
 def _validate_folder(folder: Path, as_json: bool) -> None:
     from l3env.experiments.gpu.operator_errors import validate_folder
 
