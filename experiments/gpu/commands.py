@@ -150,8 +150,25 @@ def validate_gpu(
         say(f"drawn: {plot}")
 
 
+@validate.command("rates")
+def validate_rates(
+    file: Annotated[Path, typer.Argument(help="Table of published rates of whole models, as rates_silicon.csv.gz.")],
+    as_json: Json = False,
+) -> None:
+    """Published times per output token of whole models at a constant concurrency against predicted ones."""
+    from l3env.experiments.gpu import rates
+
+    found = rates.validate_rates(file)
+    if as_json:
+        print_json(found)
+        return
+    for name, models in found["tpot"].items():
+        _print_errors({f"{name} {model}": row for model, row in models.items()}, as_json=False)
+    show_table(("left out", "rows"), [(why, f"{count:,}") for why, count in found["left_out"].items()])
+
+
 def _validate_folder(folder: Path, as_json: bool) -> None:
-    from l3env.experiments.gpu.predict import validate_folder
+    from l3env.experiments.gpu.operator_errors import validate_folder
 
     with progress_bar("comparing") as progress:
         figures = validate_folder(folder, lambda what: progress(0, 0, what))
@@ -159,7 +176,9 @@ def _validate_folder(folder: Path, as_json: bool) -> None:
         print_json(figures)
         return
     for name, operations in figures.items():
-        _print_errors({f"{name} {op}": row for op, row in operations.items()}, as_json=False)
+        rows = {f"{name} {op}": row for op, row in operations.items()}
+        rows |= {f"{name} {op}, joules": row["energy"] for op, row in operations.items() if "energy" in row}
+        _print_errors(rows, as_json=False)
 
 
 def _print_errors(figures: dict[str, Any], as_json: bool) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 import pandas as pd
 
 from l3env.errors import ProfileError
-from l3env.experiments.gpu import coefficients, operators, raw, refit
+from l3env.experiments.gpu import coefficients, energy_rows, operators, raw, refit
+from l3env.experiments.gpu.operator_errors import REPORT
 from l3env.experiments.gpu.operators import LINKS, PRESETS, Operation
 from l3env.experiments.gpu.predict import predict_s
 from l3env.experiments.gpu.preset import write_preset
@@ -29,7 +30,6 @@ from l3env.machine.specs import PRESET_DIR, GpuSpec, LinkSpec
 
 SOURCE = "operator times of vLLM kernels, NVIDIA aiconfigurator (Apache-2.0, commit 095f58a)"
 FITTED = "fitted by l3env calibrate gpu to {}: {}; residuals in docs/gpu-validation.md"
-REPORT = "gpu_fit.json"
 SM_COUNT = {"a100": 108, "h100": 132, "h200": 132, "b200": 148}
 CACHE_BYTES = {"a100": 40e6, "h100": 50e6, "h200": 50e6, "b200": 63e6}  # a B200's 126 MB lie in two halves
 KERNELS: dict[str, dict[str, Any]] = {  # how each GPU's attention kernels work, from their sources
@@ -75,6 +75,10 @@ GROUPS = {
     "mla": (refit.LATENT,),
     "moe": (refit.EXPERTS, refit.EXPERTS_FP8),
 }
+WATTS = (
+    "fitted by l3env calibrate gpu to watts of vLLM kernels above 0.1 ms, NVIDIA aiconfigurator (Apache-2.0, commit "
+    "095f58a): median errors {} by operation, docs/gpu-validation.md"
+)
 Progress = Callable[[str], None]
 
 
@@ -150,6 +154,25 @@ def residuals(device: GpuSpec | LinkSpec, operations: list[Operation]) -> dict[s
     return out
 
 
+def fit_watts(gpu: str, device: GpuSpec, folder: Path) -> tuple[GpuSpec, dict[str, Any]]:
+    """The device with energies fitted to what watts a folder has, and the report; as it was where there are none."""
+    measured = energy_rows.read_metered(folder, gpu)
+    if not measured:
+        return device, {}
+    device, before_w = energy_rows.fit_energy(device, measured)
+    parameters = {name: getattr(device, name) for name in energy_rows.BOUNDS}
+    rows = energy_rows.residuals(device, measured, before_w)
+    return device, {"parameters": parameters, "before_w": before_w, "residuals": rows}
+
+
+def energy_sources(watts: dict[str, Any]) -> dict[str, str]:
+    """Sources of fitted energies, with the range of their median errors."""
+    medians = [row["fitted"]["energy"]["median"] for row in watts["residuals"].values() if "fitted" in row]
+    text = WATTS.format(f"{min(medians):.1%} to {max(medians):.0%}")
+    both = {"hbm_j_per_byte": f"{text}; HBM and caches together, less cache_j_per_byte"}
+    return dict.fromkeys(energy_rows.BOUNDS, text) | both
+
+
 def fit_links(gpu: str, operations: list[Operation]) -> dict[str, LinkSpec]:
     """The link with the engine's all-reduce and with NCCL's, by preset name."""
     name, out = LINKS[gpu], {}
@@ -221,6 +244,7 @@ def carry_preset(out: Path, name: str) -> None:
     names = [key for key in other.sources if key not in sheet and key not in kept]
     names = [key for key in names if not key.startswith(OWN_KERNELS[name])]
     names += ["compute_utilisation_frac", "memory_utilisation_frac"]
+    names += ["mac_j", "hbm_j_per_byte"] if other.busy_power_w else []
     sources = {key: text for key, text in own.sources.items() if key in kept}
     sources |= dict.fromkeys(names, f"carried over from gpu/{like}: {why}")
     title = (PRESET_DIR / "gpu" / f"{name}.toml").read_text("utf-8").splitlines()[0].removeprefix("# ")
@@ -237,12 +261,21 @@ def refit_folder(folder: Path, out: Path, progress: Progress) -> dict[str, Any]:
     done: set[str] = set()
     for gpu, operations in sorted(read_folder(folder).items()):
         device, cited = fit_gpu(gpu, operations, progress)
+        progress(f"{gpu}: watts")
+        device, watts = fit_watts(gpu, device, folder)
+        cited |= energy_sources(watts) if watts else {}
         links = {name: link for name, link in fit_links(gpu, operations).items() if name not in done}
         done |= set(links)
         write(out, gpu, device, cited, links)
         own = [each for each in operations if "reduce" not in each.name]
-        values = {f.name: getattr(device, f.name) for f in fields(device) if f.name in cited}
+        values = {
+            f.name: getattr(device, f.name)
+            for f in fields(device)
+            if f.name in cited.keys() - energy_rows.BOUNDS.keys()
+        }
         report["gpus"][device.name] = {"parameters": values, "residuals": residuals(device, own)}
+        if watts:
+            report["gpus"][device.name]["energy"] = watts
         for name, link in links.items():
             group = refit.NCCL if name.endswith("-nccl") else refit.CUSTOM
             mine = [each for each in operations if each.name in group.operations]

@@ -83,6 +83,8 @@ COEF_DTYPE = np.dtype(
         ("transfer_token_j", np.float64),
         ("transfer_request_j", np.float64),
         ("static_w", np.float64),
+        ("gpu_busy_w", np.float64),  # all GPUs, above idle, while they are busy,
+        ("gpu_most_w", np.float64),  # and the most with their work; 0: work alone counts
     ]
 )
 

@@ -27,6 +27,19 @@ def causal_pairs(chunk, history):
     return chunk * float(history) + chunk * (chunk + 1.0) / 2
 
 
+@inner
+def gpu_busy_j(coef, work_j, busy_s):
+    """Energy of GPUs above their idle power: their work's, and what they draw for being busy, within the power limit.
+
+    Constant power while it runs, energy per FLOP and per byte: Choi et al., "A Roofline Model of Energy" (IPDPS 2013),
+    section II; the bound on power: Choi et al., "Algorithmic Time, Energy, and Power on Candidate HPC Compute Building
+    Blocks" (IPDPS 2014). Where no such power was measured, the work's alone.
+    """
+    if coef["gpu_most_w"] == 0.0:
+        return work_j
+    return min(work_j + coef["gpu_busy_w"] * busy_s, coef["gpu_most_w"] * busy_s)
+
+
 @helper
 def norm_s(a_s, b_s, exponent):
     """The p-norm of two times."""

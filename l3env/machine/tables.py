@@ -263,6 +263,7 @@ def _fill_gpu(coef: NDArray[np.void], system: SystemSpec, model: ModelSpec, tp: 
     coef["prefill_kv_j"] = model.kv_bytes_per_token * energy.gpu_byte_j(device)
     coef["hbm_token_j"] = energy.hbm_token_j(model, device)
     coef["static_w"] = energy.static_power_w(system, tp)
+    coef["gpu_busy_w"], coef["gpu_most_w"] = energy.gpu_busy_w(device, tp)
 
 
 def fill_attention(coef: NDArray[np.void], device: GpuSpec, model: ModelSpec, tp: int) -> None:

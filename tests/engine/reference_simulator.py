@@ -654,11 +654,14 @@ class ReferenceSimulator:
         totals.pim_busy_s += pim_s
         totals.decode_tokens += len(decoding)
         totals.energy_j += coef["fc_batch_j"] * batches
+        work_j = coef["fc_batch_j"] * batches
         for r in chunked:
             totals.prefill_tokens += r.chunk
             totals.recomputed_tokens += r.chunk if r.emitted else 0
             pairs = sum(r.prefilled + i for i in range(1, r.chunk + 1))
             totals.energy_j += coef["prefill_pair_j"] * pairs + coef["prefill_kv_j"] * (r.prefilled + r.chunk)
+            work_j += coef["prefill_pair_j"] * pairs + coef["prefill_kv_j"] * (r.prefilled + r.chunk)
+            work_j += coef["fc_token_j"] * r.chunk
             totals.energy_j += coef["fc_token_j"] * r.chunk + coef["transfer_token_j"] * (self.pushed(r) + r.moving)
         for r in decoding:
             token_j = coef["pim_token_j"] if r.lane > 0 else coef["hbm_token_j"]
@@ -666,6 +669,9 @@ class ReferenceSimulator:
                 token_j = coef["decompressed_token_j"]
             totals.energy_j += coef["fc_token_j"] * queries + token_j * (r.kv + queries)
             totals.energy_j += coef["transfer_request_j"] * self.moved([r]) if r.lane > 0 else 0
+            work_j += coef["fc_token_j"] * queries + (token_j * (r.kv + queries) if r.lane == 0 else 0)
+        if coef["gpu_most_w"]:  # GPUs draw power for being busy, up to their limit
+            totals.energy_j += min(coef["gpu_busy_w"] * gpu_s, coef["gpu_most_w"] * gpu_s - work_j)
 
         self.growing = set()
         dropped = set()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from l3env.errors import SpecError
 from l3env.jit import kernel
 from l3env.machine import price, specs
-from l3env.machine.arrays import DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS, fc_grid_tokens
+from l3env.machine.arrays import COEF_DTYPE, DENSE_TOKENS, STRIDE_TOKENS, TABLE_TOKENS, fc_grid_tokens
 from l3env.machine.costs import attention, energy, gpu, link, memory, pim
 from l3env.machine.tables import compile_tables, stack
 
@@ -219,6 +219,23 @@ def test_energy_by_hand():
     assert token_j < weights * 0.32e-12 * 1.5
     assert energy.all_reduce_token_j(L3, GPT, 1) == 0
     assert energy.all_reduce_token_j(L3, GPT, 8) == pytest.approx(2 * 96 * 14 * 12_288 * 2 * 10.4e-12, rel=1e-12)
+
+
+@kernel
+def busy_j(coef, work_j, busy_s):
+    return price.gpu_busy_j(coef[0], work_j, busy_s)
+
+
+def test_a_busy_gpu_draws_power_up_to_its_limit_by_hand():
+    h200 = specs.load("gpu/h200")
+    coef = np.zeros(1, COEF_DTYPE)
+    coef["gpu_busy_w"], coef["gpu_most_w"] = energy.gpu_busy_w(h200, 8)
+    assert coef["gpu_busy_w"][0] == pytest.approx(8 * (416.1 - 140))
+    assert coef["gpu_most_w"][0] == pytest.approx(8 * (700 - 140))
+    assert busy_j(coef, 5.0, 0.01) == pytest.approx(5 + 8 * 276.1 * 0.01)
+    assert busy_j(coef, 50.0, 0.01) == pytest.approx(8 * 560 * 0.01)
+    assert energy.gpu_busy_w(A100, 8) == (0, 0)
+    assert busy_j(np.zeros(1, COEF_DTYPE), 5.0, 0.01) == 5
 
 
 # --- lookups

@@ -15,7 +15,7 @@ from l3env.engine.kernels.record import write_log
 from l3env.jit import helper, inner
 from l3env.machine.forms import stored_lanes
 from l3env.machine.iteration import batch_of, decode_step, no_decode, no_prefill, price, pushed_tokens, with_chunk
-from l3env.machine.price import causal_pairs, host_step_s, lane_attention_s
+from l3env.machine.price import causal_pairs, gpu_busy_j, host_step_s, lane_attention_s
 
 
 @helper
@@ -77,15 +77,17 @@ def account(t, s, e, batch, iteration, energy_j):
     first, second = iteration.phases
     batches = (1 if first.tokens > 0 else 0) + (1 if second.tokens > 0 else 0)
     energy_j += coef["fc_batch_j"] * batches + coef["fc_token_j"] * (prefill.tokens + queries * decode.requests)
+    gpu_s, work_j = first.gpu_s + second.gpu_s, energy_j + coef["hbm_token_j"] * decode.hbm_kv_tokens
     energy_j += coef["hbm_token_j"] * decode.hbm_kv_tokens + coef["pim_token_j"] * decode.pim_kv_tokens
     moved_j = coef["transfer_request_j"] * decode.moved_requests
     energy_j += coef["decompressed_token_j"] * decode.decompressed_kv_tokens + moved_j
     energy_j += coef["transfer_token_j"] * prefill.pushed_tokens
+    energy_j += gpu_busy_j(coef, work_j, gpu_s) - work_j
     duration_s = with_host(env, iteration.duration_s, host_step_s(t, env["table_idx"], *of_host(batch.whole, queries)))
     env["clock_s"] += duration_s
     env["iterations_count"] += 1
     env["busy_s"] += duration_s
-    env["gpu_busy_s"] += first.gpu_s + second.gpu_s
+    env["gpu_busy_s"] += gpu_s
     env["pim_busy_s"] += first.pim_s + second.pim_s
     env["transfer_s"] += first.moving_s + second.moving_s
     env["transfer_exposed_s"] += first.pim_s + second.pim_s - (first.read_s + second.read_s)

@@ -1,7 +1,8 @@
 """Energy per operation, as coefficients (joules per token, pair or byte). Sources of the values: the presets.
 
 Dynamic energy only; static power is charged by time. Compute is counted per multiply-accumulate, memory per byte
-moved through HBM and caches (AttAcc's accounting; its I/O slip of bits for bytes is not copied).
+moved through HBM and caches (AttAcc's accounting; its I/O slip of bits for bytes is not copied). A GPU whose watts were
+measured also draws power for being busy and keeps to its power limit (``machine.price.gpu_busy_j``).
 """
 
 from __future__ import annotations
@@ -9,16 +10,29 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.machine.costs.gpu import attention_shapes, ffn_shapes, linear_flop_and_bytes, linear_shapes
+from l3env.machine.costs.gpu import attention_shapes, ffn_shapes, linear_flop_and_bytes, linear_shapes, speedup
 from l3env.machine.costs.link import decode_request_bytes
 from l3env.machine.costs.pim import fetched_bytes
 from l3env.machine.specs import AttentionForm, ExpertParallelSpec, GpuSpec, ModelSpec, SystemSpec
 from l3env.units import FP16_BYTES
 
+Array = NDArray[np.float64]
+
 
 def gpu_byte_j(gpu: GpuSpec) -> float:
     """A byte from HBM through the caches to the registers."""
     return gpu.hbm_j_per_byte + gpu.cache_j_per_byte
+
+
+def product_mac_j(model: ModelSpec, gpu: GpuSpec) -> float:
+    """A multiply-accumulate of the model's matrix products."""
+    return gpu.fp8_mac_j or gpu.mac_j if speedup(model, gpu) > 1 else gpu.mac_j
+
+
+def linear_j(model: ModelSpec, gpu: GpuSpec, tokens: Array, k: float | Array, n: float | Array) -> Array:
+    """Energy of (tokens, k) x (k, n) products."""
+    flop, moved = linear_flop_and_bytes(model, tokens, k, n)
+    return flop / 2 * product_mac_j(model, gpu) + moved * gpu_byte_j(gpu)
 
 
 def fc_j(model: ModelSpec, gpu: GpuSpec, tp: int, experts: ExpertParallelSpec | None = None) -> tuple[float, float]:
@@ -29,16 +43,15 @@ def fc_j(model: ModelSpec, gpu: GpuSpec, tp: int, experts: ExpertParallelSpec | 
     return float(dense[0]), float(dense[1])
 
 
-def shapes_j(model: ModelSpec, gpu: GpuSpec, shapes: list[tuple[float, float]]) -> NDArray[np.float64]:
+def shapes_j(model: ModelSpec, gpu: GpuSpec, shapes: list[tuple[float, float]]) -> Array:
     """(per batch, per token) energy of linear operations on one GPU."""
     energy = np.zeros(2)
     for k, n in shapes:
-        flop, moved = linear_flop_and_bytes(model, np.array([0.0, 1.0]), k, n)
-        energy += flop / 2 * gpu.mac_j + moved * gpu_byte_j(gpu)
+        energy += linear_j(model, gpu, np.array([0.0, 1.0]), k, n)
     return np.array([energy[0], energy[1] - energy[0]])
 
 
-def moe_layer_j(model: ModelSpec, gpu: GpuSpec, experts: ExpertParallelSpec | None, tp: int) -> NDArray[np.float64]:
+def moe_layer_j(model: ModelSpec, gpu: GpuSpec, experts: ExpertParallelSpec | None, tp: int) -> Array:
     """(per batch, per token) energy of a layer with experts over all GPUs of a replica.
 
     All experts there are read once a batch: right where a batch hits most of them, too much for a few tokens.
@@ -95,3 +108,11 @@ def static_power_w(system: SystemSpec, tp: int) -> float:
     """Idle power of one replica's GPUs and of its share of the PIM memory."""
     pim = system.pim.static_power_w / (system.host_gpus_count / tp) if system.pim is not None else 0.0
     return tp * system.gpu.idle_power_w + pim
+
+
+def gpu_busy_w(gpu: GpuSpec, tp: int) -> tuple[float, float]:
+    """(drawn for being busy, the most with all work) of one replica's GPUs above their idle power; 0 where the GPU's
+    spec has no such part."""
+    if gpu.busy_power_w == 0:
+        return 0.0, 0.0
+    return tp * (gpu.busy_power_w - gpu.idle_power_w), tp * (gpu.power_w - gpu.idle_power_w)

@@ -144,7 +144,7 @@ def linear_shapes(model: ModelSpec, tp: int) -> list[tuple[float, float]]:
     return attention_shapes(model, tp) + ffn_shapes(model, model.ffn_size / tp)
 
 
-def linear_flop_and_bytes(model: ModelSpec, tokens: Array, k: float, n: float) -> tuple[Array, Array]:
+def linear_flop_and_bytes(model: ModelSpec, tokens: Array, k: float | Array, n: float | Array) -> tuple[Array, Array]:
     """FLOP and bytes of an (tokens, k) x (k, n) product: weights once, inputs and outputs in 16 bit."""
     flop = 2 * tokens * k * n
     moved = k * n * model.bytes_per_parameter + tokens * (k + n) * FP16_BYTES

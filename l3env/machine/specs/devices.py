@@ -31,8 +31,13 @@ class GpuSpec:
     power_w: Annotated[Positive, Meta(le=1e4)]
     idle_power_w: NotNegative
     mac_j: Annotated[NotNegative, "one multiply-accumulate"]
+    fp8_mac_j: Annotated[NotNegative, "one of matrix products in 8 bit; 0: as 16 bit"] = 0.0
     hbm_j_per_byte: NotNegative
     cache_j_per_byte: Annotated[NotNegative, "L2 + L1 + register file, per byte streamed through"]
+    busy_power_w: Annotated[
+        NotNegative,
+        "drawn while kernels run, idle power included, beside their work; power_w then bounds both; 0: none",
+    ] = 0.0
     # linear operations
     sm_count: Annotated[Natural, Meta(le=10_000), "multiprocessors that tiles go over in waves; 0: no tiles"] = 0
     sm_bytes_per_s: Annotated[NotNegative, Meta(le=1e13), "operands that one of them takes in; 0: no limit"] = 0.0
@@ -118,6 +123,8 @@ class GpuSpec:
         tiled = ("decode_tile_s", "prefill_tile_s", "prefill_tail_frac")
         if self.sm_count == 0:
             problems += [f"{name} > 0: needs sm_count" for name in tiled if getattr(self, name) > 0]
+        if self.busy_power_w and not self.idle_power_w <= self.busy_power_w <= self.power_w:
+            problems.append(f"busy_power_w = {self.busy_power_w}: expected 0 or from idle_power_w to power_w")
         return problems
 
 
