@@ -13,7 +13,7 @@ from tests.frozen.served import Keeper, Scripted
 
 CORE = (
     "pairs/", "sub-batching/", "knob/", "order/", "victim/", "memory/", "slo/", "latent/", "guess/", "trace/",
-    "search/", "compare/", "policy/",
+    "search/", "compare/", "policy/", "published/",
 )  # fmt: skip
 SYSTEMS = (
     "cpu-offload-dgx-a100", "cpu-offload-dgx-h100", "cpu-offload-dgx-h200", "gpu-dgx-a100", "gpu-dgx-h100",
@@ -39,8 +39,8 @@ def all_cells() -> Cells:
     """Every cell by name."""
     cells: Cells = {f"pairs/{system}": Pairs(system, MODELS) for system in SYSTEMS}
     groups = (
-        sub_batching, knobs, memory, prefixes, slos, guessing, policies, planned, reactive, environments, many,
-        of_requests, the_rest,
+        sub_batching, knobs, memory, prefixes, slos, guessing, policies, published, planned, reactive, environments,
+        many, of_requests, the_rest,
     )  # fmt: skip
     for group in groups:
         cells |= group()
@@ -207,6 +207,19 @@ def reactive() -> Cells:
         "reactive/chains/srtf": Reactive(H100, L8, "srtf-predicted", slo=deadlines),
         "reactive/prover/rmaxts": Reactive(L3, PROVER, "l3-model", {}, replicas=2),
         "reactive/prover/single-pass": Reactive("hbm-pim-dgx-a100", PROVER, "srtf-predicted", single, replicas=2),
+    }
+
+
+PUBLISHED = (
+    "sjf-plain", "edf-plain", "ssjf", "trtllm-no-evict", "trtllm-max-utilization", "orca", "vllm-lcf",
+    "vllm-cost-aware",
+)  # fmt: skip
+
+
+def published() -> Cells:
+    """Policies of papers and engines where memory runs over."""
+    return {
+        f"published/{name}/gpu": Served(A100, L8, name, "reasoning", 100, 4.0, changes=SMALL_GPU) for name in PUBLISHED
     }
 
 
