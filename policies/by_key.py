@@ -51,6 +51,6 @@ class ByKey(BasePolicy):
         new_count, self._seen_count = view.arrived_count - self._seen_count, view.arrived_count
         return view.waiting(new_count, Order.NEWEST_FIRST)
 
-    def decide(self, view: View) -> Scored:
+    def decide(self, view: View) -> Knobs | Scored:
         rows = self.newcomers(view)
         return Scored(self.knobs, rows["idx"], scores_of(self.key(rows)))

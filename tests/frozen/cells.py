@@ -30,6 +30,7 @@ GPT, L7, L8, L70, V3 = "gpt-175b", "llama-2-7b", "llama-3-8b", "llama-3-70b", "d
 QWEN, PROVER = "qwen-72b", "deepseek-prover-v1.5-7b"
 SARATHI = {"prefill_budget_tokens": 512, "budget_counts_decodes": True}
 SMALL_GPU = {"system__gpu__hbm_bytes": 20e9, "tp": 1}  # memory runs over
+TIGHT_GPU = {"system__gpu__hbm_bytes": 18.5e9, "tp": 1}
 SMALL_L3 = {"system__pim__capacity_bytes": 24e9, "tp": 8}
 
 Cells = dict[str, Frozen]
@@ -212,15 +213,13 @@ def reactive() -> Cells:
 
 PUBLISHED = (
     "sjf-plain", "edf-plain", "ssjf", "trtllm-no-evict", "trtllm-max-utilization", "orca", "vllm-lcf",
-    "vllm-cost-aware",
+    "vllm-cost-aware", "lightllm", "past-future", "sglang-ratio", "mc-sf", "sarathi-slo", "niyama",
 )  # fmt: skip
 
 
 def published() -> Cells:
     """Policies of papers and engines where memory runs over."""
-    return {
-        f"published/{name}/gpu": Served(A100, L8, name, "reasoning", 100, 4.0, changes=SMALL_GPU) for name in PUBLISHED
-    }
+    return {f"published/{name}/gpu": Served(A100, L8, name, "at-once", 120, changes=TIGHT_GPU) for name in PUBLISHED}
 
 
 MORE_KNOBS = [

@@ -6,7 +6,10 @@ import pytest
 
 from l3env import Slo
 from l3env.errors import PolicyError
-from tests.policies.served import lengths, order, requests, serve
+from l3env.machine.batch import Chunk, Decodes
+from l3env.policies.niyama import Niyama
+from l3env.policies.sarathi_slo import SarathiSlo
+from tests.policies.served import gpu, lengths, order, requests, serve
 
 BUSY = (0.0, 4096, 1)  # eight chunks of 512 tokens, 0.34 s in all
 
@@ -46,3 +49,43 @@ def test_true_lengths_change_no_order() -> None:
     longer = requests(BUSY, (0.1, 500, 90), (0.2, 600, 300))
     first, second = (serve("ssjf", each, training=earlier)["first_token_s"] for each in (few, longer))
     assert first.equals(second)
+
+
+def test_the_budget_is_the_largest_whose_iteration_is_within_the_limit() -> None:
+    """By a formula of one's own: as the limit on the time between tokens rises, so does the budget, tile by tile."""
+    tables = gpu()
+    for limit_s in (0.03, 0.05, 0.1, 0.3):
+        policy = SarathiSlo()
+        policy.slo = Slo(tbt_s=limit_s)
+        policy.prepare(tables, None)
+        budget = policy.knobs.prefill_budget_tokens
+        times = [
+            tables.iteration_s([Decodes(32, 2048.0)], [Chunk(tokens - 32, max(2048 - tokens + 32, 0))])
+            for tokens in (budget, budget + 128)
+        ]
+        assert times[0] <= limit_s or budget == 128
+        assert times[1] > limit_s
+    assert budget > 2048
+
+
+def test_niyama_serves_by_deadline_and_work_left_and_the_late_last() -> None:
+    """Deadlines 0.5 s after arrival. At 8500 tokens/s 6000 tokens take 0.7 s: 1 is relegated. 3 came 0.1 s after 2, but
+    2 has 1900 tokens more to go, 15 s worth at 8 ms each."""
+    few = requests(BUSY, (0.001, 6000, 1), (0.002, 2000, 1), (0.102, 100, 1))
+    assert order(serve("niyama", few, slo=Slo(ttft_s=0.5))) == [0, 3, 2, 1]
+    assert order(serve("niyama?left_s_per_token=0", few, slo=Slo(ttft_s=0.5))) == [0, 2, 3, 1]
+
+
+def test_niyama_takes_the_budget_that_its_decodes_can_bear() -> None:
+    """Predictions are near what iterations take; a strict limit makes a prompt beside a decode wait, a loose one no."""
+    policy = Niyama()
+    policy.prepare(gpu(), None)
+    for tokens, kv in ((256, 8000), (1024, 50_000), (2048, 100)):
+        priced_s = gpu().iteration_s([Decodes(4, kv / 4)], [Chunk(tokens - 4)])
+        assert policy.predicted_s(tokens, kv) == pytest.approx(priced_s, rel=0.25)
+    strict, loose = (
+        serve("niyama", requests((0.0, 64, 40), (0.05, 4000, 1)), slo=Slo(ttft_s=0.05, tbt_s=tbt_s))
+        for tbt_s in (0.03, 2.0)
+    )
+    assert strict["tpot_s"][0] < 0.06 < loose["tpot_s"][0] * 8
+    assert strict["first_token_s"][1] > loose["first_token_s"][1]
