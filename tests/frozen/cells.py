@@ -213,7 +213,8 @@ def reactive() -> Cells:
 
 PUBLISHED = (
     "sjf-plain", "edf-plain", "ssjf", "trtllm-no-evict", "trtllm-max-utilization", "orca", "vllm-lcf",
-    "vllm-cost-aware", "lightllm", "past-future", "sglang-ratio", "mc-sf", "sarathi-slo", "niyama",
+    "vllm-cost-aware", "lightllm", "past-future", "sglang-ratio", "mc-sf", "sarathi-slo", "niyama", "fastserve",
+    "vllm-ltr", "trail",
 )  # fmt: skip
 
 
