@@ -214,7 +214,7 @@ def reactive() -> Cells:
 PUBLISHED = (
     "sjf-plain", "edf-plain", "ssjf", "trtllm-no-evict", "trtllm-max-utilization", "orca", "vllm-lcf",
     "vllm-cost-aware", "lightllm", "past-future", "sglang-ratio", "mc-sf", "sarathi-slo", "niyama", "fastserve",
-    "vllm-ltr", "trail",
+    "vllm-ltr", "trail", "lars", "apt-serve", "andes", "s3",
 )  # fmt: skip
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from l3env import Slo
+from l3env.policies.andes import Andes
 from l3env.policies.fastserve import FastServe
 from l3env.policies.trail import Rest
+from l3env.policy.view import ROW_DTYPE
 from tests.policies.served import gpu, lengths, requests, serve
 
 EARLIER = lengths((600, 10), (500, 400))  # what outputs of these prompts were
@@ -84,3 +87,60 @@ def test_what_is_left_is_the_mean_of_those_that_went_on() -> None:
     rest = Rest(np.full(40, 100), np.repeat([10, 30], 20))
     prompts = np.full(6, 100)
     np.testing.assert_allclose(rest.of(prompts, np.array([0, 5, 9, 10, 29, 30])), [20, 15, 11, 20, 1, 1])
+
+
+def test_apt_serve_decodes_after_a_prompt_that_made_many_wait() -> None:
+    """Eight wait through the prefill of 8's 4000 tokens, together eight times as long as 9 has waited: they get a token
+    before 9 is prefilled, and then are worth nothing. fcfs prefills 9 first."""
+    rows = requests(*[(0.0, 64, 60)] * 8, (0.2, 4000, 3), (0.21, 64, 3))
+    found = {}
+    for policy in ("apt-serve", "fcfs"):
+        served = serve(policy, rows)
+        found[policy] = served["first_token_s"][9] - served["first_token_s"][8]
+    step_s = served["tpot_s"][9]
+    assert found["apt-serve"] == pytest.approx(found["fcfs"] + step_s, rel=0.2)
+
+
+def test_apt_serve_takes_the_greatest_worth_a_block_of_those_within_the_limit() -> None:
+    """When 0 ends, at about 0.3 s, 1 has waited for 0.25 s and needs 38 blocks, 2 for 0.1 s and 40; one fits."""
+    three = requests((0.0, 500, 20), (0.05, 600, 5), (0.2, 640, 5))
+    first = serve("apt-serve", three, gpu(50))["first_token_s"]
+    assert first[0] < first[1] < first[2]
+    late = serve("apt-serve?limit_s=0.2", three, gpu(50))["first_token_s"]
+    assert late[0] < late[2] < late[1]
+
+
+def test_andes_gains_by_formula() -> None:
+    """Expected from 1 s on, 10 a second; it is 2 s, and for 2.5 s 50 ms a token may give 20 a second. With none so
+    far: 20 a up to 1 s ahead, then all that is expected: 10 + 41.25 of 61.25. Who is ahead gains nothing."""
+    rows = np.zeros(2, ROW_DTYPE)
+    rows["ttft_deadline_s"], rows["tbt_slo_s"], rows["emitted_tokens"] = 1.0, 0.1, [0, 40]
+    np.testing.assert_allclose(Andes().gains(rows, 2.0, 0.05), [51.25 / 61.25, 0.0], rtol=0.01)
+
+
+def test_andes_gives_the_memory_of_who_is_ahead_to_who_is_late() -> None:
+    """0 is far ahead of a reader of two tokens a second and holds 32 of 50 blocks; 1 needs 38. Over 90 % nobody is."""
+    two = requests((0.0, 500, 60), (0.1, 600, 20))
+    slo = Slo(ttft_s=0.2)
+    shared = serve("andes?reading_tokens_per_s=2&scarce_frac=0.5", two, gpu(50), slo=slo)
+    assert shared["preemptions_count"].tolist() == [1, 0]
+    assert shared["finish_s"][1] < shared["finish_s"][0]
+    ample = serve("andes?reading_tokens_per_s=2", two, gpu(50), slo=slo)
+    assert ample["preemptions_count"].tolist() == [0, 0]
+    assert ample["first_token_s"][1] > ample["finish_s"][0]
+
+
+def test_s3_packs_the_longest_first_and_then_whatever_fits() -> None:
+    """Buckets of 16: prompts of 64 are allotted 16 tokens, 5 blocks, those of 65 are allotted 208, 18. 30 blocks hold
+    one of 18, not two, and two of 5 beside it, though they came last."""
+    earlier = lengths((64, 4), (65, 200))
+    mixed = requests((0.0, 65, 200), (0.0, 65, 200), *[(0.0, 64, 4)] * 4)
+    first = serve("s3?bucket_tokens=16", mixed, gpu(30), earlier)["first_token_s"]
+    assert (first[[0, 2, 3]] == first[0]).all()
+    assert first[1] > first[[4, 5]].max() > first[0]
+
+
+def test_s3_gives_twice_as_much_to_who_outgrows_its_room() -> None:
+    """Allotted 16, 32 and 64 tokens in turn, 50 are had by then: computed again twice."""
+    served = serve("s3?bucket_tokens=16", requests((0.0, 64, 50)), gpu(30), lengths((64, 4)))
+    assert served["preemptions_count"].tolist() == [2]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from l3env import Slo
 from l3env.errors import PolicyError
 from l3env.machine.batch import Chunk, Decodes
+from l3env.policies.lars import relative_slack
 from l3env.policies.niyama import Niyama
 from l3env.policies.sarathi_slo import SarathiSlo
+from l3env.policy.view import ROW_DTYPE
 from tests.policies.served import gpu, lengths, order, requests, serve
 
 BUSY = (0.0, 4096, 1)  # eight chunks of 512 tokens, 0.34 s in all
@@ -89,3 +92,20 @@ def test_niyama_takes_the_budget_that_its_decodes_can_bear() -> None:
     )
     assert strict["tpot_s"][0] < 0.06 < loose["tpot_s"][0] * 8
     assert strict["first_token_s"][1] > loose["first_token_s"][1]
+
+
+def test_the_least_slack_over_its_own_prefill_is_first() -> None:
+    """Half of a prefill of 2 s left, and 6 s to go: 2.5 times; all of one of 0.5 s left: 11 times."""
+    rows = np.zeros(2, ROW_DTYPE)
+    rows["ttft_deadline_s"], rows["ttft_alone_s"], rows["prompt_tokens"] = 10.0, [2.0, 0.5], 100
+    rows["prefill_left_tokens"] = [50, 100]
+    assert relative_slack(rows, 4.0).tolist() == [2.5, 11.0]
+
+
+def test_a_short_prompt_overtakes_a_long_one_until_that_becomes_urgent() -> None:
+    """Both may take five times their prefill alone: 1 loses its slack in a few hundredths of a second. With 0.5 s for
+    both 0 has a third of its prefill to spare, 1 thirty times its own."""
+    two = requests((0.0, 4096, 1), (0.1, 100, 1))
+    assert order(serve("lars", two)) == [1, 0]
+    assert order(serve("lars", two, slo=Slo(ttft_s=0.5))) == [0, 1]
+    assert order(serve("sarathi", two)) == [0, 1]
