@@ -1,5 +1,9 @@
 """What policies share that put an iteration together themselves: requests are served in an order, as far as tokens,
-batch and memory go, and who is not served waits."""
+batch and memory go, and who is not served waits.
+
+A plan says how many tokens of a prompt are processed as it starts, which are fewer where part of it is cached: with the
+prefix cache such plans are refused.
+"""
 
 from __future__ import annotations
 
