@@ -18,5 +18,7 @@ MAX_BATCHED_TOKENS = 8192
 class Fcfs(FixedKnobs):
     """vLLM-like: prefill first."""
 
+    source = "vLLM V0, arXiv 2309.06180"
+
     def __init__(self, **knobs: Any) -> None:
         super().__init__("fcfs", Knobs(prefill_budget_tokens=MAX_BATCHED_TOKENS, prefill_first=True), **knobs)

@@ -15,5 +15,7 @@ from l3env.policy.protocol import FixedKnobs
 class FillCapacity(FixedKnobs):
     """Admits greedily until memory is full."""
 
+    source = "arXiv 2504.17584"
+
     def __init__(self, **knobs: Any) -> None:
         super().__init__("fill-capacity", Knobs(headroom_frac=0.0), **knobs)

@@ -94,6 +94,7 @@ def loads(phases: list[Phase], interleave: bool, slowest_both_kv_tokens: float =
 class L3(BasePolicy):
     """Alignment-predicting, with predictors learned from the run."""
 
+    source = "arXiv 2504.17584"
     name = "l3"
 
     def prepare(self, system: Tables, training: Workload | None) -> None:

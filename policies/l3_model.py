@@ -17,6 +17,7 @@ from l3env.policy.view import View
 class L3Model(BasePolicy):
     """L3's alignment with perfect predictions of time, compiled."""
 
+    source = "arXiv 2504.17584"
     name = "l3-model"
     decision_interval_s = float("inf")
     reference_with_pim = True

@@ -17,6 +17,7 @@ TOKEN_BUDGET = 512
 class Sarathi(FixedKnobs):
     """Stall-free batching under a token budget an iteration."""
 
+    source = "Sarathi-Serve, arXiv 2403.02310"
     reference_with_pim = False
 
     def __init__(self, **knobs: Any) -> None:

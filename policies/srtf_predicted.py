@@ -48,6 +48,13 @@ def fit_bins(prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64])
     return predict
 
 
+def fit_on(training: Workload | None, name: str) -> LengthPredictor:
+    """The predictor fitted on earlier requests. Raises PolicyError where there are none."""
+    if training is None:
+        raise PolicyError(f"{name} needs a training window of earlier requests to fit its predictor on")
+    return fit_bins(training.prompt_tokens, training.output_tokens)
+
+
 class SrtfPredicted(FixedKnobs):
     """Shortest predicted remaining work first."""
 
@@ -56,9 +63,7 @@ class SrtfPredicted(FixedKnobs):
         self._predict: LengthPredictor | None = None
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
-        if training is None:
-            raise PolicyError("srtf-predicted needs a training window of earlier requests to fit its predictor on")
-        self._predict = fit_bins(training.prompt_tokens, training.output_tokens)
+        self._predict = fit_on(training, self.name)
 
     def predictor(self) -> LengthPredictor | None:
         return self._predict

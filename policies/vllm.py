@@ -21,7 +21,9 @@ MAX_BATCHED_TOKENS, MAX_NUM_SEQS = (
 
 
 class Vllm(FixedKnobs):
-    """Limits that are not given are the serving engine's (``max_num_batched_tokens``, ``max_num_seqs``)."""
+    """vLLM V1's default; limits that are not given are the serving engine's."""
+
+    source = "vLLM V1, scheduler.py"
 
     def __init__(self, **knobs: Any) -> None:
         self._given = knobs

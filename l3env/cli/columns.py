@@ -10,8 +10,8 @@ from rich.table import Table
 
 from l3env.cli.shared import note, out
 
-TEXT_COLUMNS = ("what", "module", "licence", "GPUs", "PIM", "value", "values", "levels", "model", "trace")
-LEFT_COLUMNS = (*TEXT_COLUMNS, "decides", "here", "profile")
+TEXT_COLUMNS = ("what", "module", "licence", "GPUs", "PIM", "value", "values", "levels", "model", "trace", "source")
+LEFT_COLUMNS = (*TEXT_COLUMNS, "class", "decides", "signals", "here", "profile")
 LEAST, MOST = 24, 36  # columns that a text gets at least, if it needs them, and that one word of it may ask for
 FIRST = 12  # columns of names, where there is no room for more
 GAP = 2  # columns between two

@@ -25,7 +25,7 @@ def policies(context: typer.Context, as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    show_table(("policy", "decides", "what", "module"), [tuple(row.values()) for row in rows], ("module",))
+    show_table(tuple(rows[0]), [tuple(row.values()) for row in rows], ("module", "decides", "signals", "source"))
     out.print("your own: --policies my_policy.py:MyClass; l3env policies check my_policy.py tries it out")
 
 
@@ -37,8 +37,18 @@ def _known() -> list[dict[str, str]]:
     rows = []
     for name, factory in sorted(policy_factories().items()):
         summary = (inspect.getdoc(factory) or "").split("\n")[0]
-        every = make_policy(name).decision_interval_s
-        rows.append({"policy": name, "decides": how_often(every), "what": summary, "module": factory.__module__})
+        made = make_policy(name)
+        rows.append(
+            {
+                "policy": name,
+                "class": str(made.role),
+                "decides": how_often(made.decision_interval_s),
+                "signals": getattr(made, "signals", ""),
+                "source": getattr(made, "source", ""),
+                "what": summary,
+                "module": factory.__module__,
+            }
+        )
     return rows
 
 

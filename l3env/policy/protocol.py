@@ -29,6 +29,7 @@ class Role(StrEnum):
     """What a policy is in a comparison."""
 
     HEURISTIC = "heuristic"  # rules; nothing of it was searched or trained
+    PUBLISHED = "published"  # rules of a paper or an engine, as near to them as the engine here allows
     TUNED = "tuned"  # fixed settings that a search found
     PLANNER = "planner"  # tries its decisions out on imagined futures
     LEARNED = "learned"  # trained beforehand
@@ -69,6 +70,8 @@ class BasePolicy:
     Attributes:
         name: what tables call it.
         role: what it is in a comparison; lists of policies go by it.
+        source: the paper or code that it follows, in a few words; none where it is our own.
+        signals: what it goes by besides arrivals, prompts and free memory, in a few words.
         reference_with_pim: True, False: ``utilization`` refers to its capacity on systems with, without a PIM side.
         decision_interval_s: simulated time for which returned Knobs hold; 0 decides at every iteration, infinity once.
             After a Plan the policy is always asked again at the next iteration.
@@ -79,6 +82,8 @@ class BasePolicy:
 
     name = "unnamed"
     role = Role.HEURISTIC
+    source = ""
+    signals = ""
     reference_with_pim: bool | None = None
     decision_interval_s = 0.0
     decides_at_events = False

@@ -207,6 +207,8 @@ class Driver:
                 self.watch()
         elif self.policy.decision_interval_s == 0:
             stop = run_watched(engine, e, Until.ITERATIONS, 1, self.watch)
+            if not events:  # who has arrived meanwhile is seen by the next decision, which is about them, too
+                stop = self.wake()
         else:
             limit_s = min(limit_s, self._held_until_s)
             stop = run_watched(engine, e, _until(limit_s, events or at_events), limit_s, self.watch)

@@ -13,7 +13,7 @@ from tests.frozen.served import Keeper, Scripted
 
 CORE = (
     "pairs/", "sub-batching/", "knob/", "order/", "victim/", "memory/", "slo/", "latent/", "guess/", "trace/",
-    "search/", "compare/", "policy/",
+    "search/", "compare/", "policy/", "published/",
 )  # fmt: skip
 SYSTEMS = (
     "cpu-offload-dgx-a100", "cpu-offload-dgx-h100", "cpu-offload-dgx-h200", "gpu-dgx-a100", "gpu-dgx-h100",
@@ -30,6 +30,7 @@ GPT, L7, L8, L70, V3 = "gpt-175b", "llama-2-7b", "llama-3-8b", "llama-3-70b", "d
 QWEN, PROVER = "qwen-72b", "deepseek-prover-v1.5-7b"
 SARATHI = {"prefill_budget_tokens": 512, "budget_counts_decodes": True}
 SMALL_GPU = {"system__gpu__hbm_bytes": 20e9, "tp": 1}  # memory runs over
+TIGHT_GPU = {"system__gpu__hbm_bytes": 18.5e9, "tp": 1}
 SMALL_L3 = {"system__pim__capacity_bytes": 24e9, "tp": 8}
 
 Cells = dict[str, Frozen]
@@ -39,8 +40,8 @@ def all_cells() -> Cells:
     """Every cell by name."""
     cells: Cells = {f"pairs/{system}": Pairs(system, MODELS) for system in SYSTEMS}
     groups = (
-        sub_batching, knobs, memory, prefixes, slos, guessing, policies, planned, reactive, environments, many,
-        of_requests, the_rest,
+        sub_batching, knobs, memory, prefixes, slos, guessing, policies, published, planned, reactive, environments,
+        many, of_requests, the_rest,
     )  # fmt: skip
     for group in groups:
         cells |= group()
@@ -208,6 +209,18 @@ def reactive() -> Cells:
         "reactive/prover/rmaxts": Reactive(L3, PROVER, "l3-model", {}, replicas=2),
         "reactive/prover/single-pass": Reactive("hbm-pim-dgx-a100", PROVER, "srtf-predicted", single, replicas=2),
     }
+
+
+PUBLISHED = (
+    "sjf-plain", "edf-plain", "ssjf", "trtllm-no-evict", "trtllm-max-utilization", "orca", "vllm-lcf",
+    "vllm-cost-aware", "lightllm", "past-future", "sglang-ratio", "mc-sf", "sarathi-slo", "niyama", "fastserve",
+    "vllm-ltr", "trail", "lars", "apt-serve", "andes", "s3",
+)  # fmt: skip
+
+
+def published() -> Cells:
+    """Policies of papers and engines where memory runs over."""
+    return {f"published/{name}/gpu": Served(A100, L8, name, "at-once", 120, changes=TIGHT_GPU) for name in PUBLISHED}
 
 
 MORE_KNOBS = [

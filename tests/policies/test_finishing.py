@@ -11,9 +11,12 @@ from l3env import Workload
 from l3env.machine.tables import Tables, compile_tables
 from l3env.policy.registry import make_policy, policy_names
 from l3env.runs.driver import run_policy
+from tests.policies.served import gpu
 
 SLOW = ("rmaxts", "requests-agent")  # they plan, or search; tried on fewer requests
-POLICIES = [name for name in policy_names() if name not in SLOW]
+EACH = [name for name in policy_names() if make_policy(name).decision_interval_s == 0]  # asked at every iteration
+POLICIES = [name for name in policy_names() if name not in (*SLOW, *EACH)]
+LONG_TOKENS = 201
 BLOCK_TOKENS = 16
 
 
@@ -61,6 +64,18 @@ def test_every_policy_finishes_whatever_the_engine_accepts(
     policy: str, tried: dict[str, tuple[Tables, Workload]]
 ) -> None:
     for tables, workload in tried.values():
+        figures = run_policy(tables, workload, make_policy(policy), training=workload.head(4), record=False).metrics
+        assert figures["rejected_count"] == 1
+        assert figures["finished_count"] == len(workload) - 1
+
+
+@pytest.mark.parametrize("policy", [name for name in EACH if name not in SLOW])
+def test_policies_asked_at_every_iteration_finish_too(policy: str, tried: dict[str, tuple[Tables, Workload]]) -> None:
+    """All on a pool of 640 tokens; on large ones those whose outputs are short."""
+    little = gpu(40)
+    cells = [(little, crowd(little))]
+    cells += [(tables, w.select(np.flatnonzero(w.output_tokens <= LONG_TOKENS))) for tables, w in tried.values()]
+    for tables, workload in cells:
         figures = run_policy(tables, workload, make_policy(policy), training=workload.head(4), record=False).metrics
         assert figures["rejected_count"] == 1
         assert figures["finished_count"] == len(workload) - 1

@@ -156,6 +156,7 @@ def test_roles_are_what_policies_do() -> None:
     assert {*policies_of(Role.ORACLE)} == wants == {name for name in policy_names() if name.startswith("oracle-")}
     assert {"sarathi", "l3", "l3-model", "edf", "adaptive-placement"} <= {*policies_of(Role.HEURISTIC)}
     assert "best-constant" in policies_of(Role.TUNED)
+    assert all(factories[name].source for name in policies_of(Role.PUBLISHED))
     assert "learned-ppo" in policies_of(Role.LEARNED)
     assert policies_of(Role.PLANNER, Role.FLOOR) == ("rmaxts", "random")
     assert [reference_policy(has_pim) for has_pim in (True, False)] == ["l3-model", "sarathi"]
