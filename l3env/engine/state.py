@@ -98,6 +98,11 @@ SHORT_WEIGHT = 1 / 8
 LONG_WEIGHT = 1 / 128
 FINISHED_WEIGHT = 1 / 32
 
+# no winning by starvation: who waits for the first token longer than both, and was not refused on arrival, costs as
+# much as one that meets its SLO earns
+GUARD_S = 60.0
+GUARD_TTFT_SLOS = 10.0  # times the request's own TTFT SLO
+
 NOMINAL_PROMPT_TOKENS = 1024  # of the request that stands for all where a machine is described
 
 REQUEST_DTYPE = np.dtype(
@@ -176,6 +181,7 @@ ENV_DTYPE = np.dtype(
         ("admitted_count", np.int64),
         ("preemptions_count", np.int64),
         ("slo_met_count", np.int64),
+        ("beyond_guard_count", np.int64),  # first tokens that came after more than the guard allows
         ("iterations_count", np.int64),
         ("output_tokens", np.int64),
         ("prefill_tokens", np.int64),  # recomputed ones included

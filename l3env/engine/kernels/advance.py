@@ -8,7 +8,7 @@ from l3env.choices import SloForm, Status
 from l3env.engine.kernels.drafts import classes_count, second_tokens_count, step_clocks
 from l3env.engine.kernels.memory import decoding_count, finish, join_decode, leave_prefill, let_go, pool_of
 from l3env.engine.kernels.prefix import publish
-from l3env.engine.kernels.slo import note_prefill_token, note_step_deadlines, note_step_gaps
+from l3env.engine.kernels.slo import note_first_token, note_prefill_token, note_step_deadlines, note_step_gaps
 from l3env.engine.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES
 from l3env.jit import helper, inner
 
@@ -104,7 +104,7 @@ def step_prefills(t, s, e):
         if env["slo_form"] != SloForm.MEAN_TBT:
             note_prefill_token(s, e, r, now_s)
         if np.isnan(req[e, r]["first_token_s"]):
-            req[e, r]["first_token_s"] = now_s
+            note_first_token(s, e, r, now_s)
         elif s.gap_hist.shape[1] > 1:
             add_gap(s, e, now_s - req[e, r]["last_token_s"], 1)
         req[e, r]["last_token_s"] = now_s
