@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from l3env.choices import Eviction, SloForm, Status
 from l3env.engine import state as st
 from l3env.engine.kernels import look, plan, run
+from l3env.engine.kernels import slo as limits
 from l3env.engine.kernels.plan import Fault
 from l3env.engine.kernels.run import Stop, Until
 from l3env.engine.kernels.scores import set_scores
@@ -348,6 +349,12 @@ class Engine:
     def await_work(self, first: int, last: int) -> None:
         """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""
         plan.await_work(self.tables, self.state, first, last)
+
+    def beyond_guard_count(self) -> NDArray[np.int64]:
+        """(E,) requests that waited for their first token longer than the guard allows, or do so still."""
+        found = np.zeros(self.num_envs, np.int64)
+        limits.count_beyond_guard(self.state, found)
+        return found
 
     def stop(self, e: int) -> Stop:
         """How environment ``e`` stands."""
