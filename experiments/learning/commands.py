@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,25 +56,14 @@ def tune(
     announce_compilation()
     import pandas as pd
 
-    from l3env.experiments.train.windows import in_window
-    from l3env.machine.pair import compile_pair
-    from l3env.requests.registry import load_trace
     from l3env.runs.content import sha256, sources_sha256
-    from l3env.runs.saturation import load_at_capacity
     from l3env.search import tune as search
     from l3env.search.objective import objective_of
 
     wanted = objective_of(objective)
     loads = numbers(utilization, "--utilization")
-    windows = {each: load_trace(in_window(each, window)) for each in trace}
-    rows: list[dict[str, Any]] = []
-    cases = []
-    for each in itertools.product(names(system, "--system"), names(model, "--model"), trace):
-        tables = compile_pair(*each[:2])
-        workload = windows[each[2]] if requests is None else windows[each[2]].head(requests)
-        full = load_at_capacity(tables, workload)
-        cases += [search.Case(tables, workload.at_load(load * full)) for load in loads]
-        rows += [dict(zip((*CELL, "utilization"), (*each, load), strict=True)) for load in loads]
+    places = itertools.product(names(system, "--system"), names(model, "--model"), trace)
+    rows, cases = _cases(list(places), window, requests, loads)
     follows_from = [[case.tables.system, case.tables.model, case.workload] for case in cases], random, seed, objective
     content = sha256([*follows_from, sources_sha256(Path(search.__file__))])
     result = None if out is None or fresh else _tuned_before(out, content)
@@ -100,6 +90,28 @@ def tune(
         return
     _print_setting(result)
     say(f"{result['tried_count']} settings tried" + (f"; written: {out}" if out else ""))
+
+
+def _cases(
+    places: list[tuple[str, str, str]], window: str, requests_count: int | None, loads: Sequence[float]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """What results say of each system, model, trace and load, and what is searched on."""
+    from l3env.experiments.train.windows import in_window
+    from l3env.machine.pair import compile_pair
+    from l3env.requests.registry import load_trace
+    from l3env.runs.saturation import load_at_capacity
+    from l3env.search.tune import Case
+
+    windows = {trace: load_trace(in_window(trace, window)) for trace in dict.fromkeys(each[2] for each in places)}
+    rows: list[dict[str, Any]] = []
+    cases: list[Any] = []
+    for each in places:
+        tables = compile_pair(each[0], each[1])
+        workload = windows[each[2]] if requests_count is None else windows[each[2]].head(requests_count)
+        full = load_at_capacity(tables, workload)
+        cases += [Case(tables, workload.at_load(load * full)) for load in loads]
+        rows += [dict(zip((*CELL, "utilization"), (*each, load), strict=True)) for load in loads]
+    return rows, cases
 
 
 def _tuned_before(path: Path, content: str) -> dict[str, Any] | None:
