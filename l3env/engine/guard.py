@@ -16,14 +16,15 @@ from l3env.engine.state import GUARD_S, GUARD_TTFT_SLOS
 
 
 def waits_s(req: NDArray[np.void], clock_s: Any) -> NDArray[np.float64]:
-    """Seconds from arrival to the first token, or until ``clock_s`` for who has none; NaN for who was refused on
-    arrival or has not arrived.
+    """Seconds from arrival to the first token, for who has none until it left or until ``clock_s``; NaN for who was
+    refused on arrival or has not arrived.
 
     Args:
         req: (...) rows of REQUEST_DTYPE.
         clock_s: where their environments stand; broadcast.
     """
-    until_s = np.where(np.isnan(req["first_token_s"]), clock_s, req["first_token_s"])
+    end_s = np.where(req["status"] == Status.LEFT, req["last_token_s"], clock_s)
+    until_s = np.where(np.isnan(req["first_token_s"]), end_s, req["first_token_s"])
     counts = (req["status"] != Status.FUTURE) & (req["status"] != Status.REJECTED)
     return np.where(counts, until_s - req["arrival_s"], np.nan)
 

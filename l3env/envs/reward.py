@@ -40,8 +40,8 @@ def latency(before: Totals, after: Totals) -> NDArray[np.float64]:
 
 
 def slo_violations(before: Totals, after: Totals) -> NDArray[np.float64]:
-    """Minus the share of the episode's requests that finished without meeting their SLO, or were rejected."""
-    ended = after["finished_count"] - before["finished_count"] + after["rejected_count"] - before["rejected_count"]
+    """Minus the share of the episode's requests that finished without meeting their SLO, were rejected, or left."""
+    ended = sum(after[name] - before[name] for name in ("finished_count", "rejected_count", "left_count"))
     return -(ended - (after["slo_met_count"] - before["slo_met_count"])) / after["requests_count"]
 
 

@@ -120,9 +120,11 @@ def _facts(comparison: Comparison) -> str:
         f"{name} ≤ {limit:g} s" if limit is not None else f"{name} ≤ {scale:g}x uncontended"
         for name, limit, scale in (("TTFT", slo.ttft_s, slo.ttft_scale), ("TBT", slo.tbt_s, slo.tbt_scale))
     ]
+    patience_s = comparison.config.patience_s
+    left = "" if patience_s is None else f" · clients leave after {patience_s:g} s without a first token"
     form = "" if slo.form == "mean-tbt" else f" ({slo.form})"
     return (
-        f"{requests} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form}\n"
+        f"{requests} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form}{left}\n"
         "rates over the steady window · ± half the bootstrap 95 % interval"
     )
 

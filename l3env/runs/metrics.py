@@ -205,6 +205,7 @@ def totals(engine: Engine, replicas: Sequence[int]) -> dict[str, float]:
         "requests_count": requests,
         "finished_count": int(env["finished_count"].sum()),
         "rejected_count": int(env["rejected_count"].sum()),
+        "left_count": int(env["left_count"].sum()),
         "rejected_context_count": int(env["rejected_context_count"].sum()),
         "preemptions_count": int(env["preemptions_count"].sum()),
         "iterations_count": int(env["iterations_count"].sum()),

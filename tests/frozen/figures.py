@@ -28,7 +28,7 @@ SHOWN = (
 )  # fmt: skip
 SINCE = (  # figures that there were not
     "steady_window_s", "output_tokens_count", "rejected_context_count", "longest_wait_s", "starved_frac",
-    "beyond_guard_count", "guarded_goodput_requests_per_s", "guarded_attainment_frac",
+    "beyond_guard_count", "left_count", "guarded_goodput_requests_per_s", "guarded_attainment_frac",
 )  # fmt: skip
 MEASURED = ("wall_s", "decision_ms")  # by the clock on the wall: no two runs are alike
 
