@@ -15,6 +15,7 @@ class Status(IntEnum):
     PAUSED = 4  # keeps its KV, does not decode
     FINISHED = 5
     REJECTED = 6  # longer than the model serves, or than any pool holds
+    LEFT = 7  # its client lost patience before the first token
 
 
 class Order(IntEnum):

@@ -1,8 +1,10 @@
 """What tuning alone gives: the best fixed knobs of each cell, and the one setting that is best for many cells.
 
-``best-constant`` searches the knob grid (``l3env.search.tune``) on the training requests it is given, at its load.
+``best-constant`` searches the knob grid (``l3env.search.tune``) on the training requests it is given, at its load, for
+guarded goodput; ``best-constant?objective=plain`` for goodput alone.
 ``best-constant-in-order`` searches a larger grid: prompts under way may take turns with those that wait.
-``best-constant-global`` holds one setting, found by the command that ``data/best-constant-global.json`` names.
+``best-constant-global`` holds one setting, found for plain goodput by the command that
+``data/best-constant-global.json`` names.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from l3env.machine.tables import Tables
 from l3env.policy.levels import Levels
 from l3env.policy.protocol import FixedKnobs, Role
 from l3env.requests.workload import Workload
+from l3env.search.objective import objective_of
 from l3env.search.tune import GRID, Case, Tuned, tune
 
 GLOBAL_FILE = Path(__file__).parent / "data" / "best-constant-global.json"
@@ -32,16 +35,16 @@ class BestConstant(FixedKnobs):
 
     role = Role.TUNED
 
-    def __init__(self, name: str = "best-constant", grid: Levels = GRID) -> None:
+    def __init__(self, objective: str = "guarded", *, name: str = "best-constant", grid: Levels = GRID) -> None:
         super().__init__(name, Knobs())
-        self.grid = grid
+        self.objective, self.grid = objective_of(objective), grid
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         if training is None:
             raise PolicyError("best-constant needs earlier requests to search on; give run_policy(training=...)")
-        key = self.name + key_of(system, training, self.slo)
+        key = self.name + self.objective + key_of(system, training, self.slo)
         if key not in _found:
-            _found[key] = tune([Case(system, training, self.slo)], grid=self.grid)
+            _found[key] = tune([Case(system, training, self.slo)], grid=self.grid, objective=self.objective)
         self._tuned = _found[key]
         self.knobs = self._tuned.knobs
 
@@ -52,14 +55,16 @@ class BestConstant(FixedKnobs):
 
     def figures(self) -> dict[str, float]:
         """What the setting reached where it was searched."""
-        return {"training_slo_attainment_frac": float(self._tuned.goodput_frac[0])}
+        met, guarded = float(self._tuned.goodput_frac[0]), float(self._tuned.guarded_frac[0])
+        return {"training_slo_attainment_frac": met, "training_guarded_attainment_frac": guarded}
 
 
 class BestConstantInOrder(BestConstant):
     """As ``best-constant``, with ``prefill_in_order`` among the knobs searched."""
 
-    def __init__(self) -> None:
-        super().__init__("best-constant-in-order", {**GRID, "prefill_in_order": ABOUT["prefill_in_order"].levels})
+    def __init__(self, objective: str = "guarded") -> None:
+        grid = {**GRID, "prefill_in_order": ABOUT["prefill_in_order"].levels}
+        super().__init__(objective, name="best-constant-in-order", grid=grid)
 
 
 class BestConstantGlobal(FixedKnobs):

@@ -4,7 +4,8 @@ The tree's actions are settings of the knobs for the next decision intervals; th
 end of a trial. A scenario is the present with output lengths and further arrivals drawn from what is known
 (``imagined.py``); true lengths are never read. A trial ends soon after the last arrival of its scenario; requests that
 have kept every limit of their SLO so far and await their last token count as served. Its extrinsic reward is its
-goodput against that of the best constant setting on the same scenario, its intrinsic reward 1 where it reached a coarse
+goodput, guarded by default (``search.objective``), against that of the best constant setting on the same scenario, its
+intrinsic reward 1 where it reached a coarse
 state of the machine that no trial of this decision had reached. Trials run in batches, kept apart by virtual loss. A
 node is tried on every scenario before it is expanded; where nothing is left to try, a job is rewarded with 0.
 
@@ -34,6 +35,7 @@ from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 from l3env.search import tree as rmaxts
+from l3env.search.objective import Objective, earned, objective_of
 from l3env.search.tune import Case, serve_each
 
 INTERVAL_REQUESTS = 64  # that come between decisions, about
@@ -68,6 +70,7 @@ class RMaxTS(BasePolicy):
         intrinsic: reward coarse states not seen before.
         virtual_loss: jobs of a batch that still run count as zero rewards.
         beyond: a trial goes on past the first interval, and at its end those on track count as served.
+        objective: ``guarded``: requests that wait beyond the guard cost as much as a met SLO earns; or ``plain``.
     """
 
     role = Role.PLANNER
@@ -85,8 +88,10 @@ class RMaxTS(BasePolicy):
         intrinsic: bool = True,
         virtual_loss: bool = True,
         beyond: bool = True,
+        objective: str = "guarded",
         seed: int = 0,
     ) -> None:
+        self.objective = objective_of(objective)
         self.simulations, self.budget_ms = simulations, budget_ms
         self.interval_requests, self.ahead_requests = interval_requests, ahead_requests
         self.clear_errors = clear_errors
@@ -97,7 +102,7 @@ class RMaxTS(BasePolicy):
     def prepare(self, system: Tables, training: Workload | None) -> None:
         if training is None:
             raise PolicyError("rmaxts needs earlier requests to learn lengths and the best constant setting from")
-        constant = BestConstantInOrder()
+        constant = BestConstantInOrder(self.objective)
         constant.slo = self.slo
         constant.prepare(system, training)
         self.actions = portfolio(constant, system, training)
@@ -162,7 +167,8 @@ class RMaxTS(BasePolicy):
         if known.recent_count < LEAST_RECENT:
             return []
         cell = Case(self._system, known.replay(known.draw_lengths(self._rng)), self.slo, one_replica=True)
-        served = serve_each(cell, self.actions)[0][:, -known.recent_count :].sum(axis=1)
+        outcomes = serve_each(cell, self.actions)[0][:, -known.recent_count :]
+        served = earned(outcomes, self.objective).sum(axis=1)
         self._trials += len(self.actions)
         return [a for a in range(1, len(self.actions)) if served[a] >= served[0]]
 
@@ -280,7 +286,7 @@ class _Search:
         return child
 
     def _run(self, trials: list[tuple[tuple[int, ...], int]]) -> tuple[NDArray[np.float64], ...]:
-        """(value, 1 where it reached an unseen coarse state, share of SLOs met) of action sequences on scenarios."""
+        """(value, 1 where it reached an unseen coarse state, what requests earned) of action sequences on scenarios."""
         policy, rollouts, count = self.policy, self.rollouts, len(trials)
         actions = np.zeros((rollouts.trials_count, LEVELS), np.int64)
         ends_s = np.zeros(rollouts.trials_count)  # those not in use do not run
@@ -288,7 +294,8 @@ class _Search:
             rollouts.start(trial, scenario)
             actions[trial] = (*path, *(path[-1],) * (LEVELS - len(path)))
             ends_s[trial] = policy._ends_s[scenario]
-        before = rollouts.env[:count].copy()
+        before, guarded = rollouts.env[:count].copy(), policy.objective == Objective.GUARDED
+        lost = -rollouts.beyond_guard_count()[:count] if guarded else np.zeros(count, np.int64)
         is_new = np.zeros(count)
         for level in range(LEVELS if policy.beyond else 1):
             rollouts.hold(policy._rows[actions[:, level]])
@@ -304,7 +311,9 @@ class _Search:
         self.count += count
         env = rollouts.env[:count]
         requests = np.maximum(env["requests_count"], 1)
-        met = (env["slo_met_count"] - before["slo_met_count"] + served) / requests
+        if guarded:
+            lost += rollouts.beyond_guard_count()[:count]
+        met = (env["slo_met_count"] - before["slo_met_count"] + served - lost) / requests
         present_s = (env["present_s"] - before["present_s"]) / requests
         return met - TIE_BREAK * present_s / (1 + present_s), is_new, met
 
@@ -320,7 +329,7 @@ class _Search:
 def portfolio(constant: BestConstant, system: Tables, training: Workload) -> list[Knobs]:
     """The best constant setting, then, of all that its search tried (the heuristics' are among them), one at a time the
     one that most raises what the best of the chosen reaches in each part of the earlier requests, at each load."""
-    key = key_of(system, training, constant.slo)
+    key = constant.objective + key_of(system, training, constant.slo)
     if key not in _portfolios:
         tried = [
             Knobs(**{str(name): type(levels[0])(row[name]) for name, levels in constant.grid.items()})
@@ -329,7 +338,8 @@ def portfolio(constant: BestConstant, system: Tables, training: Workload) -> lis
         tried = [constant.knobs, *(knobs for knobs in tried if knobs != constant.knobs)]
         cells = [Case(system, training.at_load(load), constant.slo) for load in LOADS]
         count = min(PARTS, len(training))
-        parts = [part for cell in cells for part in np.array_split(serve_each(cell, tried)[0], count, axis=1)]
+        outcomes = [earned(serve_each(cell, tried)[0], constant.objective) for cell in cells]
+        parts = [part for each in outcomes for part in np.array_split(each, count, axis=1)]
         goodput = np.stack([part.mean(axis=1) for part in parts], axis=1)  # (S, LOADS x PARTS)
         chosen, reached = [0], goodput[0]
         while len(chosen) < ACTIONS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,9 @@ from l3env.errors import L3EnvError
 
 Names = Annotated[str, typer.Option(help="Names with commas between.")]
 CELL = ("system", "model", "trace")
+ObjectiveName = Annotated[
+    str, typer.Option("--objective", help="guarded: who waits beyond the guard costs what a met SLO earns; or plain.")
+]
 Traces = Annotated[list[str], typer.Option("--trace", help="A trace spec; several times for several.")]
 
 
@@ -41,6 +45,7 @@ def tune(
     requests: Annotated[int | None, typer.Option(help="At most so many requests of each window.")] = None,
     random: Annotated[int, typer.Option(help="Random settings before the coordinate search.")] = 64,
     seed: int = 0,
+    objective: ObjectiveName = "guarded",
     out: Annotated[
         Path | None, typer.Option(callback=file_out, help="JSON file for the setting, its cells and this command.")
     ] = None,
@@ -49,34 +54,28 @@ def tune(
 ) -> None:
     """Searches the best fixed knobs: of one cell, or one setting for many systems, models, traces and loads."""
     announce_compilation()
-    from l3env.experiments.train.windows import in_window
-    from l3env.machine.pair import compile_pair
-    from l3env.requests.registry import load_trace
-    from l3env.runs.content import sha256, sources_sha256
-    from l3env.runs.saturation import load_at_capacity
-    from l3env.search import tune as search
+    import pandas as pd
 
+    from l3env.runs.content import sha256, sources_sha256
+    from l3env.search import tune as search
+    from l3env.search.objective import objective_of
+
+    wanted = objective_of(objective)
     loads = numbers(utilization, "--utilization")
-    windows = {each: load_trace(in_window(each, window)) for each in trace}
-    rows: list[dict[str, Any]] = []
-    cases = []
-    for each in itertools.product(names(system, "--system"), names(model, "--model"), trace):
-        tables = compile_pair(*each[:2])
-        workload = windows[each[2]] if requests is None else windows[each[2]].head(requests)
-        full = load_at_capacity(tables, workload)
-        cases += [search.Case(tables, workload.at_load(load * full)) for load in loads]
-        rows += [dict(zip((*CELL, "utilization"), (*each, load), strict=True)) for load in loads]
-    follows_from = [[case.tables.system, case.tables.model, case.workload] for case in cases], random, seed
+    places = itertools.product(names(system, "--system"), names(model, "--model"), trace)
+    rows, cases = _cases(list(places), window, requests, loads)
+    follows_from = [[case.tables.system, case.tables.model, case.workload] for case in cases], random, seed, objective
     content = sha256([*follows_from, sources_sha256(Path(search.__file__))])
     result = None if out is None or fresh else _tuned_before(out, content)
     say_taken(result is not None, 1, out)
     if result is None:
         with progress_bar("tuning") as progress:
-            found = search.tune(cases, random_count=random, seed=seed, progress=progress)
-        goodputs = found.goodput_frac.tolist()
+            found = search.tune(cases, objective=wanted, random_count=random, seed=seed, progress=progress)
+        earned = pd.DataFrame({"goodput_frac": found.goodput_frac, "guarded_frac": found.guarded_frac})
         result = {
             "knobs": found.knobs.to_json(),
-            "cells": [row | {"goodput_frac": goodput} for row, goodput in zip(rows, goodputs, strict=True)],
+            "objective": objective,
+            "cells": [row | of for row, of in zip(rows, earned.to_dict("records"), strict=True)],
             "tried_count": len(found.tried),
             "window": window,
             "requests": requests,
@@ -91,6 +90,28 @@ def tune(
         return
     _print_setting(result)
     say(f"{result['tried_count']} settings tried" + (f"; written: {out}" if out else ""))
+
+
+def _cases(
+    places: list[tuple[str, str, str]], window: str, requests_count: int | None, loads: Sequence[float]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """What results say of each system, model, trace and load, and what is searched on."""
+    from l3env.experiments.train.windows import in_window
+    from l3env.machine.pair import compile_pair
+    from l3env.requests.registry import load_trace
+    from l3env.runs.saturation import load_at_capacity
+    from l3env.search.tune import Case
+
+    windows = {trace: load_trace(in_window(trace, window)) for trace in dict.fromkeys(each[2] for each in places)}
+    rows: list[dict[str, Any]] = []
+    cases: list[Any] = []
+    for each in places:
+        tables = compile_pair(each[0], each[1])
+        workload = windows[each[2]] if requests_count is None else windows[each[2]].head(requests_count)
+        full = load_at_capacity(tables, workload)
+        cases += [Case(tables, workload.at_load(load * full)) for load in loads]
+        rows += [dict(zip((*CELL, "utilization"), (*each, load), strict=True)) for load in loads]
+    return rows, cases
 
 
 def _tuned_before(path: Path, content: str) -> dict[str, Any] | None:
@@ -111,11 +132,9 @@ def _write_setting(path: Path, result: dict[str, Any]) -> None:
 
 def _print_setting(result: dict[str, Any]) -> None:
     show_table(("knob", "value"), [(name, str(value)) for name, value in result["knobs"].items()])
-    table = [
-        (*(row[name] for name in CELL), f"{row['utilization']:g}", f"{row['goodput_frac']:.3f}")
-        for row in result["cells"]
-    ]
-    show_table((*CELL, "utilization", "goodput"), table)
+    shown = (("utilization", "g"), ("goodput_frac", ".3f"), ("guarded_frac", ".3f"))
+    table = [(*(row[name] for name in CELL), *(f"{row[n]:{form}}" for n, form in shown)) for row in result["cells"]]
+    show_table((*CELL, "utilization", "goodput", "guarded"), table)
 
 
 def evaluate(
@@ -130,6 +149,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Seed 0 is the window itself, the others are resampled within it.")] = 5,
     training_window: Annotated[str, typer.Option(help="What best-constant is searched on.")] = "0%:60%",
     window: Annotated[str, typer.Option(help="Part of each trace's span that is served.")] = "60%:100%",
+    objective: ObjectiveName = "guarded",
     jobs: Annotated[int, typer.Option("--jobs", "-j", "--workers", help="Runs at a time; -1: one a core.")] = -1,
     out: Results = None,
     fresh: Fresh = False,
@@ -142,7 +162,9 @@ def evaluate(
     from l3env.experiments.learning.scenarios import Scenario
     from l3env.runs.store import Store
     from l3env.runs.workers import Workers
+    from l3env.search.objective import objective_of
 
+    wanted = objective_of(objective)
     networks = evaluation.networks_of(",".join(names(run, "RUN")))
     opponents = evaluation.baselines_of(",".join(names(baselines, "--baselines")))
     places = _places(networks[0], system, model, trace)
@@ -160,6 +182,7 @@ def evaluate(
             networks,
             opponents,
             seeds_count=seeds,
+            objective=wanted,
             store=store,
             workers=Workers(count=jobs),
             progress=progress,

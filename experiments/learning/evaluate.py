@@ -8,13 +8,14 @@ from typing import Any
 
 from l3env.errors import L3EnvError
 from l3env.experiments.learning.iqm import summarise
-from l3env.experiments.learning.scenarios import Judged, Scenario, judge
+from l3env.experiments.learning.scenarios import Judged, Scenario, judge, tuned_for
 from l3env.policies.learned_ppo import FILE
 from l3env.policy.protocol import Role
 from l3env.policy.registry import policies_of, policy_names
 from l3env.runs.jobs import Progress
 from l3env.runs.store import Store
 from l3env.runs.workers import HERE, Workers
+from l3env.search.objective import Objective
 
 BASELINES = ("best-constant", "best-constant-global")  # constants besides the heuristics
 LEARNED = "learned"
@@ -60,6 +61,7 @@ def evaluate(
     baselines: Sequence[str],
     *,
     seeds_count: int = 5,
+    objective: Objective = Objective.GUARDED,
     store: Store | None = None,
     workers: Workers = HERE,
     progress: Progress | None = None,
@@ -67,6 +69,6 @@ def evaluate(
     """(figures as ``--json`` prints them, all rows)."""
     if len({scenario.key for scenario in scenarios}) != len(scenarios):
         raise L3EnvError("evaluation: a scenario is there twice")
-    policies = {LEARNED: tuple(networks)} | {name: (name,) for name in baselines}
+    policies = {LEARNED: tuple(networks)} | {name: (tuned_for(name, objective),) for name in baselines}
     found = judge(scenarios, policies, seeds_count, store=store, workers=workers, progress=progress)
-    return summarise(found.rows, LEARNED, [name for name in baselines if name in heuristics()]), found
+    return summarise(found.rows, LEARNED, [name for name in baselines if name in heuristics()], objective), found

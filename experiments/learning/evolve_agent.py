@@ -22,13 +22,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.envs.requests import ServingRequestsVectorEnv
-from l3env.experiments.learning.evolve import UTILIZATIONS, Task, begun, keep, log_generation, losses_of, tasks_of
+from l3env.experiments.learning.evolve import (
+    UTILIZATIONS,
+    Task,
+    begun,
+    check_objective,
+    keep,
+    log_generation,
+    losses_of,
+    tasks_of,
+)
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES
-from l3env.experiments.learning.scenarios import TRAINING_WINDOW
+from l3env.experiments.learning.scenarios import TRAINING_WINDOW, add_objective
 from l3env.experiments.train.windows import in_window
 from l3env.files import write_text
 from l3env.policies.requests_agent import GENES, INTERVAL_S, SCORES, SETTINGS, START, VISIBLE, Agent, weights_of
 from l3env.runs.driver import warm_up
+from l3env.search.objective import FIGURES, Objective
 
 VARIANTS = {
     "all": GENES,
@@ -72,23 +82,40 @@ def training_envs(system: str, model: str, trace: str, num_envs: int) -> Serving
     return environment(num_envs, episode_requests=count, **where)
 
 
-def try_out(task: Task, candidates: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(P, genes) -> (share of requests that met their SLO, mean time in the system (s)), (P,) each."""
+def try_out(
+    task: Task, candidates: NDArray[np.float64], objective: Objective = Objective.GUARDED
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(P, genes) -> (what a request earns, mean time in the system (s)), (P,) each."""
     place = task.scenario
     envs = training_envs(place.system, place.model, place.trace, len(candidates))
     seed = int(task.begin_frac * 2**31)  # draws where the stretch begins, and the replica
     metrics, present_s = serve(envs, Agent(candidates), {"utilization": place.utilization}, seed)
-    return np.array([each["slo_attainment_frac"] for each in metrics]), present_s
+    return np.array([each[FIGURES[objective]] for each in metrics]), present_s
 
 
-def search(out: Path, variant: str, generations: int, population: int, seed: int, seconds: float) -> None:
+def search(
+    out: Path,
+    variant: str,
+    generations: int,
+    population: int,
+    seed: int,
+    seconds: float,
+    objective: Objective = Objective.GUARDED,
+) -> None:
     """Runs, or goes on, until the generations are done or the time is up."""
     out.mkdir(parents=True, exist_ok=True)
     kept = out / "search.pkl"
+    check_objective(out / "requests-agent.json", objective)
     start = weights_of(START)
     searched = np.array([GENES.index(name) for name in VARIANTS[variant]])
     strategy = begun(kept, start[searched], SPREAD, population, seed)
-    config = {"variant": variant, "seed": seed, "population": population, "training_window": TRAINING_WINDOW}
+    config = {
+        "objective": objective,
+        "variant": variant,
+        "seed": seed,
+        "population": population,
+        "training_window": TRAINING_WINDOW,
+    }
     config |= {"systems": SYSTEMS, "models": MODELS, "traces": TRACES, "utilizations": UTILIZATIONS}
     config |= {"visible": VISIBLE, "interval_s": INTERVAL_S, "stretch_requests": STRETCH_REQUESTS}
     begin_s = time.monotonic()
@@ -97,13 +124,14 @@ def search(out: Path, variant: str, generations: int, population: int, seed: int
         asked = strategy.ask()
         tried = np.tile(start, (population + 1, 1))
         tried[:, searched] = [*asked, strategy.mean]
-        met, present_s = (np.array(each) for each in zip(*(try_out(task, tried) for task in tasks), strict=True))
-        strategy.tell(asked, losses_of(met[:, :-1], present_s[:, :-1]))
+        found_each = (try_out(task, tried, objective) for task in tasks)
+        earned, present_s = (np.array(each) for each in zip(*found_each, strict=True))
+        strategy.tell(asked, losses_of(earned[:, :-1], present_s[:, :-1]))
         keep(kept, strategy)
         found = start.copy()
         found[searched] = strategy.mean
         write_agent(out / "requests-agent.json", found, config | {"generations": int(strategy.countiter)})
-        log_generation(out, strategy, met, begin_s)
+        log_generation(out, strategy, earned, begin_s)
 
 
 def write_agent(path: Path, weights: NDArray[np.float64], config: Mapping[str, object]) -> None:
@@ -121,9 +149,11 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the generation that reaches it")
+    add_objective(parser)
     given = parser.parse_args()
     warm_up()
-    search(given.out, given.variant, given.generations, given.population, given.seed, given.seconds)
+    numbers = given.generations, given.population, given.seed, given.seconds
+    search(given.out, given.variant, *numbers, Objective(given.objective))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from typing import Any
 
 from l3env.cli.shared import err, progress_bar, say_taken
 from l3env.experiments.learning.evaluate import baselines_of, evaluate, networks_of
-from l3env.experiments.learning.scenarios import Scenario
+from l3env.experiments.learning.scenarios import Scenario, add_objective
 from l3env.files import write_text
 from l3env.runs.store import Store
 from l3env.runs.workers import Workers
+from l3env.search.objective import Objective
 
 SYSTEMS = ("l3-dgx-a100", "hbm-pim-dgx-a100", "gpu-dgx-a100")
 MODELS = ("gpt-175b", "qwen-72b")
@@ -51,7 +52,7 @@ def table(figures: dict[str, Any]) -> str:
     """The whole result as Markdown: interquartile means first, then every cell, losses included."""
     counts = f"{figures['cells_count']} cells, {figures['seeds_count']} seeds"
     lines = [
-        f"{counts}. Goodput of `{figures['policy']}` over that of:",
+        f"{counts}. {figures['objective'].capitalize()} goodput of `{figures['policy']}` over that of:",
         "",
         "| opponent | IQM | 95 % interval | worst cell |",
         "| --- | ---: | ---: | ---: |",
@@ -90,6 +91,7 @@ def main() -> None:
     for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
         parser.add_argument(f"--{name}", nargs="+", default=default)
     parser.add_argument("--utilizations", nargs="+", type=float, default=UTILIZATIONS)
+    add_objective(parser)
     given = parser.parse_args()
     store = Store(given.out)
     store.begin()
@@ -99,6 +101,7 @@ def main() -> None:
             networks_of(given.learned),
             baselines_of(given.baselines),
             seeds_count=given.seeds,
+            objective=Objective(given.objective),
             store=store,
             workers=Workers(count=given.workers),
             progress=progress,

@@ -1,4 +1,4 @@
-"""Goodput of a policy over that of its opponents: interquartile means with bootstrap intervals.
+"""Goodput of a policy, guarded or plain, over that of its opponents: interquartile means with bootstrap intervals.
 
 As Agarwal et al. (NeurIPS 2021, arXiv 2108.13264) recommend: the mean of the middle half of all ratios, cells x seeds,
 and its 95 % interval from a bootstrap that draws seeds anew within each cell (stratified).
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from l3env.errors import L3EnvError
+from l3env.search.objective import FIGURES, Objective
 
 CELL = ["system", "model", "trace", "utilization"]
-GOODPUT = "slo_attainment_frac"
 TRIM_FRAC = 0.25
 POLICIES = {
     "l3": "l3",
@@ -55,15 +55,21 @@ def interval(ratios: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def summarise(rows: Sequence[dict[str, Any]], learned: str, heuristics: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    rows: Sequence[dict[str, Any]],
+    learned: str,
+    heuristics: Sequence[str],
+    objective: Objective = Objective.GUARDED,
+) -> dict[str, Any]:
     """The figures of ``l3env evaluate --json``.
 
     Args:
         rows: one per cell, policy and seed.
         learned: the policy that is judged.
         heuristics: those that ``best heuristic`` is chosen among, in each cell by its mean goodput over seeds.
+        objective: what goodput is here: guarded (below one request's share it counts as that) or plain.
     """
-    goodput, requests_count, cells = _arrays(rows)
+    goodput, requests_count, cells = _arrays(rows, FIGURES[objective])
     ours = goodput[learned]
     known = [name for name in heuristics if name in goodput]
     opponents = {name: goodput[policy] for name, policy in POLICIES.items() if policy in goodput}
@@ -73,9 +79,10 @@ def summarise(rows: Sequence[dict[str, Any]], learned: str, heuristics: Sequence
         best = np.argmax(means, axis=0)
         best_names = [known[k] for k in best]
         opponents["best_heuristic"] = np.array([goodput[known[k]][c] for c, k in enumerate(best)])
-    floor = 1.0 / requests_count[:, None]  # one request: no ratio is infinite
+    floor = 1.0 / requests_count[:, None]  # one request: no ratio is infinite or negative
     ratios = {name: np.maximum(ours, floor) / np.maximum(theirs, floor) for name, theirs in opponents.items()}
-    figures: dict[str, Any] = {"policy": learned, "cells_count": len(cells), "seeds_count": ours.shape[1]}
+    figures: dict[str, Any] = {"policy": learned, "objective": str(objective)}
+    figures |= {"cells_count": len(cells), "seeds_count": ours.shape[1]}
     for name, ratio in ratios.items():
         low, high = interval(ratio)
         figures |= {f"iqm_vs_{name}": float(interquartile_mean(ratio)), f"iqm_vs_{name}_low": low}
@@ -91,7 +98,7 @@ def summarise(rows: Sequence[dict[str, Any]], learned: str, heuristics: Sequence
 
 
 def _arrays(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]], figure: str
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64], list[tuple[Any, ...]]]:
     """((C, S) goodput by policy, (C,) requests, cells). Raises L3EnvError where a run is missing."""
     cells = {cell: c for c, cell in enumerate(dict.fromkeys(tuple(row[name] for name in CELL) for row in rows))}
@@ -101,7 +108,7 @@ def _arrays(
     requests_count = np.ones(len(cells))
     for row in rows:
         c = cells[tuple(row[name] for name in CELL)]
-        goodput[row["policy"]][c, row["seed"]] = row[GOODPUT]
+        goodput[row["policy"]][c, row["seed"]] = row[figure]
         requests_count[c] = max(requests_count[c], row["requests_count"])
     for policy, values in goodput.items():
         if np.isnan(values).any():

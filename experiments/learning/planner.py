@@ -8,7 +8,8 @@
     python -m l3env.experiments.learning.planner --grid --training 0%:36% --window 36%:60%
 
 Cells and requests are those of ``experiments/learning/grid.py``. Finished runs are kept in ``OUT``, so an interrupted
-study goes on; the table goes to ``OUT/planner.md``. Goodput is the share of requests that meet their SLO.
+study goes on; the table goes to ``OUT/planner.md``. Goodput is the share of requests that meet their SLO, less those
+that wait beyond the guard (``--objective plain``: without these).
 """
 
 from __future__ import annotations
@@ -23,18 +24,27 @@ import pandas as pd
 
 from l3env.cli.shared import err, progress_bar, say_taken
 from l3env.experiments.learning.grid import MODELS, SYSTEMS, TRACES, UTILIZATIONS, grid_scenarios
-from l3env.experiments.learning.iqm import CELL, GOODPUT, interquartile_mean
-from l3env.experiments.learning.scenarios import EVALUATION_WINDOW, TRAINING_WINDOW, Scenario, judge
+from l3env.experiments.learning.iqm import CELL, interquartile_mean
+from l3env.experiments.learning.scenarios import (
+    EVALUATION_WINDOW,
+    TRAINING_WINDOW,
+    Scenario,
+    add_objective,
+    judge,
+    tuned_for,
+)
 from l3env.files import write_text
 from l3env.policy.protocol import Role
 from l3env.policy.registry import policies_of
 from l3env.runs.store import Store
 from l3env.runs.workers import Workers
+from l3env.search.objective import FIGURES, Objective
 
 HEURISTICS = tuple(name for name in policies_of(Role.HEURISTIC) if name != "l3")  # l3-model stands for it
 CONSTANTS = ("best-constant", "best-constant-in-order")  # the second is where the planner starts from
 HEURISTIC = "best heuristic"
 PLANNER = "rmaxts"
+LEAST = 1e-3  # that goodput counts in a ratio: guarded it may be negative
 BUDGETS = (32, 128, 512, 2048)
 STUDIED: Mapping[str, str] = {
     PLANNER: "rmaxts?simulations=512",
@@ -62,18 +72,18 @@ def studied_scenarios(utilization: float = 0.9) -> list[Scenario]:
     return [Scenario(*place, utilization) for place in places]
 
 
-def goodputs(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+def goodputs(rows: Sequence[Mapping[str, Any]], objective: Objective = Objective.GUARDED) -> pd.DataFrame:
     """(C, P) goodput by cell and policy, with the best heuristic's as ``best heuristic`` and its name."""
-    goodput = pd.DataFrame(rows).pivot(index=CELL, columns="policy", values=GOODPUT)
+    goodput = pd.DataFrame(rows).pivot(index=CELL, columns="policy", values=FIGURES[objective])
     known = [name for name in HEURISTICS if name in goodput]
     goodput[HEURISTIC] = goodput[known].max(axis=1)
     goodput["best heuristic is"] = goodput[known].idxmax(axis=1)
     return goodput
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], objective: Objective = Objective.GUARDED) -> str:
     """As Markdown: for each form of the planner its goodput over the opponents', its cost, and then every cell."""
-    goodput = goodputs(rows)
+    goodput = goodputs(rows, objective)
     frame = pd.DataFrame(rows)
     planners = [name for name in dict.fromkeys(frame["policy"]) if name.startswith(PLANNER)]
     opponents = [name for name in (*CONSTANTS, HEURISTIC) if name in goodput]
@@ -85,7 +95,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ours, own = goodput[name], frame[frame["policy"] == name]
         shown = [name, f"{ours.mean():.3f}"]
         for opponent in opponents:
-            over = (ours / goodput[opponent]).fillna(1.0)
+            over = ours.clip(lower=LEAST) / goodput[opponent].clip(lower=LEAST)
             figures = [over.mean(), interquartile_mean(over), over.min()]
             shown.append(f"{', '.join(f'{each:.3f}' for each in figures)}, {int((over < 0.98).sum())}")
         shown += [f"{own[each].mean():.0f}" for each in ("decision_ms", "simulations_mean_count", "decisions_count")]
@@ -123,7 +133,9 @@ def main() -> None:
     for name, default in (("systems", SYSTEMS), ("models", MODELS), ("traces", TRACES)):
         parser.add_argument(f"--{name}", nargs="+", default=default)
     parser.add_argument("--utilizations", nargs="+", type=float, default=UTILIZATIONS)
+    add_objective(parser)
     given = parser.parse_args()
+    objective = Objective(given.objective)
     scenarios = (
         studied_scenarios()
         if given.study
@@ -139,14 +151,14 @@ def main() -> None:
     with progress_bar("planning") as progress:
         found = judge(
             scenarios,
-            {name: (ref,) for name, ref in policies.items()},
+            {name: (tuned_for(ref, objective),) for name, ref in policies.items()},
             store=store,
             workers=Workers(count=given.workers),
             progress=progress,
         )
     say_taken(found.taken_count, len(found.rows), given.out)
-    write_text(given.out / "planner.md", table(found.rows))
-    err.print(table(found.rows), highlight=False, soft_wrap=True)
+    write_text(given.out / "planner.md", table(found.rows, objective))
+    err.print(table(found.rows, objective), highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ refers to each window's own capacity, so training and evaluation are equally loa
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from l3env.runs.plan import run_cells
 from l3env.runs.saturation import load_at_capacity
 from l3env.runs.store import Store
 from l3env.runs.workers import HERE, Workers
+from l3env.search.objective import Objective
 
 TRAINING_WINDOW, EVALUATION_WINDOW = "0%:60%", "60%:100%"
 SLOW_POLICIES = ("l3", "best-constant", "rmaxts")  # started first, so that no core waits for them at the end
@@ -30,6 +32,11 @@ SLOW_TRACE = "openr1"  # long outputs
 KEPT = (
     "slo_attainment_frac",
     "goodput_requests_per_s",
+    "guarded_attainment_frac",
+    "guarded_goodput_requests_per_s",
+    "longest_wait_s",
+    "starved_frac",
+    "beyond_guard_count",
     "requests_count",
     "finished_count",
     "rejected_count",
@@ -41,6 +48,7 @@ KEPT = (
     "tpot_p99_s",
     "makespan_s",
 )
+TUNED_FOR_ONE = ("best-constant", "best-constant-in-order", "rmaxts")  # policies that are told what requests earn
 PLANNING = ("decision_ms", "decisions_count", "simulations_mean_count", "deviations_frac")  # where a policy has them
 
 Row = dict[str, Any]
@@ -117,6 +125,20 @@ def judge(
         row |= {"policy": name, "seed": seed} | {each: figures[each] for each in KEPT}
         rows.append(row | {each: figures[each] for each in PLANNING if each in figures} | {"wall_s": done[cell].wall_s})
     return Judged(rows, ended.taken_count)
+
+
+def add_objective(parser: argparse.ArgumentParser) -> None:
+    """The option that says what requests earn."""
+    text = "guarded: who waits beyond the guard costs as much as a met SLO earns; plain: it costs nothing"
+    parser.add_argument("--objective", choices=[*map(str, Objective)], default="guarded", help=text)
+
+
+def tuned_for(ref: str, objective: Objective) -> str:
+    """The reference of a policy that is tuned or planned for an objective where it is one that can be."""
+    base, mark, _ = ref.partition("?")
+    if base not in TUNED_FOR_ONE or objective == Objective.GUARDED or "objective=" in ref:
+        return ref
+    return f"{ref}{'&' if mark else '?'}objective={objective}"
 
 
 def _is_quick(cell: Cell) -> tuple[bool, bool]:

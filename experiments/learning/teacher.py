@@ -100,7 +100,8 @@ def tuned(source: Source, i: int) -> Row:
         rounds_count=ROUNDS_COUNT,
         seed=i,
     )
-    fair = found.tried[found.tried["goodput_frac"] >= GOOD_ENOUGH * found.goodput_frac.mean()]
+    best = found.guarded_frac.mean()
+    fair = found.tried[found.tried["guarded_frac"] >= best - (1 - GOOD_ENOUGH) * abs(best)]
     others = fair.sample(min(OTHERS_COUNT, len(fair)), random_state=i)
     return {
         "i": i,

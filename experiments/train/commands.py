@@ -35,7 +35,7 @@ def train(
     hyperparams: Annotated[Path | None, typer.Option(help="YAML with what differs from the algorithm's own.")] = None,
     episode_requests: Annotated[int, typer.Option(help="Requests of an episode.")] = 500,
     interval_s: Annotated[float, typer.Option(help="Simulated seconds between decisions.")] = 1.0,
-    reward: Annotated[str, typer.Option(help="A reward by name.")] = "goodput",
+    reward: Annotated[str, typer.Option(help="A reward by name.")] = "guarded-goodput",
     action_knobs: Annotated[
         str | None, typer.Option(help="Knobs that an action sets; commas. By default seven.")
     ] = None,
@@ -62,10 +62,11 @@ def train(
     from l3env.experiments.learning.pictures import learning_curve
 
     learning_curve([out], out / "learning_curve.png")
-    top = max(rows, key=lambda row: row["goodput_frac"])
+    column = training.CHOOSES[wanted.objective]
+    top = max(rows, key=lambda row: row[column])
     stdout.print(
-        f"best goodput on the validation window: {top['goodput_frac']:.3f} after {int(top['steps']):,} steps "
-        f"(untrained {rows[0]['goodput_frac']:.3f})",
+        f"best {wanted.objective} goodput on the validation window: {top[column]:.3f} "
+        f"after {int(top['steps']):,} steps (untrained {rows[0][column]:.3f})",
         soft_wrap=True,
     )
     say(f"written: {best}; learning curve: {out}/learning_curve.png; curves: tensorboard --logdir {out}/tensorboard")

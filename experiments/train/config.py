@@ -14,6 +14,7 @@ from l3env.cli.options import option, tuple_of
 from l3env.cli.shared import names, numbers
 from l3env.errors import L3EnvError
 from l3env.experiments.train.windows import in_window
+from l3env.search.objective import objective_of
 
 HYPERPARAMS = Path(__file__).parent / "hyperparams"
 ALGORITHMS = ("ppo", "maskable-ppo", "a2c", "dqn", "grpo")
@@ -32,6 +33,7 @@ class TrainConfig:
         total_steps: environment steps, all environments together.
         checkpoint_steps, eval_steps: environment steps between checkpoints and between evaluations.
         eval_episodes: episodes of an evaluation, the same ones each time.
+        objective: what chooses the best model: guarded or plain goodput, see ``search.objective``.
         init: an exported network (``.npz``) to start from, or None.
         value_warmup_rollouts: first rollouts that teach the value function alone, where ``init`` gave the policy.
         hyperparams: of the algorithm, resolved.
@@ -53,6 +55,7 @@ class TrainConfig:
     checkpoint_steps: int = option(100_000, "Environment steps between checkpoints.")
     eval_steps: int = option(100_000, "Environment steps between evaluations.")
     eval_episodes: int = option(32, "Episodes of an evaluation.")
+    objective: str = option("guarded", "What chooses the best model: guarded or plain goodput.")
     seed: int = option(0, "Of the run.")
     init: str | None = option(None, "Network (.npz) to start from, e.g. an imitated one.")
     value_warmup_rollouts: int = option(
@@ -63,6 +66,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.algo not in ALGORITHMS:
             raise L3EnvError(f"--algo {self.algo!r}; expected one of {', '.join(ALGORITHMS)}")
+        objective_of(self.objective)
         for name in ("systems", "models", "traces"):
             if not getattr(self, name):
                 raise L3EnvError(f"training: {name} is empty; expected at least one")
@@ -86,7 +90,7 @@ class TrainConfig:
     @classmethod
     def from_yaml(cls, path: Path) -> TrainConfig:
         """The inverse of ``to_yaml``. Raises L3EnvError naming the file."""
-        raw = read_yaml(path)
+        raw = {"objective": "plain"} | read_yaml(path)  # runs that do not say so chose by plain goodput
         try:
             tuples: dict[str, Any] = {
                 name: tuple(raw[name]) for name in ("systems", "models", "traces", "utilization") if name in raw

@@ -12,8 +12,9 @@ import yaml
 
 from l3env.errors import L3EnvError
 from l3env.experiments.train.config import TrainConfig
-from l3env.experiments.train.run import evaluations, train
+from l3env.experiments.train.run import CHOOSES, evaluations, train
 from l3env.files import write_text
+from l3env.search.objective import objective_of
 
 STEPS_FRAC = 0.1  # of the run's steps, in each trial
 SPACE: dict[str, Callable[[optuna.Trial], Any]] = {
@@ -56,7 +57,8 @@ def optimise(
         changed = _chosen(config, names, trial)
         short = replace(config, total_steps=steps, eval_steps=steps, checkpoint_steps=steps, hyperparams=changed)
         train(short, out / "trials" / str(trial.number))
-        return max(row["goodput_frac"] for row in evaluations(out / "trials" / str(trial.number)))
+        column = CHOOSES[objective_of(config.objective)]
+        return max(row[column] for row in evaluations(out / "trials" / str(trial.number)))
 
     left = trials_count - len([each for each in study.trials if each.state.is_finished()])
     if left > 0:

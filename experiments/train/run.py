@@ -27,6 +27,7 @@ from l3env.experiments.train.config import TrainConfig, read_yaml
 from l3env.experiments.train.export import export
 from l3env.files import whole, write_text
 from l3env.policy.levels import levels_of
+from l3env.search.objective import FIGURES, Objective, objective_of
 
 CHECKPOINT = "checkpoint.pkl"
 EVAL_SEED = 1_000_000  # of the validation episodes: common random numbers between evaluations and runs
@@ -76,7 +77,7 @@ def train(config: TrainConfig, out: Path, *, command: str = "", progress: Progre
 
 
 def evaluations(out: Path) -> list[dict[str, float]]:
-    """Rows of ``evaluations.csv``: steps, goodput_frac, standard_error, wall_s."""
+    """Rows of ``evaluations.csv``: steps, goodput_frac, guarded_frac, standard_error (of what chooses), wall_s."""
     table = pd.read_csv(out / "evaluations.csv")
     return [{name: float(row[name]) for name in table.columns} for _, row in table.iterrows()]
 
@@ -86,7 +87,7 @@ def _check_same(out: Path, config: TrainConfig) -> None:
     path = out / "config.yml"
     if not (path.exists() and (out / CHECKPOINT).exists()):
         return
-    known, wanted = read_yaml(path), yaml.safe_load(config.to_yaml())
+    known, wanted = {"objective": "plain"} | read_yaml(path), yaml.safe_load(config.to_yaml())
     other = [
         f"{name} was {known.get(name)!r} and is {value!r}"
         for name, value in wanted.items()
@@ -174,7 +175,7 @@ class Keeper(BaseCallback):
     def _on_rollout_start(self) -> None:
         steps = self.num_timesteps
         if self.progress is not None:
-            text = f"goodput {self.memory.best:.3f} at best" if self.memory.evaluations else ""
+            text = f"{self.config.objective} goodput {self.memory.best:.3f} at best" if self.memory.evaluations else ""
             self.progress(steps, self.config.total_steps, text)
         if self.memory.evaluated_steps < 0 or steps - self.memory.evaluated_steps >= self.config.eval_steps:
             self._evaluate()
@@ -200,16 +201,20 @@ class Keeper(BaseCallback):
         self.model.save(self.out / "last_model.zip")
 
     def _evaluate(self) -> None:
-        goodput = evaluate(self.model, self.eval_env)
+        found = evaluate(self.model, self.eval_env)
+        goodput = found[objective_of(self.config.objective)]
         memory = self.memory
         memory.evaluated_steps = self.num_timesteps
         memory.wall_s = time.perf_counter() - self._start_s
         error = float(goodput.std(ddof=1) / np.sqrt(goodput.size)) if goodput.size > 1 else 0.0
         mean = float(goodput.mean())
-        row = {"steps": self.num_timesteps, "goodput_frac": mean, "standard_error": error, "wall_s": memory.wall_s}
+        row = {"steps": self.num_timesteps, "goodput_frac": float(found[Objective.PLAIN].mean())}
+        row |= {"guarded_frac": float(found[Objective.GUARDED].mean())}
+        row |= {"standard_error": error, "wall_s": memory.wall_s}
         memory.evaluations.append(row)
         write_text(self.out / "evaluations.csv", pd.DataFrame(memory.evaluations).to_csv(index=False))
-        self.logger.record("eval/goodput_frac", mean)
+        for name in ("goodput_frac", "guarded_frac"):
+            self.logger.record(f"eval/{name}", row[name])
         if mean > memory.best:
             memory.best = mean
             self._write_best()
@@ -225,6 +230,7 @@ class Keeper(BaseCallback):
             "steps": self.num_timesteps,
             "command": self.command,
             "validation_goodput_frac": self.memory.best,
+            "objective": config.objective,
             "training": json.loads(json.dumps(config.__dict__)),
         }
         masked = config.algo in algorithms.MASKED
@@ -246,14 +252,19 @@ def interval_of(config: TrainConfig) -> float:
     return 0.0 if decision == "iteration" else float(config.env.get("interval_s", 1.0))
 
 
-def evaluate(model: Any, env: ServingVecEnv) -> Any:
-    """(E,) goodput of the first episode of each environment, greedy, always the same requests."""
+CHOOSES = {Objective.GUARDED: "guarded_frac", Objective.PLAIN: "goodput_frac"}
+"""The column of ``evaluations.csv`` that an objective is."""
+
+
+def evaluate(model: Any, env: ServingVecEnv) -> dict[Objective, Any]:
+    """(E,) guarded and plain goodput of the first episode of each environment, greedy, always the same requests."""
     env.seed(EVAL_SEED)
     obs = env.reset()
-    goodput = np.full(env.num_envs, np.nan)
-    while np.isnan(goodput).any():
+    goodput = {objective: np.full(env.num_envs, np.nan) for objective in FIGURES}
+    while np.isnan(goodput[Objective.PLAIN]).any():
         obs, _, dones, infos = env.step(algorithms.act(model, obs, env.action_masks()))
         for e in np.flatnonzero(dones).tolist():
-            if np.isnan(goodput[e]):
-                goodput[e] = infos[e]["metrics"]["slo_attainment_frac"]
+            if np.isnan(goodput[Objective.PLAIN][e]):
+                for objective, figure in FIGURES.items():
+                    goodput[objective][e] = infos[e]["metrics"][figure]
     return goodput

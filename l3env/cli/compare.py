@@ -12,6 +12,7 @@ from l3env.cli.shared import (
     Jobs,
     Json,
     Model,
+    Patience,
     PrefixCache,
     Results,
     SloForm,
@@ -68,6 +69,7 @@ def compare(
         str | None, typer.Option(help="Earlier requests to learn from; by default the first fifth.")
     ] = None,
     prefix_cache: PrefixCache = "off",
+    patience: Patience = None,
     config: Annotated[Path | None, typer.Option(help="A config.json of an earlier run: repeats it.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -97,6 +99,7 @@ def compare(
             slo=asked_slo(context),
             training=training,
             prefix_cache=prefix_cache,
+            patience_s=patience,
         )
     run_and_report(wanted, out, as_json, fresh=fresh, jobs=jobs)
 

@@ -57,6 +57,7 @@ TtftLimit = Annotated[float | None, typer.Option(help="SLO: TTFT in seconds inst
 TbtLimit = Annotated[float | None, typer.Option(help="SLO: mean time between tokens in seconds instead.")]
 SloForm = Annotated[str, typer.Option(help="SLO on tokens: mean-tbt, p99-gap or token-deadlines.")]
 PrefixCache = Annotated[str, typer.Option(help="Share KV of equal prompt beginnings: off, lru, lfu, tree or score.")]
+Patience = Annotated[float | None, typer.Option(help="Seconds without a first token until a client leaves.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Runs at a time; -1: one a core.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")]
 SHOWN_FAILURES = 5

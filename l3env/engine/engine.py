@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from l3env.choices import Eviction, SloForm, Status
 from l3env.engine import state as st
 from l3env.engine.kernels import look, plan, run
+from l3env.engine.kernels import slo as limits
 from l3env.engine.kernels.plan import Fault
 from l3env.engine.kernels.run import Stop, Until
 from l3env.engine.kernels.scores import set_scores
@@ -81,6 +82,13 @@ def draft_classes(acceptance_frac: NDArray[np.float64]) -> NDArray[np.int8]:
     return np.floor(acceptance_frac * st.DRAFT_STEPS + dither).clip(0, st.DRAFT_STEPS).astype(np.int8)
 
 
+def patience_of(given: float | None) -> float | None:
+    """Seconds, or None. Raises WorkloadError for anything but a finite number > 0."""
+    if given is not None and not 0 < given < np.inf:
+        raise WorkloadError(f"patience_s = {given}; expected a number of seconds > 0, or None")
+    return given
+
+
 class Engine:
     """E environments of up to N requests each, over one or more compiled (system, model) pairs.
 
@@ -134,6 +142,7 @@ class Engine:
         slo: Slo | None = None,
         predicted_tokens: NDArray[np.int64] | None = None,
         acceptance_frac: NDArray[np.float64] | None = None,
+        patience_s: float | None = None,
     ) -> None:
         """Puts a workload into environment ``e``, clock at 0.
 
@@ -141,14 +150,17 @@ class Engine:
             predicted_tokens: (N,) predicted output tokens for the policies that order or reserve by them.
             acceptance_frac: (N,) share of each request's guessed tokens that hold, where the model guesses; by default
                 the model's for all.
+            patience_s: after so many seconds without a first token a client leaves; None: never.
 
         Raises:
-            WorkloadError: more requests than the capacity, or prefix ids that do not fit their prompts.
+            WorkloadError: more requests than the capacity, a patience that is none, or prefix ids that do not fit their
+                prompts.
         """
         capacity = self.state.req.shape[1]
         count = len(workload)
         if count > capacity:
             raise WorkloadError(f"{workload.name}: {count} requests; this engine was made for at most {capacity}")
+        patience = patience_of(patience_s)
         found = self._segments(table_idx, workload)
         for array in st.arrays(self.state):
             array[e : e + 1].view(np.uint8)[...] = 0  # as bytes: records would be set field by field
@@ -167,10 +179,7 @@ class Engine:
         if predicted_tokens is not None:
             req["predicted_tokens"][e, :count] = np.clip(predicted_tokens, 1, 2**30)
         self.state.truth[e, :count] = workload.output_tokens
-        model = self.pairs[table_idx].model
-        if model.draft_modules_count:
-            chosen = np.full(count, model.draft_acceptance_frac) if acceptance_frac is None else acceptance_frac
-            req["draft_class"][e, :count] = draft_classes(chosen)
+        self._set_drafts(e, count, table_idx, acceptance_frac)
         wanted = slo or Slo()
         self.set_limits(e, workload, wanted, table_idx=table_idx)
         self.state.env["slo_form"][e] = SLO_FORMS[wanted.form]
@@ -179,9 +188,17 @@ class Engine:
         self.state.env["table_idx"][e] = table_idx
         self._set_rules(e, table_idx)
         self.state.env["requests_count"][e] = count
+        self.state.env["patience_s"][e] = 0.0 if patience is None else patience
         if found is not None:
             self._add_prefixes(e, np.arange(count), workload, found)
         run.open_environment(self.tables, self.state, e)
+
+    def _set_drafts(self, e: int, count: int, table_idx: int, acceptance_frac: NDArray[np.float64] | None) -> None:
+        """Writes how often guessed tokens hold, where the model guesses."""
+        model = self.pairs[table_idx].model
+        if model.draft_modules_count:
+            chosen = np.full(count, model.draft_acceptance_frac) if acceptance_frac is None else acceptance_frac
+            self.state.req["draft_class"][e, :count] = draft_classes(chosen)
 
     def _set_rules(self, e: int, table_idx: int) -> None:
         """Writes by which rules the serving engine of a pair schedules."""
@@ -229,8 +246,9 @@ class Engine:
             Indices of the new requests.
 
         Raises:
-            WorkloadError: more requests than the capacity, a dependent one, or an SLO on the 99th percentile of gaps,
-                which is counted by the limits of the workload that the environment was opened with.
+            WorkloadError: more requests than the capacity, a dependent one, clients with patience, who leave in order
+                of arrival, or an SLO on the 99th percentile of gaps, which is counted by the limits of the workload
+                that the environment was opened with.
         """
         env, req = self.state.env, self.state.req
         first, capacity = int(env["requests_count"][e]), self.state.req.shape[1]
@@ -241,6 +259,8 @@ class Engine:
             )
         if (workload.parent_idx != st.NOWHERE).any():
             raise WorkloadError(f"{workload.name}: a request depends on another; only root requests can be added")
+        if env["patience_s"][e] > 0:
+            raise WorkloadError(f"{workload.name}: requests cannot be added where clients have patience")
         if env["slo_form"][e] == SloForm.P99_GAP:
             raise WorkloadError(f"{workload.name}: requests cannot be added under an SLO of form p99-gap")
         found = self._segments(int(env["table_idx"][e]), workload)
@@ -348,6 +368,12 @@ class Engine:
     def await_work(self, first: int, last: int) -> None:
         """Environments first..last - 1 jump to the next moment with a request present, or to their ends."""
         plan.await_work(self.tables, self.state, first, last)
+
+    def beyond_guard_count(self) -> NDArray[np.int64]:
+        """(E,) requests that waited for their first token longer than the guard allows, or do so still."""
+        found = np.zeros(self.num_envs, np.int64)
+        limits.count_beyond_guard(self.state, found)
+        return found
 
     def stop(self, e: int) -> Stop:
         """How environment ``e`` stands."""

@@ -123,6 +123,10 @@ class Rollouts:
         snapshot.count_on_track(self.engine.state, found)
         return found
 
+    def beyond_guard_count(self) -> NDArray[np.int64]:
+        """(trials,) requests that waited for their first token longer than the guard allows, or do so still."""
+        return self.engine.beyond_guard_count()
+
     def hold(self, knobs: NDArray[np.void]) -> None:
         """The knobs of the trials until they are set anew: (trials,) rows of KNOB_DTYPE."""
         self.engine.knobs[:] = knobs

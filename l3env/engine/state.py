@@ -98,6 +98,11 @@ SHORT_WEIGHT = 1 / 8
 LONG_WEIGHT = 1 / 128
 FINISHED_WEIGHT = 1 / 32
 
+# no winning by starvation: who waits for the first token longer than both, and was not refused on arrival, costs as
+# much as one that meets its SLO earns
+GUARD_S = 60.0
+GUARD_TTFT_SLOS = 10.0  # times the request's own TTFT SLO
+
 NOMINAL_PROMPT_TOKENS = 1024  # of the request that stands for all where a machine is described
 
 REQUEST_DTYPE = np.dtype(
@@ -132,7 +137,7 @@ REQUEST_DTYPE = np.dtype(
         ("admitted_seq", np.int64),  # order of admission
         # what happened
         ("first_token_s", np.float64),  # NaN before
-        ("last_token_s", np.float64),  # of the last token before ``joined_clock``
+        ("last_token_s", np.float64),  # of the last token before ``joined_clock``; of who left, when
         ("finish_s", np.float64),  # NaN before
         ("preemptions_count", np.int32),
         ("slo_met", np.int8),
@@ -166,16 +171,21 @@ ENV_DTYPE = np.dtype(
         ("heaps_built", np.int64),  # bit per queue order
         ("admitted_seq", np.int64),
         ("stop", np.int64),  # see kernels.run.Stop
+        ("patience_s", np.float64),  # after which a client without a first token leaves; 0: never
+        ("entered_count", np.int64),  # entries of ``entered``, and the first of them that may still leave
+        ("patience_idx", np.int64),
         ("bad_request_idx", np.int64),  # which request an illegal plan is about
         ("drafting", np.int64),  # does this iteration's decode step verify a guessed token beside the next one?
         # what happened, summed from the start
         ("arrived_count", np.int64),
         ("finished_count", np.int64),
         ("rejected_count", np.int64),
+        ("left_count", np.int64),  # clients that lost patience
         ("rejected_context_count", np.int64),  # of these, for being longer than the model serves
         ("admitted_count", np.int64),
         ("preemptions_count", np.int64),
         ("slo_met_count", np.int64),
+        ("beyond_guard_count", np.int64),  # first tokens that came after more than the guard allows
         ("iterations_count", np.int64),
         ("output_tokens", np.int64),
         ("prefill_tokens", np.int64),  # recomputed ones included
@@ -329,6 +339,7 @@ LISTS_DTYPE = np.dtype(
         ("prefill", np.int32),  # requests in PREFILL in order of admission, first prefill_count
         ("slo_s", np.float64),  # TBT SLOs of the workload in ascending order
         ("joining", np.int32),  # requests flagged ``joining``, first joining_count
+        ("entered", np.int32),  # requests in order of arrival, where clients have patience, first entered_count
         ("leaving", np.int32),  # finished, and not known to have, first leaving_count; ``held_tokens`` are their blocks
     ],
     align=True,

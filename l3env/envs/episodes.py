@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.choices import Eviction
-from l3env.engine.engine import Engine, Slo
+from l3env.engine.engine import Engine, Slo, patience_of
 from l3env.engine.kernels.run import Until
 from l3env.engine.segments import eviction_rule
 from l3env.envs.reward import Reward, get_reward
@@ -77,6 +77,8 @@ class EpisodeOptions(TypedDict, total=False):
     """Tensor-parallel degree, by default the model's."""
     prefix_cache: str
     """The rule by which cached prompt segments are given up: "lru", "lfu" or "tree"; or "off"."""
+    patience_s: float | None
+    """After so many seconds without a first token a client leaves; None: never."""
     seed: int
     """Of the trace, where it is generated."""
 
@@ -129,6 +131,7 @@ class Episodes:
     reward: Reward
     predictor: str | None
     prefix_cache: str
+    patience_s: float | None
     _loads_at_capacity: dict[tuple[int, int], float] = field(default_factory=dict)
     _shares: dict[tuple[int, int], list[Workload]] = field(default_factory=dict)
     _predictors: dict[tuple[int, int], Policy] = field(default_factory=dict)
@@ -152,6 +155,7 @@ class Episodes:
         predictor: str | None = None,
         tp: int | None = None,
         prefix_cache: str = "off",
+        patience_s: float | None = None,
         seed: int = 0,
     ) -> Episodes:
         """From an environment's keyword arguments; see ``ServingEnv``. Raises L3EnvError for what is wrong."""
@@ -180,6 +184,7 @@ class Episodes:
             reward=chosen_reward,
             predictor=predictor,
             prefix_cache=_rule_of_an_environment(prefix_cache),
+            patience_s=patience_of(patience_s),
         )
         if utilization is not None:
             for i in range(len(traces)):
@@ -292,8 +297,14 @@ class Episodes:
 
     def open(self, engine: Engine, e: int, episode: Episode) -> None:
         """Puts an episode into environment ``e`` and goes to its first moment with a request."""
-        predicted = self.predicted(episode)
-        engine.reset(e, episode.workload, table_idx=episode.pair_idx, slo=episode.slo, predicted_tokens=predicted)
+        engine.reset(
+            e,
+            episode.workload,
+            table_idx=episode.pair_idx,
+            slo=episode.slo,
+            predicted_tokens=self.predicted(episode),
+            patience_s=self.patience_s,
+        )
         engine.await_work(e, e + 1)
 
     def predicted(self, episode: Episode) -> NDArray[np.int64] | None:

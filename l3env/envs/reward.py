@@ -22,6 +22,13 @@ def goodput(before: Totals, after: Totals) -> NDArray[np.float64]:
     return (after["slo_met_count"] - before["slo_met_count"]) / after["requests_count"]
 
 
+def guarded_goodput(before: Totals, after: Totals) -> NDArray[np.float64]:
+    """The same less those whose first token came later than the guard allows, when it comes: where every request is
+    served, it sums to ``guarded_attainment_frac``."""
+    late = after["beyond_guard_count"] - before["beyond_guard_count"]
+    return goodput(before, after) - late / after["requests_count"]
+
+
 def throughput(before: Totals, after: Totals) -> NDArray[np.float64]:
     """Output tokens emitted, in thousands."""
     return (after["output_tokens"] - before["output_tokens"]) / 1e3
@@ -33,8 +40,8 @@ def latency(before: Totals, after: Totals) -> NDArray[np.float64]:
 
 
 def slo_violations(before: Totals, after: Totals) -> NDArray[np.float64]:
-    """Minus the share of the episode's requests that finished without meeting their SLO, or were rejected."""
-    ended = after["finished_count"] - before["finished_count"] + after["rejected_count"] - before["rejected_count"]
+    """Minus the share of the episode's requests that finished without meeting their SLO, were rejected, or left."""
+    ended = sum(after[name] - before[name] for name in ("finished_count", "rejected_count", "left_count"))
     return -(ended - (after["slo_met_count"] - before["slo_met_count"])) / after["requests_count"]
 
 
@@ -45,6 +52,7 @@ def energy(before: Totals, after: Totals) -> NDArray[np.float64]:
 
 REWARDS: dict[str, Reward] = {
     "goodput": goodput,
+    "guarded-goodput": guarded_goodput,
     "throughput": throughput,
     "latency": latency,
     "slo-violations": slo_violations,

@@ -20,6 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from l3env.engine.guard import beyond_guard
 from l3env.report.names import loads_of, unique, utilization_of
 
 CONFIDENCE = 0.95
@@ -30,13 +31,14 @@ MIN_BLOCKS = 20
 MAX_BLOCKS = 100  # long blocks follow slow swings of the queue; more than some dozens of blocks add no precision
 
 GOODPUT = "goodput_requests_per_s"
-HIGHER_IS_BETTER = (GOODPUT, "slo_attainment_frac", "output_tokens_per_s", "requests_per_s")
+GUARDED = "guarded_goodput_requests_per_s"
+HIGHER_IS_BETTER = (GOODPUT, GUARDED, "slo_attainment_frac", "output_tokens_per_s", "requests_per_s")
 SEED_FIGURES = (
     *HIGHER_IS_BETTER,
     *("ttft_mean_s", "ttft_p99_s", "tbt_mean_s", "tbt_p99_s", "tpot_mean_s", "e2e_mean_s", "e2e_p99_s"),
-    *("energy_j_per_token", "gpu_busy_frac", "pim_busy_frac"),
+    *("longest_wait_s", "starved_frac", "energy_j_per_token", "gpu_busy_frac", "pim_busy_frac"),
 )
-REQUEST_FIGURES = (GOODPUT, "slo_attainment_frac", "ttft_mean_s", "tpot_mean_s", "e2e_mean_s")
+REQUEST_FIGURES = (GOODPUT, GUARDED, "slo_attainment_frac", "ttft_mean_s", "tpot_mean_s", "e2e_mean_s")
 UNRANKED = ("gpu_busy_frac", "pim_busy_frac")  # neither more nor less is better
 INTERVAL_COLUMNS = (
     *("policy", "load", "utilization", "figure", "mean", "low", "high", "resampled", "units_count"),
@@ -90,7 +92,8 @@ def seed_units(group: pd.DataFrame, policies: list[str]) -> Units:
 def request_units(group: pd.DataFrame, policies: list[str], requests: Mapping[str, pd.DataFrame]) -> Units:
     """A unit per block of consecutive requests, the blocks of several seeds one after the other.
 
-    Goodput counts requests that met their SLO within the run's steady window.
+    Goodput counts requests that met their SLO within the run's steady window; guarded goodput, less those that waited
+    beyond the guard.
     """
     parts: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
     shape = (len(policies), len(REQUEST_FIGURES))
@@ -131,7 +134,15 @@ def _request_values(frame: pd.DataFrame, window_s: float) -> list[NDArray[np.flo
     finish_s, arrival_s = frame["finish_s"].to_numpy(dtype=float), frame["arrival_s"].to_numpy(dtype=float)
     inside = finish_s - np.nanmin(arrival_s) <= window_s
     rate = len(frame) / window_s if window_s > 0 else np.nan
-    return [met * inside * rate, met, *(frame[name].to_numpy(dtype=float) for name in ("ttft_s", "tpot_s", "e2e_s"))]
+    waited_s = frame["wait_s" if "wait_s" in frame else "ttft_s"].to_numpy(dtype=float)  # of older results
+    lost = beyond_guard(waited_s, frame["ttft_slo_s"].to_numpy(dtype=float))
+    earned = met * inside * rate
+    return [
+        earned,
+        earned - lost * rate,
+        met,
+        *(frame[name].to_numpy(dtype=float) for name in ("ttft_s", "tpot_s", "e2e_s")),
+    ]
 
 
 def _rows(units: Units, policies: list[str]) -> list[dict[str, object]]:
@@ -140,7 +151,8 @@ def _rows(units: Units, policies: list[str]) -> list[dict[str, object]]:
     used = (units.counts > 0).sum(axis=0)  # (P, M)
     low, high = bounds(mean, draws, used)
     fractions = np.array([name.endswith("_frac") for name in units.figures])
-    low, high = np.maximum(low, 0.0), np.where(fractions, np.minimum(high, 1.0), high)
+    low = np.where([name == GUARDED for name in units.figures], low, np.maximum(low, 0.0))
+    high = np.where(fractions, np.minimum(high, 1.0), high)
     best = best_policies(mean, units.figures)  # (M,)
     columns = np.arange(len(units.figures))
     gap = mean - mean[best, columns]

@@ -56,6 +56,7 @@ def write_results(comparison: Comparison, out: Path) -> list[Path]:
         write_text(out / name, frame.to_csv(index=False))
         written.append(out / name)
     pictures: dict[str, Callable[[], Figure]] = {
+        "front.png": lambda: plots.front(comparison),
         "goodput.png": lambda: plots.goodput(comparison, rows),
         "latency_cdf.png": lambda: plots.latency_cdf(comparison),
         "timeline.png": lambda: timeline(comparison),

@@ -34,10 +34,13 @@ TIME_POINTS = 120
 DIGITS = 5  # of curves; tables have them all
 FIGURES = {
     "goodput_requests_per_s": "goodput (requests/s)",
+    "guarded_goodput_requests_per_s": "guarded goodput (requests/s)",
     "slo_attainment_frac": "share of requests within the SLO",
     "output_tokens_per_s": "output (tokens/s)",
     "ttft_mean_s": "mean TTFT (s)",
     "ttft_p99_s": "TTFT p99 (s)",
+    "longest_wait_s": "longest wait for a first token (s)",
+    "starved_frac": "share of requests starved",
     "tbt_p99_s": "TBT p99 (s)",
     "tpot_mean_s": "mean TPOT (s)",
     "e2e_mean_s": "mean end-to-end latency (s)",

@@ -18,6 +18,8 @@ CONTRACT_COLUMNS: tuple[str, ...] = (
     *("policy", "system", "model", "trace", "load", "seed"),
     *("requests_count", "finished_count", "rejected_count", "preemptions_count", "iterations_count", "makespan_s"),
     *("output_tokens_per_s", "requests_per_s", "goodput_requests_per_s", "slo_attainment_frac"),
+    *("guarded_goodput_requests_per_s", "guarded_attainment_frac"),
+    *("longest_wait_s", "starved_frac", "beyond_guard_count"),
     *(f"{name}_{part}_s" for name in LATENCIES for part in ("mean", "p50", "p90", "p99")),
     *("gpu_busy_frac", "pim_busy_frac", "gpu_bubble_frac", "pim_bubble_frac", "batch_mean_count"),
     *("kv_hbm_peak_frac", "kv_pim_peak_frac", "energy_j_per_token", "wall_s"),

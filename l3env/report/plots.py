@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
@@ -180,6 +181,45 @@ def _error(rows: pd.DataFrame, policy: str, load: float, value: float) -> tuple[
     row = rows[(rows["policy"] == policy) & (rows["load"] == load) & (rows["figure"] == GOODPUT)]
     low, high = (float(row[name].iloc[0]) if len(row) else math.nan for name in ("low", "high"))
     return tuple(np.maximum(np.nan_to_num([value - low, high - value]), 0.0))
+
+
+def front(comparison: Comparison) -> Figure:
+    """Share of requests within the SLO against TTFT p99, a point per policy and a panel per load; the line joins those
+    that no other policy beats in both."""
+    results, loads = comparison.done, shown_loads(comparison.done)
+    look = looks(results["policy"])
+    figure = Figure(figsize=(2.5 + 4.2 * max(len(loads), 1.4), 4.4 + 0.25 * math.ceil(len(look) / 6)))
+    figure.suptitle(heading(comparison, loads[0] if len(loads) == 1 else None))
+    panels = figure.subplots(1, len(loads), squeeze=False, sharey=True)[0]
+    for axes, load in zip(panels, loads, strict=True):
+        tails = np.array([mean_of(results, policy, load, "ttft_p99_s") for policy in look])
+        shares = np.array([mean_of(results, policy, load, "slo_attainment_frac") for policy in look])
+        known = np.isfinite(tails) & (tails > 0)
+        if not known.any():
+            say(axes, "no request was served")
+            continue
+        best = on_front(tails, shares)
+        axes.plot(tails[best], shares[best], color="#777777", linewidth=1, drawstyle="steps-post", zorder=1)
+        for tail, share, style in zip(tails, shares, look.values(), strict=True):
+            axes.plot(tail, share, color=style.colour, marker="o", markersize=6, linestyle="")
+        _log_time_axis(axes)
+        axes.set(xlabel="TTFT p99", title="" if len(loads) == 1 else load_label(results, load))
+    panels[0].set(ylabel="share of requests within the SLO", ylim=(-0.02, 1.02))
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    dots = [Line2D([], [], color=each.colour, marker="o", linestyle="", label=each.label) for each in look.values()]
+    legend_below(figure, dots)
+    return figure
+
+
+def on_front(tails_s: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Places of those of which no other has both a tail as short and a share as large and one of them better, by
+    ascending tail; what is not finite is none."""
+    order = np.lexsort((-shares, tails_s))
+    chosen: list[int] = []
+    for i in order[np.isfinite(tails_s[order])].tolist():
+        if not chosen or shares[i] > shares[chosen[-1]]:
+            chosen.append(i)
+    return np.array(chosen, np.int64)
 
 
 def load_curve(comparison: Comparison, rows: pd.DataFrame) -> Figure:

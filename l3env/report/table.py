@@ -14,7 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from l3env.report.bootstrap import GOODPUT, intervals
+from l3env.report.bootstrap import GOODPUT, GUARDED, intervals
 from l3env.report.names import (
     contract_order,
     decimals,
@@ -60,9 +60,12 @@ SLOW_REQUESTS_PER_S = 0.05  # below, goodput is shown per hour
 COLUMNS = (
     Column("goodput\nreq/{unit}", GOODPUT, 0, better=1),
     Column("SLO\nmet %", "slo_attainment_frac", PERCENT, better=1),
+    Column("guarded\nreq/{unit}", GUARDED, 0, better=1, rank=1),
     Column("output\ntok/s", "output_tokens_per_s", better=1, rank=1),
     Column("TTFT\np50 {unit}", "ttft_p50_s", 0, better=-1, rank=4),
     Column("TTFT\np99 {unit}", "ttft_p99_s", 0, better=-1, rank=2),
+    Column("longest\nwait s", "longest_wait_s", better=-1, rank=3),
+    Column("star-\nved %", "starved_frac", PERCENT, better=-1, rank=10),
     Column("TBT\np50 ms", "tbt_p50_s", MS, better=-1, rank=6),
     Column("TBT\np99 ms", "tbt_p99_s", MS, better=-1, rank=3),
     Column("e2e\np50 {unit}", "e2e_p50_s", 0, better=-1, rank=8),
@@ -117,9 +120,11 @@ def _facts(comparison: Comparison) -> str:
         f"{name} ≤ {limit:g} s" if limit is not None else f"{name} ≤ {scale:g}x uncontended"
         for name, limit, scale in (("TTFT", slo.ttft_s, slo.ttft_scale), ("TBT", slo.tbt_s, slo.tbt_scale))
     ]
+    patience_s = comparison.config.patience_s
+    left = "" if patience_s is None else f" · clients leave after {patience_s:g} s without a first token"
     form = "" if slo.form == "mean-tbt" else f" ({slo.form})"
     return (
-        f"{requests} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form}\n"
+        f"{requests} requests, {seeds} seed{'s' if seeds > 1 else ''} · SLO: {', '.join(limits)}{form}{left}\n"
         "rates over the steady window · ± half the bootstrap 95 % interval"
     )
 
@@ -158,7 +163,7 @@ def unit_of(results: pd.DataFrame, column: Column) -> tuple[float, str]:
     """Scale and name of a column's unit: ms where every p99 is below 1 s, requests per hour where few are met."""
     if column.scale:
         return column.scale, ""
-    if column.figure == GOODPUT:
+    if column.figure in (GOODPUT, GUARDED):
         most = np.nanmax(results[GOODPUT].to_numpy(dtype=float), initial=0.0)
         return (1 / HOUR_S, "h") if 0 < most < SLOW_REQUESTS_PER_S else (1.0, "s")
     tail = results[f"{column.figure.partition('_')[0]}_p99_s"].to_numpy(dtype=float)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from l3env.engine.engine import Slo
+from l3env.engine.engine import Slo, patience_of
 from l3env.engine.segments import eviction_rule
 from l3env.errors import L3EnvError
 from l3env.given import reference
@@ -67,6 +67,7 @@ class Cell:
         utilization: as a multiple of what the reference policy serves at saturation on this machine.
         seed: 0 is the trace itself, others are resampled from it (generated traces are drawn anew).
         prefix_cache: ``off``, or how cached prompt segments are given up: ``lru``, ``lfu``, ``tree``, ``score``.
+        patience_s: after so many seconds without a first token a client leaves; None: never.
         training: trace of earlier requests to learn from, at the cell's load or utilization; None: the first fifth.
         record: keep every request and the time line.
     """
@@ -81,6 +82,7 @@ class Cell:
     slo: Slo = field(default_factory=Slo)
     prefix_cache: str = "off"
     training: str | None = None
+    patience_s: float | None = None
     tp: int | None = None
     block_tokens: int = DEFAULT_BLOCK_TOKENS
     record: bool = True
@@ -91,12 +93,16 @@ class Cell:
         if (self.load is None) == (self.utilization is None):
             raise L3EnvError(f"load = {self.load}, utilization = {self.utilization}; expected one of them")
         eviction_rule(self.prefix_cache)
+        patience_of(self.patience_s)
 
     @property
     def key(self) -> str:
         """Name of its files: readable, and its own by a hash of all fields."""
         level = f"{'load' if self.utilization is None else 'utilization'}{self.level:.6g}"
-        return job_name(asdict(self), self.policy, self.system, self.model, self.trace, level, f"seed{self.seed}")
+        fields = asdict(self)
+        if self.patience_s is None:
+            del fields["patience_s"]  # as names were before there was patience
+        return job_name(fields, self.policy, self.system, self.model, self.trace, level, f"seed{self.seed}")
 
     @property
     def level(self) -> float:
@@ -126,7 +132,7 @@ class Cell:
 
     def row(self) -> dict[str, Any]:
         """What its row says of it."""
-        names = ("policy", "system", "model", "trace", "load", "utilization", "seed", "prefix_cache")
+        names = ("policy", "system", "model", "trace", "load", "utilization", "seed", "prefix_cache", "patience_s")
         return {name: getattr(self, name) for name in names} | {f"slo_{n}": v for n, v in asdict(self.slo).items()}
 
 
@@ -163,6 +169,7 @@ def serve(ready: Ready) -> Result:
         training=ready.training.at_load(ready.training_load),
         record=cell.record,
         prefix_cache=cell.prefix_cache,
+        patience_s=cell.patience_s,
     )
     return outcome.metrics, {REQUESTS: outcome.requests, TIMELINES: outcome.timeline} if cell.record else {}
 

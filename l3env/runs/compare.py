@@ -64,6 +64,7 @@ def compare(
     tp: int | None = None,
     prefix_cache: str = "off",
     training: str | None = None,
+    patience_s: float | None = None,
     out: str | Path | None = None,
     fresh: bool = False,
     workers: Workers = HERE,
@@ -81,6 +82,7 @@ def compare(
         seeds: seed 0 is the trace itself, further ones are resampled from it (generated traces are drawn anew).
         prefix_cache: ``off``, or how cached prompt segments are given up: ``lru``, ``lfu``, ``tree``, ``score``.
         training: trace of earlier requests to learn from, by default the first fifth of the trace itself.
+        patience_s: after so many seconds without a first token a client leaves; None: never.
         out: folder that keeps the results, see ``run_grid``, as for what follows.
         fresh: forget what it holds.
         workers: who runs the cells.
@@ -105,6 +107,7 @@ def compare(
         slo=slo or Slo(),
         training=training,
         prefix_cache=prefix_cache,
+        patience_s=patience_s,
     )
     return run_grid(grid, out=out, fresh=fresh, workers=workers, progress=progress)
 

@@ -40,6 +40,7 @@ def run_policy(
     training: Workload | None = None,
     record: bool = True,
     prefix_cache: str = "off",
+    patience_s: float | None = None,
     decided_s: list[float] | None = None,
 ) -> Outcome:
     """Serves a workload on all replicas of a system under one policy.
@@ -50,6 +51,7 @@ def run_policy(
         record: keep time line and gaps between tokens.
         prefix_cache: ``off``, or the rule by which cached prompt segments are given up: ``lru``, ``lfu``, ``tree``, or
             ``score``, by what the policy's ``score_segments`` says.
+        patience_s: after so many seconds without a first token a client leaves; None: never.
         decided_s: gets the wall time of every decision.
 
     Raises:
@@ -66,7 +68,7 @@ def run_policy(
         for e, rows in enumerate(shares):
             part = workload.select(rows)
             ask(policy, "prepare", tables, training)
-            engine.reset(e, part, slo=slo, predicted_tokens=predictions(policy, part))
+            engine.reset(e, part, slo=slo, predicted_tokens=predictions(policy, part), patience_s=patience_s)
             drive(engine, e, policy, decided_s=decided_s)
             own.append(_figures(policy, float(engine.state.env["clock_s"][e])))
     outcome = collect(engine, range(len(shares)), shares, tables.replicas_count)

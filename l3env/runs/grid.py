@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from l3env.engine.engine import Slo
+from l3env.engine.engine import Slo, patience_of
 from l3env.engine.segments import eviction_rule
 from l3env.errors import L3EnvError
 from l3env.files import read_yaml
@@ -38,7 +38,7 @@ class Grid:
         loads: arrival rates, times each trace's own; or
         utilizations: times what the reference policy serves at saturation on that machine.
         seeds_count: seed 0 is the trace itself, further ones are resampled from it.
-        training, prefix_cache: see ``Cell``.
+        training, prefix_cache, patience_s: see ``Cell``.
     """
 
     policies: tuple[str, ...]
@@ -53,6 +53,7 @@ class Grid:
     slo: Slo = field(default_factory=Slo)
     training: str | None = None
     prefix_cache: str = "off"
+    patience_s: float | None = None
 
     def __post_init__(self) -> None:
         for name in TEXT_LISTS:
@@ -70,6 +71,7 @@ class Grid:
         if self.seeds_count < 1:
             raise L3EnvError(f"seeds = {self.seeds_count}; expected at least 1")
         eviction_rule(self.prefix_cache)
+        patience_of(self.patience_s)
 
     @classmethod
     def from_yaml(cls, path: Path) -> Grid:
@@ -112,6 +114,8 @@ class Grid:
         for name in ("seeds_count", "tp", "block_tokens"):
             if not isinstance(values.get(name, 1), int) or isinstance(values.get(name), bool):
                 raise L3EnvError(f"{name.removesuffix('_count')} = {values[name]!r}; expected a whole number")
+        if not isinstance(values.get("patience_s", 1.0), int | float) or isinstance(values.get("patience_s"), bool):
+            raise L3EnvError(f"patience_s = {values['patience_s']!r}; expected a number of seconds")
         try:
             values["slo"] = Slo(**values.get("slo", {}))
         except TypeError as error:
@@ -179,7 +183,7 @@ class Grid:
         """Every run, those on the same requests one after the other."""
         levels = [(load, None) for load in self.loads] + [(None, level) for level in self.utilizations]
         same: dict[str, Any] = {"slo": self.slo, "prefix_cache": self.prefix_cache, "training": self.training}
-        same |= {"tp": self.tp, "block_tokens": self.block_tokens}
+        same |= {"tp": self.tp, "block_tokens": self.block_tokens, "patience_s": self.patience_s}
         return [
             Cell(policy, system, model, trace, load, level, seed, **same)
             for trace, seed, system, model, (load, level), policy in itertools.product(

@@ -5,8 +5,10 @@ and recomputation included; percentiles from bins of 1 %). TPOT: a request's mea
 first arrival. Makespan: until the last replica is done. Rates (tokens, requests, goodput: requests that met their SLO)
 are those of the steady window, see ``steady_rates``. Busy: device time over makespan and replicas. Bubble: share of
 iteration time that a device waits for the other. Prefix hits: share of the prompts' prefix ids (blocks), or of their
-tokens, found cached at a request's first admission; 0 where the prefix cache is off. What nothing was measured of is
-NaN: latencies without requests, energy a token without tokens, shares of time that never passed.
+tokens, found cached at a request's first admission; 0 where the prefix cache is off. Wait: from arrival to the first
+token, or to the run's end for who got none; those refused on arrival do not count. Guarded goodput, starved: see
+``waiting_figures``. What nothing was measured of is NaN: latencies without requests, energy a token without tokens,
+shares of time that never passed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from numpy.typing import NDArray
 
 from l3env.choices import Status
 from l3env.engine.engine import Engine
-from l3env.engine.state import GAP_BINS, GAP_LOW_S, GAP_RATIO, PrefixArrays
+from l3env.engine.guard import beyond_guard, waits_s
+from l3env.engine.state import GAP_BINS, GAP_LOW_S, GAP_RATIO, GUARD_TTFT_SLOS, PrefixArrays
 from l3env.machine.arrays import FIRST_PIM, HBM
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
@@ -87,6 +90,7 @@ def request_frame(engine: Engine, e: int, rows: NDArray[np.int64]) -> pd.DataFra
             "status": pd.Categorical(status, [s.name.lower() for s in Status]),
             "rejected_because": pd.Categorical(reasons, ["", "context_tokens", "memory"]),
             "ttft_s": req["first_token_s"] - req["arrival_s"],
+            "wait_s": waits_s(req, engine.state.env["clock_s"][e]),
             "tpot_s": tpot,
             "e2e_s": req["finish_s"] - req["arrival_s"],
             "finish_s": req["finish_s"],
@@ -157,6 +161,40 @@ def steady_rates(requests: Mapping[str, NDArray[Any]]) -> dict[str, float]:
     }
 
 
+def waiting_figures(
+    requests: Mapping[str, NDArray[Any]], rates: Mapping[str, float], met_count: int, requests_count: int
+) -> dict[str, float]:
+    """How long requests waited for their first token, and goodput less what that costs (see ``engine.guard``).
+
+    Whoever waits beyond the guard arrived within the steady window, so it counts there, whenever it was served. Where
+    nothing finished there is no such window; the time until the last wait's end takes its place.
+
+    Args:
+        requests: those that arrived, as columns ``arrival_s``, ``wait_s`` (NaN: refused on arrival), ``ttft_slo_s``.
+        rates: of ``steady_rates``.
+        met_count, requests_count: of the whole run.
+
+    Returns:
+        ``longest_wait_s``; ``starved_frac``: of all requests, those that waited over ten times their TTFT SLO;
+        ``beyond_guard_count``; ``guarded_goodput_requests_per_s`` and ``guarded_attainment_frac``: met less those.
+    """
+    wait_s, arrival_s = requests["wait_s"], requests["arrival_s"]
+    waited = np.isfinite(wait_s)
+    starved = int((wait_s > GUARD_TTFT_SLOS * requests["ttft_slo_s"]).sum())
+    beyond = int(beyond_guard(wait_s, requests["ttft_slo_s"]).sum())
+    window_s = rates["steady_window_s"]
+    if beyond and not window_s > 0:
+        window_s = float((arrival_s + wait_s)[waited].max() - arrival_s.min())
+    lost_per_s = beyond / window_s if beyond else 0.0
+    return {
+        "longest_wait_s": float(wait_s[waited].max()) if waited.any() else float("nan"),
+        "starved_frac": starved / requests_count,
+        "beyond_guard_count": beyond,
+        "guarded_goodput_requests_per_s": rates["goodput_requests_per_s"] - lost_per_s,
+        "guarded_attainment_frac": (met_count - beyond) / requests_count,
+    }
+
+
 def totals(engine: Engine, replicas: Sequence[int]) -> dict[str, float]:
     """Counts and rates of a system whose replicas are the environments ``replicas``; quick, for ends of episodes."""
     env = engine.state.env[list(replicas)]
@@ -167,23 +205,27 @@ def totals(engine: Engine, replicas: Sequence[int]) -> dict[str, float]:
         "requests_count": requests,
         "finished_count": int(env["finished_count"].sum()),
         "rejected_count": int(env["rejected_count"].sum()),
+        "left_count": int(env["left_count"].sum()),
         "rejected_context_count": int(env["rejected_context_count"].sum()),
         "preemptions_count": int(env["preemptions_count"].sum()),
         "iterations_count": int(env["iterations_count"].sum()),
         "output_tokens_count": int(env["output_tokens"].sum()),
         "makespan_s": float(env["clock_s"].max() - joined["arrival_s"].min(initial=env["clock_s"].max())),
-        **steady_rates(joined),
+        **(rates := steady_rates(joined)),
         "slo_attainment_frac": met / requests,
+        **waiting_figures(joined, rates, met, requests),
     }
 
 
 def _columns(engine: Engine, e: int) -> dict[str, NDArray[Any]]:
-    """What ``steady_rates`` needs of one environment."""
+    """What ``steady_rates`` and ``waiting_figures`` need of one environment."""
     count = int(engine.state.env["requests_count"][e])
     req = engine.state.req[e, :count]
     here = req["status"] != Status.FUTURE
-    names = ("arrival_s", "first_token_s", "finish_s", "slo_met")
-    return {name: req[name][here] for name in names} | {"output_tokens": engine.state.truth[e, :count][here]}
+    names = ("arrival_s", "first_token_s", "finish_s", "slo_met", "ttft_slo_s")
+    columns: dict[str, NDArray[Any]] = {name: req[name][here] for name in names}
+    columns["wait_s"] = waits_s(req, engine.state.env["clock_s"][e])[here]
+    return columns | {"output_tokens": engine.state.truth[e, :count][here]}
 
 
 def summary(

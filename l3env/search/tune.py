@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from l3env.choices import Budget, Order, SubBatching
 from l3env.engine.engine import Engine, Slo
+from l3env.engine.guard import beyond_guard, waits_s
 from l3env.engine.state import row_bytes
 from l3env.errors import L3EnvError
 from l3env.knobs import ABOUT, Knobs, Need
@@ -23,11 +24,12 @@ from l3env.machine.tables import Tables
 from l3env.policy.levels import LEVELS, Levels, available, lasting, useful
 from l3env.requests.workload import Workload
 from l3env.runs.driver import replica_shares
+from l3env.search.objective import Objective, earned, relative
 
 RANDOM_COUNT = 64
 ROUNDS_COUNT = 4
 ENGINE_BYTES = 512e6  # of environments run side by side
-TIE_BREAK = 1e-4  # weight of time in the system: decides between settings of equal goodput
+TIE_BREAK = 1e-4  # weight of time in the system: decides between settings that earn the same
 
 ACTIONS: Levels = lasting(LEVELS)
 """The settings that an agent's actions can reach, but for the one that admits nobody for ever."""
@@ -69,13 +71,16 @@ class Tuned:
     Attributes:
         knobs: the best setting.
         goodput_frac: (C,) share of requests that met their SLO under it, by cell.
-        tried: one row per setting tried: the knobs, ``goodput_frac`` (mean over cells), ``value`` (what was compared).
+        guarded_frac: (C,) the same less those that waited beyond the guard.
+        tried: one row per setting tried: the knobs, ``goodput_frac`` and ``guarded_frac`` (means over cells), ``value``
+            (what was compared).
         around: for each knob of the grid, ``value`` at each of its levels while the others are the best ones.
         grid: what was searched: of knobs that do nothing on the cells' machines, one level.
     """
 
     knobs: Knobs
     goodput_frac: NDArray[np.float64]
+    guarded_frac: NDArray[np.float64]
     tried: pd.DataFrame
     around: dict[str, NDArray[np.float64]]
     grid: Levels
@@ -85,6 +90,7 @@ def tune(
     cells: Sequence[Case],
     *,
     grid: Levels = GRID,
+    objective: Objective = Objective.GUARDED,
     random_count: int = RANDOM_COUNT,
     rounds_count: int = ROUNDS_COUNT,
     seed: int = 0,
@@ -92,13 +98,14 @@ def tune(
 ) -> Tuned:
     """The best fixed knobs for a cell, or the best on average over several.
 
-    What is compared is the share of requests that meet their SLO, in each cell relative to the best setting tried
-    there, averaged over cells; of equal ones, that with less time in the system.
+    What is compared is what a request earns (``objective``), in each cell relative to the most that a setting tried
+    earns or costs there, averaged over cells; of equal ones, that with less time in the system.
 
     Args:
+        objective: whether requests that wait beyond the guard cost something.
         progress: called with (settings tried, settings known to be tried in all, what).
     """
-    search = _Search(list(cells), _useful(grid, cells), progress)
+    search = _Search(list(cells), _useful(grid, cells), objective, progress)
     search.try_all(_starts(search.grid))
     search.try_all(_random(search.grid, random_count, np.random.default_rng(seed)))
     for _ in range(rounds_count):
@@ -118,12 +125,14 @@ def tune(
     return search.result(best)
 
 
-def probe(cells: Sequence[Case], knobs: Knobs, *, grid: Levels = GRID) -> Tuned:
+def probe(
+    cells: Sequence[Case], knobs: Knobs, *, grid: Levels = GRID, objective: Objective = Objective.GUARDED
+) -> Tuned:
     """A setting, and every change of one of its knobs: ``around`` says what each would give.
 
     Raises L3EnvError for a value that the grid does not have.
     """
-    search = _Search(list(cells), _useful(grid, cells), None)
+    search = _Search(list(cells), _useful(grid, cells), objective, None)
     try:
         levels_of = search.grid.items()
         setting = tuple(levels.index(getattr(knobs, name)) if len(levels) > 1 else 0 for name, levels in levels_of)
@@ -139,10 +148,16 @@ Setting = tuple[int, ...]  # a level of each knob of the grid
 class _Search:
     """Every setting tried so far and how it did, (S, C)."""
 
-    def __init__(self, cells: list[Case], grid: Levels, progress: Callable[[int, int, str], None] | None) -> None:
-        self.cells, self.grid, self.progress = cells, grid, progress
+    def __init__(
+        self,
+        cells: list[Case],
+        grid: Levels,
+        objective: Objective,
+        progress: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self.cells, self.grid, self.objective, self.progress = cells, grid, objective, progress
         self.row: dict[Setting, int] = {}
-        self.met = np.zeros((0, len(cells)))
+        self.met, self.guarded = np.zeros((0, len(cells))), np.zeros((0, len(cells)))
         self.present_s = np.zeros((0, len(cells)))
         self._values = np.zeros(0)
 
@@ -151,16 +166,19 @@ class _Search:
         if not new:
             return
         knobs = [_knobs(self.grid, each) for each in new]
-        met, present_s = np.zeros((len(new), len(self.cells))), np.zeros((len(new), len(self.cells)))
+        met, guarded, present_s = np.zeros((3, len(new), len(self.cells)))
         for c, cell in enumerate(self.cells):
             if self.progress is not None:
                 done = len(self.row) * len(self.cells) + c * len(new)
                 self.progress(done, (len(self.row) + len(new)) * len(self.cells), "settings x cells")
-            met[:, c], present_s[:, c] = serve(cell, knobs)
+            outcomes, present_s[:, c] = serve_each(cell, knobs)
+            met[:, c] = earned(outcomes, Objective.PLAIN).mean(axis=1)
+            guarded[:, c] = earned(outcomes, Objective.GUARDED).mean(axis=1)
         self.row |= {each: len(self.row) + i for i, each in enumerate(new)}
         self.met = np.concatenate([self.met, met])
+        self.guarded = np.concatenate([self.guarded, guarded])
         self.present_s = np.concatenate([self.present_s, present_s])
-        share = self.met / np.maximum(self.met.max(axis=0), 1e-12)
+        share = relative(self.guarded if self.objective == Objective.GUARDED else self.met, axis=0)
         slow = self.present_s / np.maximum(self.present_s.max(axis=0), 1e-12)
         self._values = share.mean(axis=1) - TIE_BREAK * slow.mean(axis=1)
 
@@ -174,23 +192,19 @@ class _Search:
         tried = pd.DataFrame(
             [{name: int_or_float(getattr(_knobs(self.grid, each), name)) for name in self.grid} for each in self.row]
         )
-        tried["goodput_frac"] = self.met.mean(axis=1)
+        tried["goodput_frac"], tried["guarded_frac"] = self.met.mean(axis=1), self.guarded.mean(axis=1)
         tried["value"] = self._values
         around = {}
         for k, (name, levels) in enumerate(self.grid.items()):
             line = [(*best[:k], i, *best[k + 1 :]) for i in range(len(levels))]
             around[name] = np.array([self.value(each) for each in line])
-        return Tuned(_knobs(self.grid, best), self.met[self.row[best]].copy(), tried, around, self.grid)
+        met, guarded = (of[self.row[best]].copy() for of in (self.met, self.guarded))
+        return Tuned(_knobs(self.grid, best), met, guarded, tried, around, self.grid)
 
 
-def serve(cell: Case, knobs: Sequence[Knobs]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Serves a cell under each setting: (share of requests that met their SLO, mean time in the system (s))."""
-    met_mask, present_s = serve_each(cell, knobs)
-    return met_mask.mean(axis=1), present_s
-
-
-def serve_each(cell: Case, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Serves a cell under each setting: ((S, N) requests that met their SLO, (S,) mean time in the system (s))."""
+def serve_each(cell: Case, knobs: Sequence[Knobs]) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    """Serves a cell under each setting: ((S, N) 1 for a request that met its SLO, -1 for one that waited beyond the
+    guard, else 0; (S,) mean time in the system (s))."""
     replicas = 1 if cell.one_replica else cell.tables.replicas_count
     shares = [rows for rows in replica_shares(cell.workload, replicas) if rows.size]
     parts = [cell.workload.select(rows) for rows in shares]
@@ -201,7 +215,7 @@ def serve_each(cell: Case, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], N
         np.clip(ENGINE_BYTES // (capacity * row_bytes(drafts=cell.tables.model.draft_modules_count > 0)), 1, len(jobs))
     )
     engine = Engine(cell.tables, batch, capacity)
-    met_mask, present_s = np.zeros((len(knobs), len(cell.workload)), np.bool_), np.zeros(len(knobs))
+    outcomes, present_s = np.zeros((len(knobs), len(cell.workload)), np.int8), np.zeros(len(knobs))
     for first in range(0, len(jobs), batch):
         some = jobs[first : first + batch]
         for e in range(batch):
@@ -210,9 +224,10 @@ def serve_each(cell: Case, knobs: Sequence[Knobs]) -> tuple[NDArray[np.bool_], N
             knobs[s].write(engine.knobs, e)
         engine.run_to_end()
         for e, (s, i) in enumerate(some):
-            met_mask[s, shares[i]] = engine.state.req["slo_met"][e, : len(parts[i])] == 1
+            req, clock_s = engine.state.req[e, : len(parts[i])], engine.state.env["clock_s"][e]
+            outcomes[s, shares[i]] = req["slo_met"] - beyond_guard(waits_s(req, clock_s), req["ttft_slo_s"])
             present_s[s] += float(engine.state.env["present_s"][e])
-    return met_mask, present_s / len(cell.workload)
+    return outcomes, present_s / len(cell.workload)
 
 
 def int_or_float(value: Any) -> float:

@@ -78,6 +78,23 @@ def test_goodput_reward_sums_to_the_reported_attainment() -> None:
     assert total == pytest.approx(info["metrics"]["slo_attainment_frac"], abs=1e-12)
 
 
+def test_guarded_reward_sums_to_the_guarded_attainment() -> None:
+    """One request, then all others at once: the last ones wait beyond the guard."""
+    burst = l3env.Workload.build("burst", np.append(0.0, np.full(299, 20.0)), np.full(300, 1500), np.full(300, 20))
+    env = single(reward="guarded-goodput", interval_s=20.0)
+    env.reset(seed=0, options={"workload": burst})
+    total, terminated, info = 0.0, False, {}
+    while not terminated:
+        _, reward, terminated, _, info = env.step(action_of(l3env.Knobs(prefill_budget_tokens=2048)))
+        total += reward
+    figures = info["metrics"]
+    assert 0 < figures["beyond_guard_count"] < 300
+    assert figures["slo_attainment_frac"] > 0
+    assert total == pytest.approx(figures["guarded_attainment_frac"], abs=1e-12)
+    met_count = figures["slo_attainment_frac"] * 300
+    assert total * 300 == pytest.approx(met_count - figures["beyond_guard_count"])
+
+
 @pytest.mark.parametrize("name", sorted(REWARDS))
 def test_rewards_do_not_depend_on_where_steps_end(name: str) -> None:
     """Every reward is a sum over time: the same knobs give the same total at any step length."""

@@ -57,7 +57,9 @@ def test_trajectories_equal_single_environments(system: str, decision: str) -> N
             if done:
                 final = info["final_info"]["metrics"][i]
                 assert info["_final_info"][i]
-                assert final["slo_attainment_frac"] == single_info["metrics"]["slo_attainment_frac"]
+                for name in ("slo_attainment_frac", "guarded_goodput_requests_per_s", "longest_wait_s", "starved_frac"):
+                    assert final[name] == single_info["metrics"][name]
+                assert {each: single_info["metrics"][each] for each in final} == final
                 running.remove(i)
             else:
                 np.testing.assert_array_equal(info["action_mask"][i], single_info["action_mask"])

@@ -72,7 +72,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
 def rows_of(goodput: dict[str, list[list[float]]]) -> list[dict[str, object]]:
     return [
         {"system": "s", "model": "m", "trace": "t", "utilization": float(c), "policy": policy, "seed": seed}
-        | {"slo_attainment_frac": value, "requests_count": 100}
+        | {"guarded_attainment_frac": value, "slo_attainment_frac": 1.0, "requests_count": 100}
         for policy, by_cell in goodput.items()
         for c, values in enumerate(by_cell)
         for seed, value in enumerate(values)

@@ -47,7 +47,12 @@ def test_table_divides_cell_by_cell() -> None:
     for policy, values in goodput.items():
         for (system, model, trace, utilization), value in zip(cells, values, strict=True):
             row = {"system": system, "model": model, "trace": trace, "utilization": utilization, "policy": policy}
-            row |= {"slo_attainment_frac": value, "decision_ms": 10.0, "simulations_mean_count": 512.0}
+            row |= {
+                "guarded_attainment_frac": value,
+                "slo_attainment_frac": 1.0,
+                "decision_ms": 10.0,
+                "simulations_mean_count": 512.0,
+            }
             rows.append(row | {"decisions_count": 5.0, "deviations_frac": 0.25})
     lines = table(rows).splitlines()
     assert lines[0] == "2 cells. Goodput: best-constant 0.500, best heuristic 0.550."

@@ -26,7 +26,10 @@ SHOWN = (
     "makespan_s", "ttft_p99_s", "tbt_mean_s", "tpot_p50_s", "slo_attainment_frac", "energy_j_per_token",
     "iterations_count", "preemptions_count", "kv_hbm_peak_frac", "kv_pim_peak_frac", "prefix_hit_tokens_frac",
 )  # fmt: skip
-SINCE = ("steady_window_s", "output_tokens_count", "rejected_context_count")  # figures that there were not
+SINCE = (  # figures that there were not
+    "steady_window_s", "output_tokens_count", "rejected_context_count", "longest_wait_s", "starved_frac",
+    "beyond_guard_count", "left_count", "guarded_goodput_requests_per_s", "guarded_attainment_frac",
+)  # fmt: skip
 MEASURED = ("wall_s", "decision_ms")  # by the clock on the wall: no two runs are alike
 
 Part = list[float] | str

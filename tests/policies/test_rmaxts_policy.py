@@ -311,7 +311,9 @@ def test_requests_served_under_settings_are_those_of_a_run(tables: Tables) -> No
     met_mask, _ = serve_each(Case(tables, trace), SETTINGS)
     for knobs, met in zip(SETTINGS, met_mask, strict=True):
         outcome = run_policy(tables, trace, FixedKnobs("fixed", knobs))
-        np.testing.assert_array_equal(met, outcome.requests["slo_met"].astype(bool))
+        np.testing.assert_array_equal(met == 1, outcome.requests["slo_met"].astype(bool))
+        waited = (outcome.requests["wait_s"] > np.maximum(60, 10 * outcome.requests["ttft_slo_s"])).to_numpy()
+        np.testing.assert_array_equal(met == -1, waited)
 
 
 def test_who_may_replace_the_default_has_held_up_in_this_run(tables: Tables) -> None:

@@ -19,7 +19,7 @@ from l3env.knobs import Knobs
 from l3env.machine.pair import compile_pair
 from l3env.policy.protocol import FixedKnobs
 from l3env.report import CONTRACT_COLUMNS, intervals, terminal_table, to_json, write_results
-from l3env.report.bootstrap import GOODPUT, block_size
+from l3env.report.bootstrap import GOODPUT, GUARDED, block_size
 from l3env.report.names import heading, number, policy_labels, short_name
 from l3env.report.over_time import BINS_COUNT, bin_means, binned
 from l3env.report.over_time import timeline as timeline_figure
@@ -30,7 +30,7 @@ from l3env.runs.compare import Comparison
 from l3env.runs.driver import run_policy
 from l3env.runs.grid import Grid
 
-PICTURES = ("goodput.png", "latency_cdf.png", "timeline.png", "utilisation.png")
+PICTURES = ("front.png", "goodput.png", "latency_cdf.png", "timeline.png", "utilisation.png")
 MAKESPAN_S = 100.0
 
 
@@ -45,6 +45,8 @@ def request_frame(rng: np.random.Generator, count: int, slowness: float) -> pd.D
             "row": np.arange(count),
             "output_tokens": output,
             "ttft_s": ttft_s,
+            "wait_s": np.where(np.arange(count) % 50 == 7, 100.0, ttft_s),
+            "ttft_slo_s": 1.0,
             "tpot_s": tpot_s,
             "e2e_s": e2e_s,
             "arrival_s": arrival_s,
@@ -83,6 +85,7 @@ def result_row(frame: pd.DataFrame, pim: bool) -> dict[str, Any]:
     row |= {"requests_count": np.int64(len(frame)), "finished_count": len(frame), "rejected_count": 0}
     row |= {"preemptions_count": 7, "iterations_count": 1000, "makespan_s": MAKESPAN_S, "output_tokens_per_s": 1234.5}
     row |= {"steady_window_s": MAKESPAN_S}
+    row |= {GUARDED: (met - int((frame["wait_s"] > 60).sum())) / MAKESPAN_S}
     row |= {GOODPUT: met / MAKESPAN_S, "slo_attainment_frac": met / len(frame), "gpu_busy_frac": 0.6}
     row |= {"gpu_bubble_frac": 0.25, "pim_busy_frac": 0.4, "pim_bubble_frac": 0.5, "queue_mean_count": 3.0}
     if not pim:
@@ -228,7 +231,7 @@ def test_intervals_over_requests_cover_the_true_mean(correlation: float) -> None
 def test_request_intervals_centre_on_the_results() -> None:
     made = comparison(seeds_count=2)
     found = intervals(made.results, made.requests)
-    for figure in (GOODPUT, "slo_attainment_frac"):
+    for figure in (GOODPUT, GUARDED, "slo_attainment_frac"):
         rows = figure_rows(found, figure)
         means = made.results.groupby("policy")[figure].mean()
         assert rows["mean"].to_dict() == pytest.approx(means.to_dict())
@@ -308,7 +311,8 @@ def test_table_shows_the_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "kept", "left_out"), [(140, "KV PIM", None), (100, "SLO", "KV HBM"), (80, "SLO", "J per")]
+    ("width", "kept", "left_out"),
+    [(170, "KV PIM", None), (140, "guarded", "KV HBM"), (100, "SLO", "KV HBM"), (80, "SLO", "J per")],
 )
 def test_narrow_tables_leave_columns_out(width: int, kept: str, left_out: str | None) -> None:
     text = table_text(comparison(("fcfs", "fill-capacity", "srtf-predicted"), (0.5, 1.0)), width)

@@ -10,12 +10,15 @@ import pytest
 
 import l3env
 from l3env import Knobs, Workload
+from l3env.engine.engine import Engine
+from l3env.engine.kernels.run import Until
+from l3env.engine.kernels.slo import count_beyond_guard
 from l3env.machine.tables import Tables, compile_tables
 from l3env.policy.protocol import FixedKnobs
 from l3env.policy.registry import make_policy
 from l3env.runs.compare import compare
 from l3env.runs.driver import run_policy
-from l3env.runs.metrics import steady_rates
+from l3env.runs.metrics import steady_rates, totals, waiting_figures
 from l3env.runs.saturation import capacity_requests_per_s, load_at_capacity
 
 RATES = ("output_tokens_per_s", "requests_per_s", "goodput_requests_per_s")
@@ -174,3 +177,70 @@ def test_rates_of_open_requests_are_as_they_were() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert workload.select(np.arange(1)).rate_per_s == math.inf
+
+
+def waited(wait: list[float], ttft_slo: list[float]) -> dict[str, np.ndarray]:
+    """Arrivals a second apart from 2 s on."""
+    arrival = 2.0 + np.arange(len(wait))
+    return {"arrival_s": arrival, "wait_s": np.asarray(wait), "ttft_slo_s": np.asarray(ttft_slo)}
+
+
+def test_waits_by_hand() -> None:
+    """The guard is 60 s for limits up to 6 s, ten times the limit beyond; one was refused on arrival."""
+    found = waiting_figures(
+        waited([5.0, 61.0, math.nan, 701.0, 700.0, 59.0], [1.0, 1.0, 1.0, 70.0, 70.0, 0.1]),
+        {"steady_window_s": 10.0, "goodput_requests_per_s": 0.3},
+        met_count=3,
+        requests_count=8,
+    )
+    assert found["longest_wait_s"] == 701.0
+    assert found["starved_frac"] == 3 / 8  # 61 s, 701 s and 59 s
+    assert found["beyond_guard_count"] == 2  # 61 s and 701 s
+    assert found["guarded_goodput_requests_per_s"] == pytest.approx(0.3 - 2 / 10.0)
+    assert found["guarded_attainment_frac"] == (3 - 2) / 8
+
+
+def test_waits_where_nothing_finished() -> None:
+    """Two wait until the run's end at 100 s, one of them beyond the guard, over the 98 s since the first arrival."""
+    rates = {"steady_window_s": math.nan, "goodput_requests_per_s": 0.0}
+    found = waiting_figures(waited([98.0, 97.0], [1.0, 20.0]), rates, met_count=0, requests_count=2)
+    assert found["guarded_goodput_requests_per_s"] == pytest.approx(-1 / 98.0)
+    refused = waiting_figures(waited([math.nan], [1.0]), rates, met_count=0, requests_count=1)
+    assert math.isnan(refused["longest_wait_s"])
+    assert refused["starved_frac"] == refused["guarded_goodput_requests_per_s"] == refused["beyond_guard_count"] == 0
+
+
+def test_one_at_a_time(tables: Tables) -> None:
+    """Three requests at once, served one after the other: the third waits for the other two, more than a minute."""
+    workload = Workload.build("three", np.zeros(3), np.full(3, 500), np.full(3, 7_600))
+    alone = run_policy(tables, workload.select(np.arange(1)), make_policy("fcfs")).requests.iloc[0]
+    outcome = run_policy(tables, workload, FixedKnobs("one", Knobs(running_max_count=1)))
+    wait_s = alone["ttft_s"] + alone["e2e_s"] * np.arange(3)
+    np.testing.assert_allclose(outcome.requests["wait_s"], wait_s, rtol=1e-9)
+    assert wait_s[1] < 60 < wait_s[2]
+    figures = outcome.metrics
+    assert figures["longest_wait_s"] == pytest.approx(wait_s[2], rel=1e-9)
+    assert figures["starved_frac"] == pytest.approx(2 / 3)
+    assert figures["slo_attainment_frac"] == pytest.approx(1 / 3)
+    assert figures["beyond_guard_count"] == 1
+    assert figures["guarded_attainment_frac"] == figures["guarded_goodput_requests_per_s"] == 0.0
+
+
+def test_who_waits_still_counts(tables: Tables) -> None:
+    """The same, stopped while the second is served: the third has waited until then, and nothing has happened to it."""
+    workload = Workload.build("three", np.zeros(3), np.full(3, 500), np.full(3, 7_600))
+    engine = Engine(tables, 1, 3)
+    engine.reset(0, workload)
+    Knobs(running_max_count=1).write(engine.knobs, 0)
+    engine.run(0, Until.TIME, 61.0)
+    figures, clock_s = totals(engine, [0]), engine.state.env["clock_s"][0]
+    assert 61.0 <= clock_s < 61.1
+    assert figures["longest_wait_s"] == clock_s
+    assert (figures["finished_count"], figures["beyond_guard_count"]) == (1, 1)
+    assert figures["guarded_attainment_frac"] == 0.0
+    found = np.zeros(1, np.int64)
+    count_beyond_guard(engine.state, found)
+    assert found[0] == 1
+    assert engine.state.env["beyond_guard_count"][0] == 0
+    engine.run(0)
+    assert engine.state.env["beyond_guard_count"][0] == totals(engine, [0])["beyond_guard_count"] == 1

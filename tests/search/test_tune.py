@@ -20,10 +20,12 @@ from l3env.policies.best_constant import BestConstant, BestConstantGlobal, read_
 from l3env.policy.protocol import FixedKnobs
 from l3env.policy.registry import make_policy, register_policy
 from l3env.requests.registry import load_trace
+from l3env.requests.workload import Workload
 from l3env.runs.compare import compare
 from l3env.runs.driver import run_policy
 from l3env.runs.saturation import load_at_capacity
-from l3env.search.tune import ACTIONS, GRID, Case, serve, tune
+from l3env.search.objective import FIGURES, Objective, earned, relative
+from l3env.search.tune import ACTIONS, GRID, Case, serve_each, tune
 
 TRACE = "profile:azure-conv-2023?n=150"
 TINY = {
@@ -39,9 +41,9 @@ def cell(system: str = "l3-dgx-a100", model: str = "qwen-72b", utilization: floa
     return Case(tables, workload.at_load(utilization * load_at_capacity(tables, workload)))
 
 
-def runner_goodput(which: Case, knobs: Knobs) -> float:
+def runner_goodput(which: Case, knobs: Knobs, objective: Objective = Objective.GUARDED) -> float:
     outcome = run_policy(which.tables, which.workload, FixedKnobs("fixed", knobs), slo=which.slo, record=False)
-    return outcome.metrics["slo_attainment_frac"]
+    return outcome.metrics[FIGURES[objective]]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -51,11 +53,12 @@ def test_scores_are_those_of_the_runner(threads: int, monkeypatch: pytest.Monkey
     which = cell()
     assert which.tables.replicas_count == 2
     settings = [Knobs(), Knobs(prefill_budget_tokens=256), Knobs(order=Order.NEWEST_FIRST, headroom_frac=0.2)]
-    expected = [runner_goodput(which, knobs) for knobs in settings]
-    met, present_s = serve(which, settings)
-    np.testing.assert_array_equal(met, expected)
+    met, present_s = serve_each(which, settings)
+    for objective in Objective:
+        expected = [runner_goodput(which, knobs, objective) for knobs in settings]
+        np.testing.assert_array_equal(earned(met, objective).mean(axis=1), expected)
     monkeypatch.setattr("l3env.search.tune.ENGINE_BYTES", 1.0)
-    again, present_again_s = serve(which, settings)
+    again, present_again_s = serve_each(which, settings)
     np.testing.assert_array_equal(again, met)
     np.testing.assert_array_equal(present_again_s, present_s)
     outcome = run_policy(which.tables, which.workload, FixedKnobs("fixed", settings[0]), record=False)
@@ -64,17 +67,54 @@ def test_scores_are_those_of_the_runner(threads: int, monkeypatch: pytest.Monkey
 
 
 def test_it_finds_the_best_of_all_settings() -> None:
-    """Every one of 27 settings by the runner; the search sees few at random and must reach the same goodput."""
-    which = cell()
-    names = list(TINY)
-    best = max(
-        runner_goodput(which, Knobs(**dict(zip(names, each, strict=True))))
-        for each in itertools.product(*TINY.values())
-    )
-    tuned = tune([which], grid=TINY, random_count=9)
-    assert tuned.goodput_frac[0] == best
-    assert runner_goodput(which, tuned.knobs) == best
-    assert len(tuned.tried) < 27
+    """Every one of 27 settings by the runner; the search sees few at random and must reach the same."""
+    which = cell(model="gpt-175b", utilization=1.6)
+    settings = [Knobs(**dict(zip(TINY, each, strict=True))) for each in itertools.product(*TINY.values())]
+    for objective in Objective:
+        values = [runner_goodput(which, knobs, objective) for knobs in settings]
+        tuned = tune([which], grid=TINY, random_count=9, objective=objective)
+        reached = tuned.guarded_frac[0] if objective == Objective.GUARDED else tuned.goodput_frac[0]
+        assert reached == runner_goodput(which, tuned.knobs, objective) == max(values)
+        assert len(tuned.tried) < 27
+
+
+def test_who_starves_the_old_ones_does_not_win() -> None:
+    """Eight requests of some 17 s each, one at a time: four at once, then one every so often as a place falls free,
+    every second of them 6 s early; 5 s are allowed.
+
+    Newest first: of the later ones two are in time and two are not, and of the first four one is and the others wait
+    until the end, beyond the guard: 3 met, 3 beyond. First come first served: 1 met, all others wait less than 60 s.
+    """
+    tables = compile_pair("gpu-dgx-a100", "llama-3-8b", tp=8)
+    alone = Workload.build("alone", [0.0], [500], [4_100])
+    busy_s = run_policy(tables, alone, make_policy("fcfs")).requests["e2e_s"][0]
+    assert 12 < busy_s < 18
+    later = busy_s * np.arange(1, 5) - [6.0, 1.0, 6.0, 1.0]
+    workload = Workload.build("eight", [0.0] * 4 + later.tolist(), [500] * 8, [4_100] * 8)
+    which = Case(tables, workload, Slo(ttft_s=5.0, tbt_s=1.0))
+    orders = (Order.FCFS, Order.NEWEST_FIRST)
+    settings = [Knobs(order=order, running_max_count=1) for order in orders]
+    outcomes, _ = serve_each(which, settings)
+    assert outcomes.tolist() == [[1, 0, 0, 0, 0, 0, 0, 0], [1, -1, -1, -1, 0, 1, 0, 1]]
+    grid = {**{name: (getattr(settings[0], name),) for name in GRID}, "order": orders, "running_max_count": (1,)}
+    guarded = tune([which], grid=grid)
+    plain = tune([which], grid=grid, objective=Objective.PLAIN)
+    assert (guarded.knobs.order, plain.knobs.order) == orders
+    assert (guarded.guarded_frac[0], guarded.goodput_frac[0]) == (1 / 8, 1 / 8)
+    assert (plain.guarded_frac[0], plain.goodput_frac[0]) == (0.0, 3 / 8)
+
+
+def test_relative_values_by_hand() -> None:
+    """Of the best where all are positive; where most cost more than the best earns, of what the worst costs."""
+    values = np.array([[0.2, -0.8, -0.1], [0.4, 0.2, -0.05]])
+    np.testing.assert_allclose(relative(values, axis=0), [[0.5, -1.0, -1.0], [1.0, 0.25, -0.5]])
+    np.testing.assert_array_equal(relative(np.zeros((2, 1)), axis=0), 0.0)
+
+
+def test_what_requests_earn() -> None:
+    outcomes = np.array([1, 0, -1, -1], np.int8)
+    assert earned(outcomes, Objective.GUARDED).sum() == -1
+    assert earned(outcomes, Objective.PLAIN).sum() == 1
 
 
 def test_what_lies_around_the_best() -> None:
@@ -88,7 +128,7 @@ def test_what_lies_around_the_best() -> None:
     order = ACTIONS["order"].index(Order.FCFS)
     changed = Knobs(**{**tuned.knobs.__dict__, "order": Order.FCFS})
     difference = tuned.around["order"][order] - best
-    assert difference == pytest.approx(runner_goodput(which, changed) / tuned.goodput_frac[0] - 1, abs=2e-4)
+    assert difference == pytest.approx(runner_goodput(which, changed) / tuned.guarded_frac[0] - 1, abs=2e-4)
 
 
 def test_one_setting_for_several_cells() -> None:
@@ -99,7 +139,7 @@ def test_one_setting_for_several_cells() -> None:
     share = (goodput / goodput.max(axis=0)).mean(axis=1)
     tuned = tune(cells, grid=TINY, random_count=60)
     reached = np.array([runner_goodput(which, tuned.knobs) for which in cells])
-    np.testing.assert_array_equal(tuned.goodput_frac, reached)
+    np.testing.assert_array_equal(tuned.guarded_frac, reached)
     assert (reached / goodput.max(axis=0)).mean() == pytest.approx(share.max(), abs=1e-4)
 
 
@@ -114,7 +154,7 @@ def test_the_grid_holds_the_heuristics_with_fixed_knobs() -> None:
     tuned = tune([which], random_count=8)
     for name in ("fcfs", "sarathi", "edf", "sjf-prompt", "l3-model"):
         outcome = run_policy(which.tables, which.workload, make_policy(name), record=False)
-        assert tuned.goodput_frac[0] >= outcome.metrics["slo_attainment_frac"], name
+        assert tuned.guarded_frac[0] >= outcome.metrics["guarded_attainment_frac"], name
 
 
 def test_best_constant_is_searched_for_the_runs_own_objective() -> None:
@@ -124,6 +164,8 @@ def test_best_constant_is_searched_for_the_runs_own_objective() -> None:
         outcome = run_policy(which.tables, which.workload, policy, slo=slo, training=which.workload, record=False)
         goodput = outcome.metrics["slo_attainment_frac"]
         assert goodput == outcome.metrics["training_slo_attainment_frac"]
+        guarded = outcome.metrics["guarded_attainment_frac"]
+        assert guarded == outcome.metrics["training_guarded_attainment_frac"]
         assert policy.knobs == tune([Case(which.tables, which.workload, slo)]).knobs
     with pytest.raises(PolicyError, match="needs earlier requests"):
         run_policy(which.tables, which.workload, BestConstant())

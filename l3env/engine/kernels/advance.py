@@ -7,8 +7,9 @@ import numpy as np
 from l3env.choices import SloForm, Status
 from l3env.engine.kernels.drafts import classes_count, second_tokens_count, step_clocks
 from l3env.engine.kernels.memory import decoding_count, finish, join_decode, leave_prefill, let_go, pool_of
+from l3env.engine.kernels.patience import leave, leaves_s
 from l3env.engine.kernels.prefix import publish
-from l3env.engine.kernels.slo import note_prefill_token, note_step_deadlines, note_step_gaps
+from l3env.engine.kernels.slo import note_first_token, note_prefill_token, note_step_deadlines, note_step_gaps
 from l3env.engine.state import FINISH_HEAP, GAP_LOW_S, GAP_RATIO, SUB_BATCHES
 from l3env.jit import helper, inner
 
@@ -96,6 +97,9 @@ def step_prefills(t, s, e):
             env["recomputed_tokens"] += chunk
         if chunk > 0:
             publish(s.prefix, s.pool, e, r, pool_of(t, s, e, r), req[e, r]["prefilled_tokens"])
+        if env["patience_s"] > 0.0 and np.isnan(req[e, r]["first_token_s"]) and now_s > leaves_s(s, e, r):
+            leave(t, s, e, r)
+            continue
         if chunk == 0 or req[e, r]["prefilled_tokens"] < req[e, r]["target_tokens"]:
             i += 1
             continue
@@ -104,7 +108,7 @@ def step_prefills(t, s, e):
         if env["slo_form"] != SloForm.MEAN_TBT:
             note_prefill_token(s, e, r, now_s)
         if np.isnan(req[e, r]["first_token_s"]):
-            req[e, r]["first_token_s"] = now_s
+            note_first_token(s, e, r, now_s)
         elif s.gap_hist.shape[1] > 1:
             add_gap(s, e, now_s - req[e, r]["last_token_s"], 1)
         req[e, r]["last_token_s"] = now_s

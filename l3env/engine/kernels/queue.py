@@ -217,9 +217,9 @@ def note_arrival(s, e, r):
 
 @inner
 def note_end(s, e, met):
-    """A request has finished or was rejected; ``met`` is 1 where its SLO was."""
+    """A request has finished, was rejected or has left; ``met`` is 1 where its SLO was."""
     env = s.env[e]
-    count = env["finished_count"] + env["rejected_count"]
+    count = env["finished_count"] + env["rejected_count"] + env["left_count"]
     env["slo_met_mean"] = running_mean(env["slo_met_mean"], met, count, FINISHED_WEIGHT)
 
 
@@ -236,6 +236,9 @@ def arrive(t, s, e, r):
     if need_tokens < t.coef[table]["served_tokens"]:
         for pool in range(t.coef[table]["pools_count"]):
             if need_blocks <= t.pool_blocks[table, pool]:
+                if env["patience_s"] > 0.0:
+                    s.lists[e, env["entered_count"]]["entered"] = r
+                    env["entered_count"] += 1
                 enqueue(s, e, r)
                 return
     else:

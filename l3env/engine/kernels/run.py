@@ -10,6 +10,7 @@ from l3env.choices import SubBatching
 from l3env.engine.kernels.heap import push
 from l3env.engine.kernels.iteration import execute
 from l3env.engine.kernels.memory import catch_up
+from l3env.engine.kernels.patience import let_leave, next_leave_s
 from l3env.engine.kernels.prefix import change_eviction
 from l3env.engine.kernels.queue import (
     absorb_arrivals,
@@ -29,7 +30,7 @@ class Stop(IntEnum):
     """Why a run came back."""
 
     RUNNING = 0  # a limit was reached; there is more to do
-    DONE = 1  # all requests have finished or were rejected
+    DONE = 1  # all requests have finished, were rejected or have left
     STALLED = 2  # requests wait or are paused, nothing runs, nothing will arrive
 
 
@@ -44,13 +45,18 @@ class Until(IntEnum):
 
 @inner
 def ready(t, s, e):
-    """Lets arrivals in; where nothing is present, jumps to the next arrival. Who has become hopeless steps back.
+    """Lets arrivals in, and out who has no patience left; where nothing is present, jumps to the next arrival. Who has
+    become hopeless steps back.
 
     False at the end of all work.
     """
     env = s.env[e]
+    if env["patience_s"] > 0.0:
+        let_leave(t, s, e)
     if next_arrival_s(s, e) <= seen_s(env):
         absorb_arrivals(t, s, e)
+        if env["patience_s"] > 0.0:  # some may have come and gone in one long iteration
+            let_leave(t, s, e)
     while env["running_count"] == 0 and env["waiting_count"] == 0:
         when_s = next_arrival_s(s, e)
         if when_s == np.inf:
@@ -66,12 +72,12 @@ def ready(t, s, e):
 
 @inner
 def skip_idle(t, s, e):
-    """Nothing was runnable: waits for what is not known yet, or for the next arrival. False where none will come."""
+    """Nothing was runnable: waits for what is not known yet, or until one comes or leaves; False where none will."""
     env = s.env[e]
     if env["ahead"] and env["seen_s"] < env["clock_s"]:
         catch_up(s, e)
         return True
-    when_s = next_arrival_s(s, e)
+    when_s = min(next_arrival_s(s, e), next_leave_s(s, e))
     if when_s == np.inf:
         env["stop"] = Stop.STALLED
         return False
@@ -85,7 +91,7 @@ def skip_idle(t, s, e):
 @inner
 def events(s, e):
     env = s.env[e]
-    return env["arrived_count"] + env["finished_count"] + env["preemptions_count"]
+    return env["arrived_count"] + env["finished_count"] + env["preemptions_count"] + env["left_count"]
 
 
 @inner

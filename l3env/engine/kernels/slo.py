@@ -17,8 +17,8 @@ import numpy as np
 from l3env.choices import SloForm, Status
 from l3env.engine.kernels.drafts import class_of, emitted_last
 from l3env.engine.kernels.heap import push, remove
-from l3env.engine.state import DUE_HEAP, SUB_BATCHES
-from l3env.jit import helper, inner
+from l3env.engine.state import DUE_HEAP, GUARD_S, GUARD_TTFT_SLOS, SUB_BATCHES
+from l3env.jit import helper, inner, kernel
 
 
 @inner
@@ -118,6 +118,34 @@ def note_prefill_token(s, e, r, now_s):
             s.req[e, r]["missed_deadline"] = 1
     elif s.req[e, r]["emitted_tokens"] > 0:
         note_own_gap(s, e, r, now_s)
+
+
+@inner
+def guard_s(ttft_slo_s):
+    """How long a request may wait for its first token before it counts against whoever let it wait."""
+    return max(GUARD_S, GUARD_TTFT_SLOS * ttft_slo_s)
+
+
+@inner
+def note_first_token(s, e, r, now_s):
+    """A request has its first token."""
+    req = s.req[e, r]
+    req["first_token_s"] = now_s
+    if now_s - req["arrival_s"] > guard_s(req["ttft_slo_s"]):
+        s.env[e]["beyond_guard_count"] += 1
+
+
+@kernel
+def count_beyond_guard(s, out):
+    """(E,) requests that waited for their first token longer than the guard allows, or do so still; into ``out``."""
+    for e in range(out.shape[0]):
+        env = s.env[e]
+        out[e] = env["beyond_guard_count"]
+        for r in range(env["requests_count"]):
+            req = s.req[e, r]
+            present = req["status"] >= Status.WAITING and req["status"] <= Status.PAUSED
+            if present and np.isnan(req["first_token_s"]):
+                out[e] += env["clock_s"] - req["arrival_s"] > guard_s(req["ttft_slo_s"])
 
 
 @inner

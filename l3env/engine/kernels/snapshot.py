@@ -81,8 +81,21 @@ def extract(s, e, idx, output_tokens, room, new_idx, d, m):
             d.lists[m, joining]["joining"] = new_idx[r]
             joining += 1
     env["joining_count"] = joining
+    copy_entered(s, e, new_idx, d, m)
     copy_prefix(s.prefix, e, idx, room, d.prefix, m)
     let_go(d, m)
+
+
+@helper
+def copy_entered(s, e, new_idx, d, m):
+    """Who may still lose patience, in order of arrival."""
+    entered = 0
+    for i in range(s.env[e]["patience_idx"], s.env[e]["entered_count"]):
+        r = s.lists[e, i]["entered"]
+        if s.req[e, r]["status"] >= Status.WAITING and s.req[e, r]["status"] <= Status.PAUSED:
+            d.lists[m, entered]["entered"] = new_idx[r]
+            entered += 1
+    d.env[m]["patience_idx"], d.env[m]["entered_count"] = 0, entered
 
 
 @helper
