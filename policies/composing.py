@@ -1,8 +1,8 @@
 """What policies share that put an iteration together themselves: requests are served in an order, as far as tokens,
 batch and memory go, and who is not served waits.
 
-A plan says how many tokens of a prompt are processed as it starts, which are fewer where part of it is cached: with the
-prefix cache such plans are refused.
+A plan says how many tokens of a prompt are processed as it starts; where part of it is cached, at most those that are
+left are.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ SUSTAINED = {  # not in the tables, whose calls are short
     "h200": (0.16, "fitted to linear operations of experiments/data/h200.csv.gz, bursts of milliseconds"),
     "b200": (0.16, "carried over from gpu/h200: assumed"),
 }
+SUSTAINED_PREFILL = {"h100": 0.18}  # of attention, by the same steps; elsewhere nobody has measured it
 DATA_SHEET = "vendor data sheet: streaming multiprocessors"
 CACHE = "vendor data sheet: L2 cache"
 TITLES = {
@@ -127,6 +128,9 @@ def fit_gpu(gpu: str, operations: list[Operation], progress: Progress) -> tuple[
     cited |= dict.fromkeys(KERNELS[gpu], KERNEL_SOURCES.get(gpu, KERNEL_SOURCES["h100"]))
     slowdown, cited["sustained_slowdown_frac"] = SUSTAINED[gpu]
     device = replace(device, sustained_slowdown_frac=slowdown)
+    if gpu in SUSTAINED_PREFILL:
+        device = replace(device, prefill_slowdown_frac=SUSTAINED_PREFILL[gpu])
+        cited["prefill_slowdown_frac"] = cited["sustained_slowdown_frac"]
     cited["prefill_tile_rows"] = f"the best of 64, 128 and 256 for context_attention: {SOURCE}"
     for what, groups in GROUPS.items():
         for group in groups:

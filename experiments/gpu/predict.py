@@ -40,7 +40,7 @@ def predict_s(device: GpuSpec | LinkSpec, operation: Operation, *, lasting: bool
     name = operation.name
     if isinstance(device, LinkSpec):
         return all_reduce_s(device, operation)
-    device = device if lasting else replace(device, sustained_slowdown_frac=0.0)
+    device = device if lasting else replace(device, sustained_slowdown_frac=0.0, prefill_slowdown_frac=0.0)
     if name.startswith("gemm"):
         return gemm_s(device, operation)
     if name.startswith("generation_attention"):

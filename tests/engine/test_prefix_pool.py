@@ -15,7 +15,7 @@ from l3env.engine.rollout import Rollouts, present_idx
 from l3env.engine.segments import eviction_rule, idle_segments, score_segments, segments
 from l3env.engine.state import NOWHERE, arrays, copy
 from l3env.envs.episodes import Episodes
-from l3env.errors import L3EnvError, PolicyError, WorkloadError
+from l3env.errors import L3EnvError, PlanError, PolicyError, WorkloadError
 from l3env.knobs import Knobs
 from l3env.policy.plan import Plan
 from l3env.policy.protocol import BasePolicy, FixedKnobs
@@ -593,3 +593,25 @@ def test_who_was_in_time_after_all_thanks_to_a_hit_does_not_step_back_when_preem
     iterate(Plan(preempt=[1]))
     assert req["status"][1] == Status.WAITING
     assert req["hopeless"].tolist() == [0, 0]
+
+
+def test_a_plan_may_give_an_admitted_prompt_more_tokens_than_a_hit_leaves():
+    """The whole prompt of 40, of which 36 are found: a plan cannot know them before."""
+    row = range(10)
+    workload = prompts([row, row], [40, 40], 4, output=[400, 50], arrival=[0.0, 0.0])
+    engine = Engine(compiled("gpu-dgx-a100", "llama-2-7b"), 1, 2, prefix_cache=Eviction.LRU)
+    engine.reset(0, workload)
+    engine.await_work(0, 1)
+
+    def iterate(plan: Plan) -> None:
+        engine.step_plan(0, plan.operations(), prefill_all=plan.prefill is None, decode=True, interleaved=False)
+
+    iterate(Plan(admit=[0], prefill={0: 40}))
+    iterate(Plan(admit=[1], prefill={1: 40}))
+    req = engine.state.req[0]
+    assert req["first_token_s"][1] > req["first_token_s"][0]
+    assert engine.state.env["prefill_tokens"][0] < 80
+    assert req["prefilled_tokens"].tolist() == [40, 40]
+    iterate(Plan(preempt=[1]))
+    with pytest.raises(PlanError, match="request 1: prefill tokens out of range"):
+        iterate(Plan(admit=[1], prefill={1: 60}))

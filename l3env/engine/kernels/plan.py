@@ -89,8 +89,11 @@ def pick_lane(t, s, e, r, pool, sub, interleaved):
 
 
 @helper
-def apply_op(t, s, e, op, r, a, b, interleaved):
-    """One operation; returns a Fault."""
+def apply_op(t, s, e, op, r, a, b, interleaved, admitted_before):
+    """One operation; returns a Fault. ``admitted_before``: admissions until this plan.
+
+    What is found cached of those that it admits it cannot know yet, so their chunks may be as long as the whole prompt.
+    """
     env, req = s.env[e], s.req
     if r < 0 or r >= env["requests_count"]:
         return Fault.UNKNOWN_REQUEST
@@ -134,9 +137,11 @@ def apply_op(t, s, e, op, r, a, b, interleaved):
     else:
         if status != Status.PREFILL:
             return Fault.NOT_PREFILLING
-        if a < 0 or a > req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]:
+        left = req[e, r]["target_tokens"] - req[e, r]["prefilled_tokens"]
+        most = req[e, r]["target_tokens"] if req[e, r]["admitted_seq"] > admitted_before else left
+        if a < 0 or a > most:
             return Fault.TOO_MANY_TOKENS
-        req[e, r]["chunk_tokens"] = a
+        req[e, r]["chunk_tokens"] = min(a, left)
     return Fault.NONE
 
 
@@ -151,7 +156,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved, multi_token
     passes. ``env["stop"]`` is set as by ``run``.
     """
     env, req = s.env[e], s.req
-    before = env["preemptions_count"]
+    before, admitted_before = env["preemptions_count"], env["admitted_seq"]
     for i in range(env["prefill_count"]):
         req[e, s.lists[e, i]["prefill"]]["chunk_tokens"] = 0
     set_drafting(s.lane_class, t, env, multi_token)
@@ -161,7 +166,7 @@ def step_plan(t, s, e, ops, prefill_all, decode_wanted, interleaved, multi_token
         if ops[i, 0] >= Op.ADMIT and not grown:
             make_room_to_grow(t, s, e, Victim.NEWEST_ADMITTED)
             grown = True
-        fault = apply_op(t, s, e, ops[i, 0], ops[i, 1], ops[i, 2], ops[i, 3], interleaved)
+        fault = apply_op(t, s, e, ops[i, 0], ops[i, 1], ops[i, 2], ops[i, 3], interleaved, admitted_before)
         if fault != Fault.NONE:
             env["bad_request_idx"] = ops[i, 1]
             if grown and decode_wanted:

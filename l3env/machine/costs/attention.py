@@ -52,14 +52,14 @@ def pair_s(
 def prefill_pair_s(model: ModelSpec, gpu: GpuSpec, tp: int) -> float:
     """Compute time per pair of prefill attention, on plain keys and values; c new tokens on a history of f have
     c f + c (c + 1) / 2 pairs. The exponential of a pair costs as much as some more head size, whatever the head's.
-    Layer after layer of it holds the clock down as large products do."""
+    Layer after layer of it, under a lasting load, holds the clock down as large products do."""
     wider = gpu.prefill_latent_utilisation_frac if model.mla is not None else 0.0
     if narrow(model) and gpu.fp8_kv_prefill_utilisation_frac > 0:
         wider = gpu.fp8_kv_prefill_utilisation_frac
     plain = pair_s(model, gpu, tp, wider or gpu.prefill_utilisation_frac)
     form = model.naive_form
     softmax = 1 + 2 * gpu.prefill_softmax_size / (form.key_size + form.value_size)
-    return plain * (softmax / (1 + gpu.prefill_softmax_size / HEAD_SIZE)) * (1 + gpu.sustained_slowdown_frac)
+    return plain * (softmax / (1 + gpu.prefill_softmax_size / HEAD_SIZE)) * (1 + gpu.prefill_slowdown_frac)
 
 
 def narrow(model: ModelSpec) -> bool:

@@ -50,8 +50,9 @@ class GpuSpec:
     sustained_slowdown_frac: Annotated[
         NotNegative,
         Meta(le=2.0),
-        "longer that large products and prefill attention take under a lasting load, at the power limit",
+        "longer that large products take under a lasting load, at the power limit",
     ] = 0.0
+    prefill_slowdown_frac: Annotated[NotNegative, Meta(le=2.0), "the same of prefill attention, where measured"] = 0.0
     fp8_utilisation_frac: Annotated[Share, "of the FP8 FLOP/s; 0: as 16 bit"] = 0.0
     fp8_sm_bytes_per_s: Annotated[NotNegative, Meta(le=1e13), "FP8 operands that one takes in; 0: as 16 bit"] = 0.0
     block_launch_s: Annotated[Seconds, "more per FP8 product with scales for blocks: its input's scales"] = 0.0
