@@ -172,7 +172,8 @@ def waiting_figures(
     Args:
         requests: those that arrived, as columns ``arrival_s``, ``wait_s`` (NaN: refused on arrival), ``ttft_slo_s``.
         rates: of ``steady_rates``.
-        met_count, requests_count: of the whole run.
+        met_count: of the whole run, as
+        requests_count: those that arrived.
 
     Returns:
         ``longest_wait_s``; ``starved_frac``: of all requests, those that waited over ten times their TTFT SLO;
