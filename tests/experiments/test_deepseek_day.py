@@ -181,8 +181,8 @@ def test_equal_prompts_that_fill_the_gpus_need_no_balancer():
 
 
 def test_the_day_step_by_step():
-    """As the page says: with the refitted GPUs prefill comes out a quarter too fast against the published mean, with hits
-    as in a chat service; the ratios here guard against unmeant changes."""
+    """As the page says: with the refitted GPUs prefill comes out a quarter too fast against the published mean, with
+    hits as in a chat service; the ratios here guard against unmeant changes."""
     rows = {row["case"].removeprefix("OI's day, "): row for row in deepseek_day.rows(V3)}
     assert rows["nodes over the day"]["ratio"] == pytest.approx(1, abs=0.1)  # nodes follow the load as DeepSeek's did
     assert deepseek_day.UNITS == 24
@@ -192,7 +192,7 @@ def test_the_day_step_by_step():
     for balancer in ("dealt within a unit in pieces of 4 K", "dealt over 24 units", "perfect balance"):
         assert chat[balancer] == pytest.approx(1.26, abs=0.05)
         for frac in traffic.stored()["load"][deepseek_day.LOAD]["served_frac"].values():  # whatever the interval
-            assert 1.0 < chat[balancer] * frac / rows["load"]["ours"] < 1.7
+            assert 0.9 < chat[balancer] * frac / rows["load"]["ours"] < 1.7
     assert max(chat.values()) == chat["perfect balance"]
     reasoning = [row["ratio"] for name, row in rows.items() if name.startswith("prompts as in an R1")]
     assert len(reasoning) == 4
