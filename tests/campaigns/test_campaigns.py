@@ -84,7 +84,7 @@ def test_the_search_of_a_view_finds_what_is_there() -> None:
 def test_a_killed_comparison_finishes_as_one_never_stopped(tmp_path: Path) -> None:
     said: list[str] = []
     folder = chaos.prepared(tmp_path)
-    assert chaos.kill_campaign("compare", 3, random.Random(1), folder, say=said.append) == 0, said
+    assert chaos.kill_campaign("compare", 2, random.Random(1), folder, say=said.append) == 0, said
     assert chaos.full_disk(folder, say=said.append) == 0, said
     assert chaos.two_at_once(folder, 1, say=said.append) == 0, said
 
