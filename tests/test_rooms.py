@@ -33,6 +33,7 @@ SAME = {  # what a name in several rooms means in all of them
     "requests": "the requests of a trace, and the environment that shows them one by one",
     "run": "runs what the room is for",
     "sb3": "Stable-Baselines3",
+    "score": "one number for a policy on a fixed set of cells: the figure, its command",
     "timeline": "one run for a trace viewer: the events, the command",
 }
 
