@@ -87,7 +87,7 @@ def reason(row: Any) -> str | None:
 @functools.cache
 def machine(system: str, model: str, quantised: str, tp: int) -> Tables:
     """One replica; 8-bit weights come with 8-bit KV, as those runs were set up: an assumption, the table has no KV."""
-    engine = replace(specs.load(ENGINE), memory=None)  # its memory is an H100's
+    engine = replace(specs.load(ENGINE), memory=None)  # most rows are of other engines, which keep other shares
     spec = replace(specs.load(f"system/{SYSTEMS[system]}"), engine=engine)
     served = specs.load(f"model/{model}")
     narrow = quantised.startswith("fp8")

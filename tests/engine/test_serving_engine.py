@@ -139,6 +139,15 @@ def test_blocks_are_those_that_vllm_found(model: str, blocks: int) -> None:
     assert tables.arrays.pool_blocks[0, 0] == pytest.approx(blocks, rel=1e-3)
 
 
+def test_a_larger_gpu_leaves_more_blocks_by_hand() -> None:
+    """An H200 has 60 GiB more; the engine takes 0.9 of what the driver shows of it, in blocks of 2 MiB."""
+    small, large = (
+        l3env.compile_pair(f"{system}?engine=vllm-0.22", "llama-3-8b", tp=1).arrays.pool_blocks[0, 0]
+        for system in ("gpu-1xh100", "gpu-1xh200")
+    )
+    assert large - small == pytest.approx(0.9 * 0.98953 * 60 * 2**30 / 2**21, abs=1)
+
+
 def test_blocks_by_chunk_by_hand() -> None:
     """A prompt of 100 tokens in chunks of 40: 3, 5, then 7 blocks of 16; whole at admission it takes 7."""
     for by_chunk, expected in ((True, [3, 5, 7]), (False, [7, 7, 7])):

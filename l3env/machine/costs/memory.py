@@ -53,7 +53,7 @@ def _given_bytes(system: SystemSpec, model: ModelSpec, tp: int) -> float:
     if memory is None:
         return system.gpu.hbm_bytes - system.gpu.reserved_bytes
     logits = memory.logit_bytes * system.serving.max_num_seqs * model.vocab_size / tp
-    return memory.utilisation_frac * (memory.usable_bytes or system.gpu.hbm_bytes) - memory.runtime_bytes - logits
+    return memory.utilisation_frac * memory.usable_frac * system.gpu.hbm_bytes - memory.runtime_bytes - logits
 
 
 def free_hbm_bytes(system: SystemSpec, model: ModelSpec, tp: int) -> float:

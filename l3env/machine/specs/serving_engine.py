@@ -9,7 +9,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from l3env.machine.specs.fields import Count, Natural, NotNegative, Seconds
+from l3env.machine.specs.fields import Count, Natural, NotNegative, Seconds, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class MemorySpec:
     """How an engine finds out what HBM is left for KV: it takes a share of the GPU and profiles its largest step."""
 
     utilisation_frac: Annotated[float, Meta(gt=0, le=1), "share of the GPU's memory that it takes"]
-    usable_bytes: Annotated[NotNegative, "of the GPU as the driver reports it; 0: the data sheet's"] = 0.0
+    usable_frac: Annotated[Share, "of the GPU's memory that the driver reports"] = 1.0
     runtime_bytes: Annotated[NotNegative, "context, communication buffers, captured graphs"]
     logit_bytes: Annotated[NotNegative, "held for each sequence and entry of the vocabulary while it profiles"]
     sources: Mapping[str, str] = field(default_factory=dict)
