@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from l3env import Slo
+from l3env import Slo, Workload
+from l3env.machine.pair import compile_pair
 from l3env.policies.andes import Andes
 from l3env.policies.fastserve import FastServe
 from l3env.policies.trail import Rest
+from l3env.policy.registry import make_policy
 from l3env.policy.view import ROW_DTYPE
+from l3env.runs.driver import run_policy
 from tests.policies.served import gpu, lengths, requests, serve
 
 EARLIER = lengths((600, 10), (500, 400))  # what outputs of these prompts were
@@ -144,3 +147,24 @@ def test_s3_gives_twice_as_much_to_who_outgrows_its_room() -> None:
     """Allotted 16, 32 and 64 tokens in turn, 50 are had by then: computed again twice."""
     served = serve("s3?bucket_tokens=16", requests((0.0, 64, 50)), gpu(30), lengths((64, 4)))
     assert served["preemptions_count"].tolist() == [2]
+
+
+@pytest.mark.parametrize("name", ["andes", "apt-serve", "fastserve", "l3", "s3", "trail", "vllm-ltr"])
+def test_plans_go_with_a_prefix_cache(name: str) -> None:
+    """Prompts share up to nine blocks with others of their session; a plan names tokens before it knows of hits."""
+    rng, count, block = np.random.default_rng(3), 40, 16
+    rows = [[*range(100 * (i % 4), 100 * (i % 4) + int(rng.integers(1, 10))), 10_000 + i] for i in range(count)]
+    sizes = [len(row) for row in rows]
+    workload = Workload.build(
+        "shared",
+        np.sort(rng.random(count)),
+        [size * block - int(rng.integers(0, block)) for size in sizes],
+        rng.integers(1, 30, count),
+        prefix_ids=[each for row in rows for each in row],
+        prefix_offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        prefix_block_tokens=block,
+    )
+    tables = compile_pair("l3-dgx-a100", "llama-3-8b")
+    metrics = run_policy(tables, workload, make_policy(name), training=workload, prefix_cache="lru").metrics
+    assert metrics["finished_count"] == count
+    assert metrics["prefix_hit_tokens_frac"] > 0.2
