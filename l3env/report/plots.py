@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
@@ -188,7 +187,8 @@ def front(comparison: Comparison) -> Figure:
     that no other policy beats in both."""
     results, loads = comparison.done, shown_loads(comparison.done)
     look = looks(results["policy"])
-    figure = Figure(figsize=(2.5 + 4.2 * max(len(loads), 1.4), 4.4 + 0.25 * math.ceil(len(look) / 6)))
+    columns = 4 if len(loads) == 1 else 6
+    figure = Figure(figsize=(2.5 + 4.2 * max(len(loads), 1.4), 4.4 + 0.25 * math.ceil(len(look) / columns)))
     figure.suptitle(heading(comparison, loads[0] if len(loads) == 1 else None))
     panels = figure.subplots(1, len(loads), squeeze=False, sharey=True)[0]
     for axes, load in zip(panels, loads, strict=True):
@@ -201,13 +201,12 @@ def front(comparison: Comparison) -> Figure:
         best = on_front(tails, shares)
         axes.plot(tails[best], shares[best], color="#777777", linewidth=1, drawstyle="steps-post", zorder=1)
         for tail, share, style in zip(tails, shares, look.values(), strict=True):
-            axes.plot(tail, share, color=style.colour, marker="o", markersize=6, linestyle="")
+            axes.plot(tail, share, color=style.colour, marker=style.marker, markersize=6, linestyle="")
         _log_time_axis(axes)
         axes.set(xlabel="TTFT p99", title="" if len(loads) == 1 else load_label(results, load))
     panels[0].set(ylabel="share of requests within the SLO", ylim=(-0.02, 1.02))
     panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    dots = [Line2D([], [], color=each.colour, marker="o", linestyle="", label=each.label) for each in look.values()]
-    legend_below(figure, dots)
+    legend_below(figure, [each.dot for each in look.values()], columns=columns)
     return figure
 
 

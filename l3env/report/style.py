@@ -23,6 +23,7 @@ COLOURS = (
     *("#000000", "#882255", "#999933", "#332288", "#777777", "#44AA99"),
 )
 LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 1, 2, 1, 2)))
+MARKERS = "osD^v"  # one a round of the colours
 DPI = 150
 MATH = r"\mathdefault"  # in matplotlib's own labels
 STYLE: Any = {  # rcParams
@@ -47,11 +48,17 @@ class Look:
     label: str
     colour: str
     line: Any
+    marker: str
 
     @property
     def handle(self) -> Line2D:
         """Its entry in a legend."""
         return Line2D([], [], color=self.colour, linestyle=self.line, label=self.label)
+
+    @property
+    def dot(self) -> Line2D:
+        """The same where it is a point."""
+        return Line2D([], [], color=self.colour, marker=self.marker, linestyle="", label=self.label)
 
 
 def looks(policies: Iterable[str]) -> dict[str, Look]:
@@ -59,7 +66,12 @@ def looks(policies: Iterable[str]) -> dict[str, Look]:
     refs = unique(policies)
     labels = policy_labels(refs)
     return {
-        ref: Look(labels[ref], COLOURS[i % len(COLOURS)], LINE_STYLES[i % len(LINE_STYLES)])
+        ref: Look(
+            labels[ref],
+            COLOURS[i % len(COLOURS)],
+            LINE_STYLES[i % len(LINE_STYLES)],
+            MARKERS[i // len(COLOURS) % len(MARKERS)],
+        )
         for i, ref in enumerate(refs)
     }
 
