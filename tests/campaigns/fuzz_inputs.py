@@ -135,7 +135,7 @@ def spec_kinds() -> Iterator[Kind]:
     yield Kind("model config.json", ".json", (HUGGING_FACE,), lambda path, _: specs.named("model", f"hf:{path}"))
 
 
-def study_kinds() -> Iterator[Kind]:
+def study_kinds(folder: Path) -> Iterator[Kind]:
     def study(path: Path, number: int) -> object:
         grid = Grid.from_yaml(path)
         return [cell.key for cell in grid.cells()] if grid.seeds_count < 10_000 else grid
@@ -144,7 +144,7 @@ def study_kinds() -> Iterator[Kind]:
         return Grid.from_json(read_config(path))
 
     yield Kind("study YAML", ".yaml", (STUDY,), study, SPLICES + WORDS)
-    whole = Path("whole.yaml")
+    whole = folder / "whole.yaml"
     whole.write_bytes(STUDY)
     import json
 
@@ -157,7 +157,7 @@ def study_kinds() -> Iterator[Kind]:
 
 
 def all_kinds(folder: Path) -> list[Kind]:
-    return [*trace_kinds(folder), *spec_kinds(), *study_kinds()]
+    return [*trace_kinds(folder), *spec_kinds(), *study_kinds(folder)]
 
 
 def damaged(kind: Kind, rng: random.Random) -> bytes:
