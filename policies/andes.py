@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.machine.tables import Tables
-from l3env.policies.composing import compose
+from l3env.policies.composing import Composing
 from l3env.policies.vllm import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 from l3env.policy.plan import Plan
-from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 
@@ -27,10 +26,9 @@ SCARCE_FRAC, HORIZON_COUNT, EVERY_COUNT = 0.9, 50, 5
 STEP_WEIGHT, SAMPLES_COUNT = 0.1, 9
 
 
-class Andes(BasePolicy):
+class Andes(Composing):
     """Under scarce memory, the most gain in quality of experience for its KV first."""
 
-    role = Role.PUBLISHED
     source = "Andes, arXiv 2404.16283"
     signals = "TTFT and TBT SLO, tokens so far"
     name = "andes"
@@ -44,9 +42,9 @@ class Andes(BasePolicy):
         budget_tokens: int = MAX_BATCHED_TOKENS,
         batch_count: int = MAX_NUM_SEQS,
     ) -> None:
+        super().__init__(budget_tokens, batch_count)
         self._reading_tokens_per_s, self._scarce_frac = reading_tokens_per_s, scarce_frac
         self._horizon_count, self._every_count = horizon_count, every_count
-        self._budget_tokens, self._batch_count = budget_tokens, batch_count
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         self._iterations_count, self._step_s = 0, 0.0
@@ -63,7 +61,7 @@ class Andes(BasePolicy):
             self._rank = self._ranks(view, rows, waits) if self._is_scarce(view) else {}
         rank = np.array([self._rank.get(idx, rows.size) for idx in rows["idx"].tolist()])
         order = np.lexsort((rows["arrival_s"], np.where(waits, 0, rows["admitted_seq"]), waits, rank))
-        return compose(view, rows[order], self._budget_tokens, self._batch_count, evicts=looks and bool(self._rank))
+        return self.compose(view, rows[order], evicts=looks and bool(self._rank))
 
     def _ranks(self, view: View, rows: NDArray[np.void], waits: NDArray[np.bool_]) -> dict[int, int]:
         """The place of each by gain over memory, until the next look; of equal ones those that run come first."""

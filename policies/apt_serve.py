@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from l3env.choices import Status
 from l3env.knobs import UNLIMITED
 from l3env.machine.tables import Tables
-from l3env.policies.composing import Batch, compose
+from l3env.policies.composing import compose
 from l3env.policy.plan import Plan
 from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
@@ -49,11 +49,9 @@ class AptServe(BasePolicy):
         ranked, waits = rows[order], rows["status"] == Status.WAITING
         waiting = ranked[ranked["status"] == Status.WAITING]
         if waiting.size and worth[waits].sum() >= worth[~waits].sum():
-            batch = Batch(view, waiting, UNLIMITED)
-            for i in range(waiting.size):
-                batch.serve(i, evicts=False)
-            if batch.served:
-                return replace(batch.plan(), decode=False)
+            plan = compose(view, waiting, UNLIMITED, UNLIMITED)
+            if plan.admit:
+                return replace(plan, decode=False)
         return compose(view, ranked[ranked["status"] != Status.WAITING], UNLIMITED, UNLIMITED)
 
     def _worth(self, rows: NDArray[np.void], now_s: float) -> NDArray[np.float64]:

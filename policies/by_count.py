@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
+from l3env.policies.declared import declared_tokens
 from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
@@ -22,17 +23,23 @@ class ByCount(BasePolicy):
     """As many waiting requests start, in the queue's order, as ``count`` says; where nothing runs one always does.
 
     Args:
+        max_output_tokens: the longest output that any request declares; None: that of earlier requests (``declared``).
         every_count: iterations from one look at the queue to the next; in between nobody starts.
     """
 
     role = Role.PUBLISHED
 
-    def __init__(self, name: str, knobs: Knobs, every_count: int = 1, **changes: Any) -> None:
+    def __init__(
+        self, name: str, knobs: Knobs, max_output_tokens: int | None, every_count: int = 1, **changes: Any
+    ) -> None:
         self.name = name
+        self._given_tokens = max_output_tokens
         self.knobs = replace(knobs, **changes)
         self._every_count = every_count
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
+        self._limit_tokens = declared_tokens(self._given_tokens, training, self.name)
+        self._memory_tokens = kv_tokens(system)
         self._iterations_count = 0
         self._cached: dict[int, Knobs] = {}
 
@@ -52,8 +59,13 @@ class ByCount(BasePolicy):
         return self._cached[count]
 
 
+def kv_place(system: Tables) -> str:
+    """Where KV lies with these knobs: on the PIM side where there is one."""
+    return "pim" if system.has_pim else "hbm"
+
+
 def kv_tokens(system: Tables) -> int:
-    """Memory for KV where these knobs put it: on the PIM side where there is one."""
+    """Memory for KV there."""
     return system.pim_tokens if system.has_pim else system.hbm_tokens
 
 

@@ -14,8 +14,30 @@ from numpy.typing import NDArray
 
 from l3env.choices import Status
 from l3env.machine.arrays import FIRST_PIM, HBM
+from l3env.policies.vllm import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 from l3env.policy.plan import Plan
+from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
+
+
+class Composing(BasePolicy):
+    """A policy of the literature that puts each iteration together, within a budget of tokens and a batch; vLLM's
+    unless its source has its own."""
+
+    role = Role.PUBLISHED
+
+    def __init__(self, budget_tokens: int = MAX_BATCHED_TOKENS, batch_count: int = MAX_NUM_SEQS) -> None:
+        self._budget_tokens, self._batch_count = budget_tokens, batch_count
+
+    def compose(self, view: View, ranked: NDArray[np.void], *, evicts: bool = False) -> Plan:
+        """``compose`` within them."""
+        return compose(view, ranked, self._budget_tokens, self._batch_count, evicts=evicts)
+
+
+def served_by(view: View, plan: Plan) -> list[int]:
+    """Those that an iteration serves: whoever decodes on or again, and the prompts."""
+    going = set(view.decoding["idx"].tolist()) - {*plan.pause, *plan.preempt}
+    return [*going, *plan.resume, *(plan.prefill or ())]
 
 
 def compose(view: View, ranked: NDArray[np.void], budget_tokens: int, most_count: int, *, evicts: bool = False) -> Plan:

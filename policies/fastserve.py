@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.machine.tables import Tables
-from l3env.policies.composing import compose
+from l3env.policies.composing import Composing, served_by
 from l3env.policy.plan import Plan
-from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 
@@ -35,10 +34,9 @@ class Standing:
         self.level, self.place, self.used_s, self.last_ran_s = level, place, 0.0, now_s
 
 
-class FastServe(BasePolicy):
+class FastServe(Composing):
     """Levels of doubling quanta, joined by prefill time; who has run long pauses."""
 
-    role = Role.PUBLISHED
     source = "FastServe, arXiv 2305.05920"
     signals = "prefill time alone"
     name = "fastserve"
@@ -51,8 +49,8 @@ class FastServe(BasePolicy):
         rescue_every_count: int = RESCUE_EVERY_COUNT,
         starved_s: float = STARVED_S,
     ) -> None:
-        self._quantum_s, self._batch_count, self._budget_tokens = quantum_s, batch_count, budget_tokens
-        self._rescue_every_count, self._starved_s = rescue_every_count, starved_s
+        super().__init__(budget_tokens, batch_count)
+        self._quantum_s, self._rescue_every_count, self._starved_s = quantum_s, rescue_every_count, starved_s
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         self._standing: dict[int, Standing] = {}
@@ -69,10 +67,8 @@ class FastServe(BasePolicy):
         self._join(rows, view.now_s)
         standing = [self._standing[idx] for idx in rows["idx"].tolist()]
         order = sorted(range(rows.size), key=lambda i: (standing[i].level, standing[i].place))
-        plan = compose(view, rows[order], self._budget_tokens, self._batch_count)
-        stopped = {*plan.pause, *plan.preempt}
-        going = set(view.decoding["idx"].tolist()) - stopped
-        self._ran = [*going, *plan.resume, *(plan.prefill or ())]
+        plan = self.compose(view, rows[order])
+        self._ran = served_by(view, plan)
         return plan
 
     def _charge(self, iteration_s: float, now_s: float) -> None:

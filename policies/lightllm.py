@@ -18,11 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.knobs import Knobs
-from l3env.machine.tables import Tables
-from l3env.policies.by_count import PEEK_COUNT, ByCount, built_tokens, fitting_count, kv_tokens
-from l3env.policies.declared import declared_tokens
+from l3env.policies.by_count import PEEK_COUNT, ByCount, built_tokens, fitting_count
 from l3env.policy.view import View
-from l3env.requests.workload import Workload
 
 GROWTH, LEAST_TOKENS = 1.1, 1024  # of an output, expected while memory is ample
 EVERY_COUNT = 6
@@ -42,13 +39,8 @@ class LightLlm(ByCount):
         every_count: int = EVERY_COUNT,
         **knobs: Any,
     ) -> None:
-        super().__init__("lightllm", CHUNKED, every_count, **knobs)
-        self._given_tokens, self._router_token_ratio = max_output_tokens, router_token_ratio
-
-    def prepare(self, system: Tables, training: Workload | None) -> None:
-        super().prepare(system, training)
-        self._limit_tokens = declared_tokens(self._given_tokens, training, self.name)
-        self._memory_tokens = kv_tokens(system)
+        super().__init__("lightllm", CHUNKED, max_output_tokens, every_count, **knobs)
+        self._router_token_ratio = router_token_ratio
 
     def count(self, view: View) -> int:
         rows = np.concatenate([view.running, view.waiting(PEEK_COUNT)])

@@ -24,7 +24,7 @@ from l3env.choices import Order
 from l3env.knobs import Knobs
 from l3env.machine.batch import Chunk, Decodes
 from l3env.machine.tables import Tables
-from l3env.policies.by_count import PEEK_COUNT
+from l3env.policies.by_count import PEEK_COUNT, kv_place
 from l3env.policies.by_key import ByKey, scores_of
 from l3env.policy.plan import Scored
 from l3env.policy.view import View
@@ -99,7 +99,7 @@ class Niyama(ByKey):
 
 def fitted(system: Tables) -> list[NDArray[Any]]:
     """Weights of (tokens, KV of the decodes, 1), up to SMALL_TOKENS and above: least squares of relative errors."""
-    place = "pim" if system.has_pim else "hbm"
+    place = kv_place(system)
     found = []
     for budgets in ([b for b in BUDGETS if b <= SMALL_TOKENS], [b for b in BUDGETS if b > SMALL_TOKENS]):
         rows = []

@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.machine.tables import Tables
-from l3env.policies.by_count import PEEK_COUNT, ByCount, built_tokens, fitting_count, kv_tokens
-from l3env.policies.declared import declared_tokens
+from l3env.policies.by_count import PEEK_COUNT, ByCount, built_tokens, fitting_count
 from l3env.policies.lightllm import CHUNKED, EVERY_COUNT
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
@@ -42,17 +41,15 @@ class PastFuture(ByCount):
         seed: int = 0,
         **knobs: Any,
     ) -> None:
-        super().__init__("past-future", CHUNKED, every_count, **knobs)
-        self._given_tokens, self._reserved_frac, self._seed = max_output_tokens, reserved_frac, seed
+        super().__init__("past-future", CHUNKED, max_output_tokens, every_count, **knobs)
+        self._reserved_frac, self._seed = reserved_frac, seed
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         super().prepare(system, training)
-        limit = declared_tokens(self._given_tokens, training, self.name)
-        half = WINDOW_COUNT // 2
+        limit, half = self._limit_tokens, WINDOW_COUNT // 2
         past = np.full(0, limit) if training is None else training.output_tokens[-half:]
-        self._limit_tokens = limit
         self._window = np.concatenate([np.full(half, limit), past]).astype(np.int64)
-        self._memory_tokens = (1 - self._reserved_frac) * kv_tokens(system)
+        self._room_tokens = (1 - self._reserved_frac) * self._memory_tokens
         self._rng = np.random.default_rng(self._seed)
         self._known: set[int] = set()
 
@@ -62,7 +59,7 @@ class PastFuture(ByCount):
         draws = min(MOST_DRAWS, WINDOW_COUNT // max(view.running_count, 1) + 1)
         emitted, held = rows["emitted_tokens"], built_tokens(rows, view.pools.block_tokens)
         left = np.maximum(drawn(self._rng, self._window, emitted, draws, self._limit_tokens) - emitted, 1.0)
-        return fitting_count(held, left, view.running_count, self._memory_tokens)
+        return fitting_count(held, left, view.running_count, self._room_tokens)
 
     def _look_back(self, view: View) -> None:
         """Outputs that ended since the last look push out the oldest."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from l3env.machine.batch import Chunk, Decodes
 from l3env.machine.tables import Tables
+from l3env.policies.by_count import kv_place
 from l3env.policies.by_key import CHUNKED
 from l3env.policy.protocol import FixedKnobs, Role
 from l3env.requests.workload import Workload
@@ -47,14 +48,10 @@ class SarathiSlo(FixedKnobs):
         for budget in range(least, MOST_TOKENS + 1, TILE_TOKENS):
             chunk = budget - self._decodes_count
             history = max(self._context_tokens - chunk, 0)
-            if system.iteration_s(decodes, [Chunk(chunk, history, self._place(system))]) > limit_s:
+            if system.iteration_s(decodes, [Chunk(chunk, history, kv_place(system))]) > limit_s:
                 break
             found = budget
         return found
 
     def _decodes(self, system: Tables, count: int) -> Decodes:
-        return Decodes(count, float(self._context_tokens), self._place(system))
-
-    @staticmethod
-    def _place(system: Tables) -> str:
-        return "pim" if system.has_pim else "hbm"
+        return Decodes(count, float(self._context_tokens), kv_place(system))

@@ -21,8 +21,7 @@ import numpy as np
 from l3env.choices import Victim
 from l3env.knobs import Knobs
 from l3env.machine.tables import Tables
-from l3env.policies.by_count import PEEK_COUNT, ByCount, built_tokens, kv_tokens
-from l3env.policies.declared import declared_tokens
+from l3env.policies.by_count import PEEK_COUNT, ByCount, built_tokens
 from l3env.policies.scored_victims import may_run_over
 from l3env.policy.plan import Scored
 from l3env.policy.view import View
@@ -41,14 +40,12 @@ class SglangRatio(ByCount):
 
     def __init__(self, max_output_tokens: int | None = None, conservativeness: float = 1.0, **knobs: Any) -> None:
         base = Knobs(prefill_budget_tokens=CHUNK_TOKENS, prefill_first=True, headroom_frac=0.0)
-        super().__init__("sglang-ratio", replace(base, victim=Victim.LOWEST_SCORE), **knobs)
-        self._given_tokens = max_output_tokens
+        super().__init__("sglang-ratio", replace(base, victim=Victim.LOWEST_SCORE), max_output_tokens, **knobs)
         self._start = min(START * conservativeness, 1.0)
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         super().prepare(system, training)
-        self._limit_tokens = declared_tokens(self._given_tokens, training, self.name)
-        self._memory_tokens, self._page_tokens = kv_tokens(system), system.block_tokens
+        self._page_tokens = system.block_tokens
         self.ratio, self._retracted_count = self._start, 0
 
     def decide(self, view: View) -> Knobs | Scored:

@@ -48,11 +48,17 @@ def fit_bins(prompt_tokens: NDArray[np.int64], output_tokens: NDArray[np.int64])
     return predict
 
 
+def needed(training: Workload | None, name: str) -> Workload:
+    """The earlier requests that a policy's predictor is fitted on. Raises PolicyError where there are none."""
+    if training is None or not len(training):
+        raise PolicyError(f"{name} needs a training window of earlier requests to fit its predictor on")
+    return training
+
+
 def fit_on(training: Workload | None, name: str) -> LengthPredictor:
     """The predictor fitted on earlier requests. Raises PolicyError where there are none."""
-    if training is None:
-        raise PolicyError(f"{name} needs a training window of earlier requests to fit its predictor on")
-    return fit_bins(training.prompt_tokens, training.output_tokens)
+    earlier = needed(training, name)
+    return fit_bins(earlier.prompt_tokens, earlier.output_tokens)
 
 
 class SrtfPredicted(FixedKnobs):

@@ -11,12 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from l3env.errors import PolicyError
 from l3env.machine.tables import Tables
-from l3env.policies.composing import compose
+from l3env.policies.composing import Composing
+from l3env.policies.srtf_predicted import needed
 from l3env.policies.vllm import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 from l3env.policy.plan import Plan
-from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 
@@ -24,10 +23,9 @@ PREEMPTIBLE_FRAC = 0.8
 REQUESTS_PER_BIN, MOST_BINS = 50, 20
 
 
-class Trail(BasePolicy):
+class Trail(Composing):
     """The shortest predicted rest first; who is far enough is no longer preempted."""
 
-    role = Role.PUBLISHED
     source = "TRAIL, arXiv 2410.01035"
     signals = "predicted rest"
     name = "trail"
@@ -38,12 +36,12 @@ class Trail(BasePolicy):
         budget_tokens: int = MAX_BATCHED_TOKENS,
         batch_count: int = MAX_NUM_SEQS,
     ) -> None:
-        self._preemptible_frac, self._budget_tokens, self._batch_count = preemptible_frac, budget_tokens, batch_count
+        super().__init__(budget_tokens, batch_count)
+        self._preemptible_frac = preemptible_frac
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
-        if training is None or not len(training):
-            raise PolicyError(f"{self.name} needs a training window of earlier requests to fit its predictor on")
-        self._rest = Rest(training.prompt_tokens, training.output_tokens)
+        earlier = needed(training, self.name)
+        self._rest = Rest(earlier.prompt_tokens, earlier.output_tokens)
 
     def decide(self, view: View) -> Plan:
         rows = view.present
@@ -52,7 +50,7 @@ class Trail(BasePolicy):
         far = emitted >= np.floor(self._preemptible_frac * self._rest.of(prompts, np.zeros_like(emitted)))
         pinned = far & (rows["pool"] >= 0) & (emitted > 0)
         order = np.lexsort((rows["arrival_s"], left, ~pinned))
-        return compose(view, rows[order], self._budget_tokens, self._batch_count, evicts=True)
+        return self.compose(view, rows[order], evicts=True)
 
 
 class Rest:

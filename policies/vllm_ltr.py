@@ -15,22 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l3env.machine.tables import Tables
-from l3env.policies.composing import compose
+from l3env.policies.composing import Composing, served_by
 from l3env.policies.srtf_predicted import fit_on
 from l3env.policies.vllm import MAX_BATCHED_TOKENS, MAX_NUM_SEQS
 from l3env.policy import LengthPredictor
 from l3env.policy.plan import Plan
-from l3env.policy.protocol import BasePolicy, Role
 from l3env.policy.view import View
 from l3env.requests.workload import Workload
 
 STARVED_COUNT, PERIOD_COUNT = 200, 10
 
 
-class VllmLtr(BasePolicy):
+class VllmLtr(Composing):
     """The shortest predicted output first, whoever runs; the starved get turns."""
 
-    role = Role.PUBLISHED
     source = "LTR, arXiv 2408.15792"
     signals = "predicted output"
     name = "vllm-ltr"
@@ -42,8 +40,8 @@ class VllmLtr(BasePolicy):
         budget_tokens: int = MAX_BATCHED_TOKENS,
         batch_count: int = MAX_NUM_SEQS,
     ) -> None:
+        super().__init__(budget_tokens, batch_count)
         self._starved_count, self._period_count = starved_count, period_count
-        self._budget_tokens, self._batch_count = budget_tokens, batch_count
 
     def prepare(self, system: Tables, training: Workload | None) -> None:
         self._predict = fit_on(training, self.name)
@@ -56,7 +54,7 @@ class VllmLtr(BasePolicy):
     def decide(self, view: View) -> Plan:
         rows = view.present
         order = np.lexsort((rows["arrival_s"], rows["predicted_tokens"], self._is_behind(rows)))
-        plan = compose(view, rows[order], self._budget_tokens, self._batch_count, evicts=True)
+        plan = self.compose(view, rows[order], evicts=True)
         self._count(rows, view, plan)
         return plan
 
@@ -65,8 +63,7 @@ class VllmLtr(BasePolicy):
 
     def _count(self, rows: NDArray[np.void], view: View, plan: Plan) -> None:
         """Iterations without service, and turns left of those that had too many."""
-        served = set(view.decoding["idx"].tolist()) - {*plan.pause, *plan.preempt}
-        served |= {*plan.resume, *(plan.prefill or ())}
+        served = set(served_by(view, plan))
         idle, turns = self._idle_count, self._turns_count
         self._idle_count, self._turns_count = {}, {}
         for idx in rows["idx"].tolist():

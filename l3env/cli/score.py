@@ -8,8 +8,7 @@ import typer
 
 from l3env.cli.columns import show_table
 from l3env.cli.shared import Json, announce_compilation, fail, out, print_json
-
-GIB = 2**30
+from l3env.units import GIB
 
 
 def score(
@@ -18,7 +17,7 @@ def score(
     memory_gib: Annotated[float, typer.Option(min=1, help="GiB of memory for each.")] = 4.0,
     as_json: Json = False,
 ) -> None:
-    """One number for a policy on a small fixed set of cells, in a second or two: a fitness function for searches.
+    """One number for a policy on a small fixed set of cells, in a few seconds: a fitness function for searches.
 
     Each policy runs in a process of its own. Exit code 2 where one has no score; the others have theirs.
     """

@@ -48,9 +48,7 @@ class GpuSpec:
     roofline_exponent: Annotated[NotNegative, Meta(le=100.0), "p-norm of compute and memory time; 0: the larger"] = 0.0
     linear_launch_s: Annotated[Seconds, "per linear operation"] = 0.0
     sustained_slowdown_frac: Annotated[
-        NotNegative,
-        Meta(le=2.0),
-        "longer that large products take under a lasting load, at the power limit",
+        NotNegative, Meta(le=2.0), "longer that large products take under a lasting load, at the power limit"
     ] = 0.0
     prefill_slowdown_frac: Annotated[NotNegative, Meta(le=2.0), "the same of prefill attention, where measured"] = 0.0
     fp8_utilisation_frac: Annotated[Share, "of the FP8 FLOP/s; 0: as 16 bit"] = 0.0
